@@ -1,0 +1,197 @@
+"""The story world: short English stories that can be checked word by word, so that quality has an exact measure.
+
+A child brings a thing to a place and loses it; an animal that can reach it brings it back; the child goes home, or
+comes again. A story is seven sentences, 64 to 75 tokens, every word and punctuation mark being one. Its laws, in the
+order in which `check` looks for a break:
+
+    grammar   every sentence is one of the world's sentences
+    plot      the events come in order, none is left out, and the thing is brought back from where it went
+    name      one child and one animal; nobody else turns up
+    pronoun   he, she, his, her, him, boy and girl agree with the child's name
+    object    the thing has a colour, feel or shine that such a thing can have, and what is found is what was lost
+    place     the place of the last sentence is the place of the first
+
+Read downwards: the words, the sentences, the plots; `story` and `tell`, which write; `check` and `parse`, which read;
+`words`. Both sides share the table of sentences and one idea: the first mention of a thing decides what it is, and
+every later mention must agree. The writer draws at a first mention and repeats it afterwards; the checker, who has
+only the text, remembers the first mention and compares.
+"""
+import random
+import re
+
+# 1. the words ---------------------------------------------------------------------------------------------------------
+
+BOYS = ("Tom", "Ben", "Max", "Sam", "Jack", "Leo")
+GIRLS = ("Lily", "Mia", "Sue", "Anna", "Lucy", "Emma")
+
+# the slot of a pronoun is called by the boy's word; the second word is the girl's
+PRONOUNS = {"He": ("He", "She"), "he": ("he", "she"), "his": ("his", "her"), "him": ("him", "her"),
+            "boy": ("boy", "girl")}
+
+# what a thing can look or feel like, and the things that can: a red ball and a soft hat, never a soft ball
+THINGS = {
+    ("red", "blue", "green", "yellow"): ("ball", "kite", "boat"),
+    ("soft", "warm", "woolly", "fluffy"): ("hat", "scarf", "glove"),
+    ("shiny", "golden", "silver", "rusty"): ("coin", "ring", "key"),
+}
+
+# who can bring a thing back out of the water, from a tree, from under the ground
+HELPERS = {
+    "diver": ("duck", "frog", "otter", "beaver"),
+    "flyer": ("bird", "owl", "crow", "parrot"),
+    "digger": ("mole", "mouse", "rabbit", "fox"),
+}
+
+# every slot that a sentence can have, and the words that can stand there
+SLOTS = {
+    **PRONOUNS,
+    **HELPERS,
+    "animal": sum(HELPERS.values(), ()),
+    "name": BOYS + GIRLS,
+    "colour": sum(THINGS, ()),
+    "object": sum(THINGS.values(), ()),
+    "place": ("park", "farm", "beach", "forest", "garden", "market", "school", "castle"),
+    "weather": ("sunny", "windy", "cloudy", "cold"),
+    "mood": ("sad", "upset", "lonely", "angry"),
+    "size": ("big", "small", "tiny", "kind"),
+    "treat": ("cookie", "carrot", "nut", "flower"),
+}
+
+# the law that a wrong word in a slot breaks; the slots that are missing here are said once and bind nobody
+LAW_OF = {
+    **dict.fromkeys(["name", "animal", *HELPERS], "name"),
+    **dict.fromkeys(PRONOUNS, "pronoun"),
+    **dict.fromkeys(["colour", "object"], "object"),
+    "place": "place",
+}
+
+# 2. the sentences: each event can be told in several ways -------------------------------------------------------------
+
+SENTENCES = {
+    "have": ["One {weather} day, {name} took {his} {colour} {object} to the {place}.",
+             "A {boy} named {name} went to the {place} with a {colour} {object}.",
+             "At the {place}, little {name} had fun with {his} {colour} {object}."],
+    "lose diver": ["But it slipped from {his} hand into a deep pond.",
+                   "Soon a huge wave carried the {object} far away."],
+    "lose flyer": ["But {he} threw it too high, up into a tree.",
+                   "Soon the wind blew the {object} onto a thin branch."],
+    "lose digger": ["But it fell down a dark hole by the wall.",
+                    "Soon {he} dropped the {object} under a heavy rock."],
+    "cry": ["{name} sat down and cried.",
+            "{He} felt very {mood}.",
+            "Nobody was there to help {him}."],
+    "meet": ["Just then, a {size} {animal} came by.",
+             "A {size} {animal} heard {him} and stopped.",
+             "Then {name} met a {size} {animal}."],
+    "find diver": ["The {diver} swam off and came back with the {colour} {object}.",
+                   "With one loud splash, the {diver} pulled out the {colour} {object}."],
+    "find flyer": ["The {flyer} flew up and returned holding the {colour} {object}.",
+                   "With two quick flaps, the {flyer} brought down the {colour} {object}."],
+    "find digger": ["The {digger} crawled inside and soon found the {colour} {object}.",
+                    "With its strong paws, the {digger} dug for the {colour} {object}."],
+    "thank": ["{He} hugged the {animal} and said thank you.",
+              "{name} gave the {animal} a {treat}.",
+              "They danced and were friends from now on."],
+    "end": ["In the end, {name} left the {place} with {his} {object}.",
+            "Then {name} ran home from the {place} and slept well.",
+            "After that, {name} came back to the {place} every week."],
+}
+
+# 3. the plots: what went into the water is found by a diver, and so on ------------------------------------------------
+
+PLOTS = {helper: ["have", f"lose {helper}", "cry", "meet", f"find {helper}", "thank", "end"] for helper in HELPERS}
+
+# 4. writing -----------------------------------------------------------------------------------------------------------
+
+PIECES = {sentence: re.findall(r"\{\w+\}|\w+|[.,]", sentence) for told in SENTENCES.values() for sentence in told}
+
+
+def story(seed: int) -> str:
+    """The story of this seed, with one space before each word but the first."""
+    text = ""
+    for word, _ in tell(random.Random(seed)):
+        text += word if text == "" or word in ".," else " " + word
+    return text
+
+
+def tell(rng: random.Random):
+    """Yield a story's tokens as (word, slot); the slot of a fixed word is None.
+
+    All chance is in `rng.choice` over distinct options, and every choice shows in the text: a story's probability is
+    the product of 1 / (number of options).
+    """
+    helper = rng.choice(list(HELPERS))
+    world = {}                                                # what the story has said so far: slot -> word
+    for event in PLOTS[helper]:
+        for piece in PIECES[rng.choice(SENTENCES[event])]:
+            slot = piece[1:-1] if piece[0] == "{" else None
+            yield (fill(slot, world, helper, rng) if slot else piece), slot
+
+
+def fill(slot, world, helper, rng):
+    """The word for a slot: drawn at its first mention (and put into `world`), repeated at every later one."""
+    if slot in PRONOUNS:
+        return PRONOUNS[slot][fill("name", world, helper, rng) in GIRLS]
+    if slot in HELPERS:
+        slot = "animal"
+    if slot not in world:
+        world[slot] = rng.choice(options(slot, world, helper))
+    return world[slot]
+
+
+def options(slot, world, helper):
+    """The words possible at a first mention. In every sentence a colour stands before its object."""
+    if slot == "animal":
+        return HELPERS[helper]
+    if slot == "object":
+        return next(objects for colours, objects in THINGS.items() if world["colour"] in colours)
+    return SLOTS[slot]
+
+
+# 5. reading -----------------------------------------------------------------------------------------------------------
+
+def pattern(sentence: str) -> re.Pattern:
+    """A sentence as a regular expression with one group a slot: "{name} sat." becomes "(Tom|Ben|...) sat\\."."""
+    return re.compile(re.sub(r"\{(\w+)\}", lambda slot: f"({'|'.join(SLOTS[slot[1]])})", sentence.replace(".", r"\.")))
+
+
+GRAMMAR = [(event, re.findall(r"\{(\w+)\}", sentence), pattern(sentence))
+           for event, told in SENTENCES.items() for sentence in told]
+
+
+def parse(sentence: str):
+    """(event, mentions as a list of (slot, word)) of a sentence of this world, None of any other."""
+    for event, slots, expected in GRAMMAR:
+        if match := expected.fullmatch(sentence):
+            return event, list(zip(slots, match.groups()))
+    return None
+
+
+def check(text: str) -> str | None:
+    """The first law that a text breaks, None for a story of this world; any string has an answer."""
+    sentences = [parse(sentence) for sentence in re.split(r"(?<=\.) ", text)]
+    if None in sentences:
+        return "grammar"
+    if [event for event, _ in sentences] not in PLOTS.values():
+        return "plot"
+    mentions = [("animal" if slot in HELPERS else slot, word) for _, said in sentences for slot, word in said]
+    world = dict(reversed(mentions))                          # reversed, so that the first mention of a slot stays
+    broken = {LAW_OF.get(slot) for slot, word in mentions if not agrees(slot, word, world)}
+    return next((law for law in ("name", "pronoun", "object", "place") if law in broken), None)
+
+
+def agrees(slot, word, world):
+    """Whether a mention fits what the story said first."""
+    if slot in PRONOUNS:
+        return word == PRONOUNS[slot][world["name"] in GIRLS]
+    if slot == "object":
+        return word == world["object"] and word in options("object", world, None)
+    return word == world[slot]
+
+
+# 6. the vocabulary ----------------------------------------------------------------------------------------------------
+
+def words() -> list[str]:
+    """Every word and punctuation mark of the world, sorted, without the space that stands before a word."""
+    fixed = {piece for pieces in PIECES.values() for piece in pieces if piece[0] != "{"}
+    return sorted(fixed.union(*SLOTS.values()))

@@ -1,0 +1,138 @@
+"""GPT-2, with the attention mask as an argument, a [MASK] vector, and a KV cache that is written to instead of returned.
+
+Differs from nanoGPT in four places only: `mask` (who may look at whom, model/masks.py), `position` (the two streams of a training
+pass share their positions), `read` (logits are made only where somebody looks at them), `cache`. Parameter names are GPT-2's.
+
+Letters: B rows, T positions of this forward, C width, H heads, D = C / H, V vocabulary, S cache slots, N places read.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass
+class GPTConfig:
+    vocab: int = 50257      # V, tokens; the id V itself is [MASK], which has a vector but no logit
+    context: int = 1024     # most positions
+    layers: int = 12
+    heads: int = 12
+    width: int = 768        # C
+    family: str = "gpt2"
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise ValueError(f"a width of {self.width} can't be shared by {self.heads} heads: make it a multiple")
+
+
+class Cache:
+    """Keys and values of finished text, one slot a position, allocated once. The last slot is a dump for padding."""
+
+    def __init__(self, config: GPTConfig, rows: int, slots: int, like: Tensor):
+        shape = (config.layers, rows, slots + 1, config.heads, config.width // config.heads)
+        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)                 # (layers, B, S+1, H, D)
+        self.dump = slots
+
+    def write(self, layer: int, k: Tensor, v: Tensor, at: Tensor, upto: int) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, T, H, D) at the slots `at` (B, T); the slots to attend to, (B, upto, H, D)."""
+        rows = torch.arange(at.size(0), device=at.device)[:, None]
+        self.keys[layer][rows, at], self.values[layer][rows, at] = k, v
+        return self.keys[layer][:, :upto], self.values[layer][:, :upto]
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all rows but these (a bool or index tensor)."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.heads = config.heads
+        self.c_attn = nn.Linear(config.width, 3 * config.width)
+        self.c_proj = nn.Linear(config.width, config.width)
+
+    def forward(self, x, mask, layer, cache, at):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.heads, C // self.heads).unbind(2)         # (B, T, H, D) each
+        if cache is not None:
+            k, v = cache.write(layer, k, v, at, mask.size(-1))                                # (B, S, H, D)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)                     # (B, H, T or S, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.width, 4 * config.width)
+        self.c_proj = nn.Linear(4 * config.width, config.width)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1, self.attn = nn.LayerNorm(config.width), Attention(config)
+        self.ln_2, self.mlp = nn.LayerNorm(config.width), MLP(config)
+
+    def forward(self, x, mask, layer, cache, at):
+        x = x + self.attn(self.ln_1(x), mask, layer, cache, at)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab, config.width)
+        self.wpe = nn.Embedding(config.context, config.width)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.ln_f = nn.LayerNorm(config.width)
+        self.mask_vector = nn.Parameter(torch.zeros(config.width))                            # (C,) what stands under [MASK]
+
+    @property
+    def mask_id(self) -> int:
+        return self.config.vocab
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None, position: Tensor | None = None,
+                read: Tensor | None = None, cache: Cache | None = None, at: Tensor | None = None) -> Tensor:
+        """(N, V) logits at the places `read`, flat indices into the (B, T) of `tokens`; all B * T of them without `read`.
+
+        `mask`: bool, broadcast to (B, 1, T, T), or (B, 1, T, S) with a cache; none is causal. `position`: (T,) or (B, T).
+        With `cache`, this forward's keys and values go to its slots `at` (B, T), and the first S slots are attended to.
+        """
+        if position is None:
+            position = torch.arange(tokens.size(1), device=tokens.device)
+        x = self.embed(tokens) + self.wpe(position)                                           # (B, T, C)
+        for layer, block in enumerate(self.h):
+            x = block(x, mask, layer, cache, at)
+        x = x.flatten(0, 1)                                                                   # (B * T, C)
+        x = x if read is None else x[read]                                                    # (N, C)
+        return F.linear(self.ln_f(x), self.wte.weight)                                        # (N, V)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(B, T, C): a token's row of the table, or the [MASK] vector."""
+        masked = tokens == self.mask_id
+        return torch.where(masked[..., None], self.mask_vector, self.wte(tokens.masked_fill(masked, 0)))
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> "GPT":
+        """GPT-2's: normal of 0.02, less for what is added to the residual stream; biases 0, norms 1."""
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                scale = 1 / math.sqrt(2 * self.config.layers) if name.endswith("c_proj.weight") else 1.0
+                p.normal_(0, 0.02 * scale, generator=generator)
+            elif name.endswith("bias"):
+                p.zero_()
+        return self
+
+    @torch.no_grad()
+    def init_mask(self) -> "GPT":
+        """[MASK] begins as the mean embedding: a token that says nothing in particular."""
+        self.mask_vector.copy_(self.wte.weight.mean(0))
+        return self

@@ -1,0 +1,63 @@
+"""Muon (Keller Jordan, 2024): momentum whose matrices are made orthogonal before they are applied; AdamW for all else.
+
+Float32, since `torch.optim.Muon` (torch 2.9 and later) works in bf16, which crawls on CPUs that lack it.
+"""
+import torch
+from torch import Tensor
+
+
+def orthogonal(g: Tensor) -> Tensor:
+    """(n, a, b): about U V^T of each matrix U S V^T, by five steps of a quintic Newton-Schulz iteration."""
+    tall = g.size(1) > g.size(2)
+    x = g.transpose(1, 2) if tall else g
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        a = x @ x.transpose(1, 2)
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.transpose(1, 2) if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Two groups of parameters: the blocks' matrices at `lr`, and embeddings, biases and norms by AdamW at `lr * adam`."""
+
+    def __init__(self, net, lr: float = 0.02, momentum: float = 0.95, adam: float = 0.15, betas=(0.9, 0.95), eps=1e-10):
+        matrices = [p for name, p in net.named_parameters() if p.dim() == 2 and ".h." in f".{name}"]
+        chosen = {id(p) for p in matrices}
+        others = [p for p in net.parameters() if id(p) not in chosen]
+        super().__init__([{"params": matrices, "lr": lr, "muon": True}, {"params": others, "lr": lr * adam, "muon": False}],
+                         {"momentum": momentum, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not group["muon"]:
+                self.adam(params, group)
+                continue
+            shapes = {}
+            for p in params:                                     # matrices of one shape are made orthogonal together
+                shapes.setdefault(p.shape, []).append(p)
+            for same in shapes.values():
+                self.muon(same, group)
+
+    def muon(self, params: list[Tensor], group: dict) -> None:
+        for p in params:
+            buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            buffer.lerp_(p.grad, 1 - group["momentum"])
+        ahead = [p.grad.lerp(self.state[p]["momentum"], group["momentum"]) for p in params]      # Nesterov's
+        rate = group["lr"] * max(1.0, params[0].size(0) / params[0].size(1)) ** 0.5
+        for p, update in zip(params, orthogonal(torch.stack(ahead))):
+            p.add_(update, alpha=-rate)
+
+    def adam(self, params: list[Tensor], group: dict) -> None:
+        (b1, b2) = group["betas"]
+        for p in params:
+            state = self.state[p]
+            if not state:
+                state.update(step=torch.zeros(()), mean=torch.zeros_like(p), square=torch.zeros_like(p))
+            state["step"] += 1
+            state["mean"].lerp_(p.grad, 1 - b1)
+            state["square"].lerp_(p.grad.square(), 1 - b2)
+            n = state["step"].item()
+            scale = (state["square"] / (1 - b2 ** n)).sqrt_().add_(group["eps"])
+            p.addcdiv_(state["mean"], scale, value=-group["lr"] / (1 - b1 ** n))

@@ -1,0 +1,140 @@
+"""The numbers of a run: likelihood, generated text, cost and useful arithmetic, each with its unit.
+
+    val_nats        nats/token of held-out stories; the student reveals each block left to right, one token at a time
+    bits_per_byte   the same per byte of text, in bits: comparable across vocabularies
+    gen_nats        nats/token of generated text under the frozen AR teacher
+    distinct2       share of different pairs among all neighbouring tokens generated
+    entropy         nats, of the distribution of single tokens generated
+    valid           share of stories that break no law (story world only)
+    tok_per_fwd     tokens kept / all forwards of their rows: prefill, denoising and commits
+    positions_per_tok, tok_s
+"""
+import math
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import opdlm
+from model.denoiser import Denoiser
+from model.masks import AR, Layout
+
+
+def held_out(stream: np.ndarray, starts: np.ndarray, count: int, length: int) -> list[Tensor]:
+    """The first `count` stories as ids, each from its end-of-text to the next, cut to `length` tokens."""
+    ends = [*starts[1:count + 1], len(stream) - 1]
+    return [torch.from_numpy(stream[a:min(b + 1, a + length)].astype(np.int64)) for a, b in zip(starts[:count], ends)]
+
+
+def padded(rows: list[Tensor], fill: int) -> Tensor:
+    """(B, T), filled up at the right."""
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
+
+
+@torch.no_grad()
+def story_nats(net, stories: list[Tensor], layout: Layout, eot: int, batch: int = 32) -> Tensor:
+    """(stories,) nats of each story given its first token, by the chain rule from left to right.
+
+    The j-th slot of every block is scored while the slots before it in its block are shown: one pass for each j.
+    """
+    device, order = net.wte.weight.device, sorted(range(len(stories)), key=lambda i: len(stories[i]))
+    nats = torch.zeros(len(stories))
+    for i in range(0, len(order), batch):
+        part = order[i:i + batch]
+        tokens = padded([stories[k] for k in part], eot).to(device)                      # (B, T)
+        length = torch.tensor([len(stories[k]) for k in part], device=device)
+        slot = torch.arange(1, tokens.size(1), device=device)                            # (R,) positions of the response
+        for j in range(layout.block):
+            index = (slot - 1) % layout.block
+            noisy = tokens[:, 1:].masked_fill(index >= j, net.mask_id)
+            rows, at = ((index == j) & (slot < length[:, None])).nonzero(as_tuple=True)
+            if len(rows):
+                logits = opdlm.student_logits(net, tokens, noisy, 1, layout, rows, at + 1).float()
+                said = logits.log_softmax(-1).gather(1, tokens[rows, at + 1][:, None])[:, 0]
+                nats[part] -= torch.zeros(len(part)).index_add(0, rows.cpu(), said.cpu())
+    return nats
+
+
+def likelihood(net, stories: list[Tensor], layout: Layout, tokenizer) -> dict:
+    """val_nats and bits_per_byte. The bytes are those of the tokens scored; ending a story counts as a token, not as a byte."""
+    nats = story_nats(net, stories, layout, tokenizer.eot).sum().item()
+    size = sum(len(tokenizer.decode(s.tolist()).encode()) for s in stories)
+    return {"val_nats": nats / sum(len(s) - 1 for s in stories), "bits_per_byte": nats / math.log(2) / size}
+
+
+def generate(net, stories: list[Tensor], layout: Layout, rule, eot: int, length: int, seed: int, batch: int = 128, **how) -> list:
+    """Texts that go on from the first 1 to 8 tokens of `stories`, batch by batch, and the seconds they took."""
+    texts, begun = [], time.perf_counter()
+    for i in range(0, len(stories), batch):
+        prompts = [s[:1 + k % 8] for k, s in enumerate(stories[i:i + batch], i)]
+        tokens, lens = padded(prompts, eot), torch.tensor([len(p) for p in prompts])
+        u = opdlm.uniforms(seed, 0, range(i, i + len(prompts)), (length, how.get("redraws", 1)))
+        how_ = {k: v for k, v in how.items() if k != "redraws"}
+        device = net.wte.weight.device
+        text = opdlm.rollout(Denoiser(net, layout), tokens.to(device), length - tokens.size(1), rule, u.to(device), eot,
+                             prompt_len=lens.to(device), **how_)
+        texts.append((text, lens))
+    return [texts, time.perf_counter() - begun]
+
+
+def generated(teacher, texts: list, seconds: float, tokenizer, check: Callable | None) -> dict:
+    """Everything that is said of generated texts."""
+    tokens = [row[keep].tolist() for text, _ in texts for row, keep in zip(text.tokens.cpu(), text.kept.cpu())]
+    count, forwards = sum(map(len, tokens)), sum(text.forwards.sum().item() for text, _ in texts)
+    pairs = [pair for row in tokens for pair in zip(row, row[1:])]
+    share = np.unique([t for row in tokens for t in row], return_counts=True)[1] / count
+    numbers = {
+        "gen_nats": sum(nats_of(teacher, text) for text, _ in texts) / count,
+        "distinct2": len(set(pairs)) / max(len(pairs), 1), "entropy": float(-(share * np.log(share)).sum()),
+        "tok_per_fwd": count / forwards, "tok_s": count / seconds,
+        "positions_per_tok": sum(text.positions.sum().item() for text, _ in texts) / count}
+    if check:
+        stories = [tokenizer.decode(ids) for ids in finished(texts, tokenizer.eot)]
+        numbers["valid"] = sum(check(story) is None for story in stories) / len(tokens)
+    return numbers
+
+
+def finished(texts: list, eot: int) -> list[list[int]]:
+    """The ids, prompt included, of the texts that reached an end-of-text."""
+    rows = [(row[:n], row[keep]) for text, lens in texts for row, keep, n in zip(text.tokens.cpu(), text.kept.cpu(), lens)]
+    return [torch.cat(row).tolist() for row in rows if row[1][-1] == eot]
+
+
+@torch.no_grad()
+def nats_of(teacher, text: opdlm.Text) -> float:
+    """Nats of what is kept of a text under the AR teacher."""
+    rows, at = text.kept.nonzero(as_tuple=True)
+    logits = teacher(text.tokens, read=rows * text.tokens.size(1) + at - 1).float()
+    return -logits.log_softmax(-1).gather(1, text.tokens[rows, at][:, None]).sum().item()
+
+
+# Useful arithmetic ---------------------------------------------------------------------------------------------------
+
+def body_flops(config, keys: float) -> float:
+    """FLOPs of one position forward through the blocks, attending to `keys` positions; a multiplication with addition is 2."""
+    return config.layers * (24 * config.width ** 2 + 4 * keys * config.width)
+
+
+def head_flops(config) -> float:
+    """FLOPs of one position's logits."""
+    return 2 * config.width * config.vocab
+
+
+def distill_flops(config, record: dict) -> float:
+    """What a distillation step must compute at least: for each kept token one position of rollout and of teacher, and the two
+    streams of the student, forward and backward (3 forwards); the head once a token, and where there is a loss."""
+    body = body_flops(config, record["len"] / 2) * (1 + 1 + 2 * 3)
+    return body * record["tokens"] + head_flops(config) * (record["tokens"] + (1 + 3) * record["places"])
+
+
+def matmul_rate(device, size: int = 1024) -> float:
+    """FLOP/s of a float32 square matrix product here and now: the median of five."""
+    a = torch.randn(size, size, device=device)
+    def seconds():
+        begun = time.perf_counter()
+        (a @ a)[0, 0].item()
+        return time.perf_counter() - begun
+    seconds()
+    return 2 * size ** 3 / sorted(seconds() for _ in range(5))[2]

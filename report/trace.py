@@ -1,0 +1,193 @@
+"""One row's rollout, made visible: any state as text, the text coloured by when, and a picture of every forward.
+
+A trace is the finished text and, for each token, the forward that revealed it; every state is read off those two.
+"""
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+HIDDEN = "▢"
+RAMP = (33, 31, 29, 64, 130, 160, 162, 129)      # xterm's 256 colours, contrast at least 3 on black and on white
+AHEAD, MASKED, NEW, OLD = range(4)               # after a forward: block not begun, masked, just revealed, earlier
+UNSAFE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}      # ESC becomes ␛
+UNSAFE |= dict.fromkeys([*range(0x7F, 0xA0), 0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A),
+                         *range(0xD800, 0xE000)], 0xFFFD)       # DEL, C1, marks that turn the line round, surrogates
+
+GREY, DARK = "#6b7280", "#33415c"
+LOOK = {NEW: ("#d9480f", "#d9480f", "white", "bold"), OLD: ("#e3ecf7", "#e3ecf7", DARK, "normal"),
+        MASKED: ("white", "#b8c1cf", GREY, "normal")}     # of a cell: face, edge, ink, weight
+COLUMN, ROW = 0.0836, 0.27                       # inches: a character of the picture's font at 10 points, a row
+
+
+@dataclass
+class Trace:
+    """A prompt, the response's tokens as text, and the forward, counted from 1, that revealed each."""
+    pieces: list[str]
+    when: list[int]
+    prompt: str
+    forwards: int        # that denoised: prefill and commits are no part of the picture
+    block: int           # tokens; blocks are counted from the end of the prompt
+
+    @property
+    def began(self) -> list[int]:
+        """For each token, the forwards that were over when its block began."""
+        return [max(self.when[:i - i % self.block], default=0) for i in range(len(self.when))]
+
+
+def from_order(prompt: str, pieces: list[str], order, block: int) -> Trace:
+    """The trace of a rollout; order[i] is the step within its block, from 0, at which token i was revealed."""
+    order = [int(step) for step in order]
+    assert len(order) == len(pieces), f"{len(order)} steps for {len(pieces)} tokens: cut both to the same text"
+    assert block >= 1 and min(order, default=0) >= 0, f"block {block}, steps {order}: wanted at least 1, and all from 0"
+    when, forwards = [], 0
+    for start in range(0, len(order), block):
+        steps = order[start:start + block]
+        when += [forwards + step + 1 for step in steps]
+        forwards += max(steps) + 1
+    return Trace(pieces, when, prompt, forwards, block)
+
+
+# text ---------------------------------------------------------------------------------------------------------------
+
+def visible(text: str) -> str:
+    """text without what a terminal would obey: control characters but newline and tab become signs for them."""
+    return text.translate(UNSAFE)
+
+
+def state_text(pieces: list[str], masked) -> str:
+    """A state as text, one ▢ for each masked token: `Lily had a▢▢ ball`."""
+    return "".join(HIDDEN if hidden else visible(piece) for piece, hidden in zip(pieces, masked, strict=True))
+
+
+def coloured(trace: Trace, colour: bool) -> str:
+    """The whole text, each token in the colour of the step of its block that revealed it (see `legend`)."""
+    def paint(piece: str, step: int) -> str:
+        return _paint(visible(piece), step, trace.block) if colour else visible(piece)
+    steps = [when - 1 - began for when, began in zip(trace.when, trace.began)]
+    return visible(trace.prompt) + "".join(map(paint, trace.pieces, steps))
+
+
+def legend(steps: int) -> str:
+    """One line of colours for blocks of at most so many steps: `coloured` uses them with steps = the trace's block."""
+    groups = [list(group) for _, group in itertools.groupby(range(steps), lambda k: _paint("", k, steps))]
+    names = [(f"{g[0] + 1}-{g[-1] + 1}" if len(g) > 1 else str(g[0] + 1), g[0], steps) for g in groups]
+    return "revealed in its block's step " + " ".join(_paint(*name) for name in names)
+
+
+def wants_colour(stream) -> bool:
+    """Is stream a terminal that wants colours? NO_COLOR with any value says no (https://no-color.org)."""
+    wants = stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    if wants and os.name == "nt":
+        os.system("")                            # an old Windows console reads colour codes only after this
+    return wants
+
+
+def _paint(text: str, step: int, steps: int) -> str:
+    """text in the colour of step, the ramp being spread over steps."""
+    return f"\x1b[38;5;{RAMP[min(step, steps - 1) * (len(RAMP) - 1) // max(steps - 1, 1)]}m{text}\x1b[0m"
+
+
+# the picture --------------------------------------------------------------------------------------------------------
+
+def states(trace: Trace) -> list[list[int]]:
+    """forwards x tokens: what each token is after each forward, one of AHEAD, MASKED, NEW, OLD."""
+    def state(forward: int, when: int, began: int) -> int:
+        if forward < when:
+            return MASKED if forward > began else AHEAD
+        return NEW if forward == when else OLD
+    return [[state(f, *token) for token in zip(trace.when, trace.began)] for f in range(1, trace.forwards + 1)]
+
+
+def readable(trace: Trace, columns: float = 112, rows: int = 26) -> tuple[list[float], int]:
+    """Where each cell begins and the last ends, in characters, and the forwards: as many whole blocks as fit a slide,
+    or, if the first alone is too much, its first tokens."""
+    edges = [0.0, *itertools.accumulate(max(len(_label(piece)), 2) + 1.4 for piece in trace.pieces)]
+    fit = sum(edge <= columns and began < rows for edge, began in zip(edges[1:], trace.began))
+    tokens = fit if fit == len(trace.pieces) or fit < trace.block else fit - fit % trace.block
+    return edges[:tokens + 1], min(rows, max(trace.when[:tokens], default=0))
+
+
+def picture(trace: Trace, path) -> None:
+    """Write the rollout as an image: a row a forward, a column a token, as much of it as is readable."""
+    save(figure(trace), path)
+
+
+def figure(trace: Trace):
+    """The picture as a matplotlib figure; x counts characters of its font, y rows: its size follows the text."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+    edges, forwards = readable(trace)
+    wide, tokens = max(edges[-1], 76), len(edges) - 1
+    fig = Figure(figsize=((wide + 12) * COLUMN, (forwards + 5) * ROW), dpi=160, facecolor="white")
+    axes = fig.add_axes((0, 0, 1, 1), xlim=(-9, wide + 3), ylim=(forwards + 0.8, -4.2))
+    axes.set_axis_off()
+    _headings(axes, trace, tokens, forwards)
+    for row, line in enumerate(states(trace)[:forwards]):
+        _say(axes, -1, row + 0.5, str(row + 1), ha="right")
+        for left, right, piece, state in zip(edges, edges[1:], trace.pieces, line):
+            _cell(axes, left, row, right - left, state, _label(piece))
+    for start in range(0, tokens, trace.block):      # a frame around the forwards that worked on a block: a staircase
+        stop, top = min(start + trace.block, tokens), trace.began[start]
+        high = min(max(trace.when[start:stop]), forwards) - top
+        axes.add_patch(Rectangle((edges[start], top), edges[stop] - edges[start], high, fill=False, ec=DARK, lw=1.4))
+    return fig
+
+
+def _headings(axes, trace: Trace, tokens: int, forwards: int) -> None:
+    """What one sees, how much of it, and what the three kinds of cells are."""
+    part = "" if tokens == len(trace.pieces) else f": the first {tokens} tokens, {forwards} forwards"
+    title = f"{len(trace.pieces)} tokens in {trace.forwards} forwards{part}"
+    _say(axes, 0, -3.45, title, size=13, weight="bold", color="black")
+    after = f", after “{_label(trace.prompt[-60:], 60)}”" if trace.prompt else ""
+    _say(axes, 0, -2.35, f"blocks of {trace.block}{after}")
+    _say(axes, -1, -0.95, "forward", ha="right")
+    for left, state, meaning in (0, NEW, "revealed by it"), (19, OLD, "revealed before"), (39, MASKED, "still masked"):
+        _cell(axes, left, -1.45, 3, state, "")
+        _say(axes, left + 3.4, -0.95, meaning)
+
+
+def _cell(axes, left: float, top: float, width: float, state: int, text: str) -> None:
+    """One token after one forward; a block that has not begun leaves the paper white."""
+    from matplotlib.patches import FancyBboxPatch
+    if state == AHEAD:
+        return
+    face, edge, ink, weight = LOOK[state]
+    corner, size = (left + 0.35, top + 0.2), (width - 0.7, 0.6)
+    axes.add_patch(FancyBboxPatch(corner, *size, "round,pad=0.15", fc=face, ec=edge, lw=0.8))
+    _say(axes, left + width / 2, top + 0.52, "" if state == MASKED else text, ha="center", color=ink, weight=weight)
+
+
+def _say(axes, x: float, y: float, text: str, **look) -> None:
+    look = {"ha": "left", "color": GREY, "size": 10, **look}
+    axes.text(x, y, text, va="center", family="DejaVu Sans Mono", parse_math=False, **look)
+
+
+def _label(text: str, limit: int = 14) -> str:
+    """text on one line in the picture's font: a newline as ⏎, a lone blank as ␣, a sign the font hasn't got as �."""
+    text = visible(text).strip(" ").replace("\n", "⏎").replace("\t", "⇥") or "␣" * bool(text)
+    text = "".join(sign if ord(sign) in _signs() else "\ufffd" for sign in text)
+    return text if len(text) <= limit else text[:limit - 1] + "…"
+
+
+@functools.cache
+def _signs() -> frozenset[int]:
+    """The code points of DejaVu Sans Mono, which comes with matplotlib; for others matplotlib would warn."""
+    from matplotlib.font_manager import findfont
+    from matplotlib.ft2font import FT2Font
+    return frozenset(FT2Font(findfont("DejaVu Sans Mono")).get_charmap())
+
+
+def save(fig, path) -> None:
+    """Write a figure to path, whole or not at all; the kind of image is the name's ending."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        fig.savefig(part, format=path.suffix[1:] or "png")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
