@@ -152,7 +152,7 @@ def divide(path: Path, val_path: Path | None) -> tuple[Iterable[str], list[str]]
 
 def cut(path: Path, text: str) -> tuple[list[str], list[str]]:
     """A single text: all but its last twentieth, and that, parted at white space."""
-    end = len(text) - max(1, len(text) // HOLD_OUT)
+    end = len(text) - len(text) // HOLD_OUT
     at = max(text.rfind(space, 0, end) for space in " \t\n")
     if at < 0:
         raise ValueError(f"{path} is too short to hold a part of it out: give it stories, {EOT} between them")

@@ -131,7 +131,7 @@ def test_at_least_one_story_is_held_out(write, out):
         assert sizes == [n - 1, 1]
 
 
-@pytest.mark.parametrize("text", ["one two", "a b", "word " * 1000 + "end", "line\n" * 50, "x\ty " * 99])
+@pytest.mark.parametrize("text", ["one two", "a b", "word " * 1000 + "end", "line\n" * 50, "x\ty " * 99, "a\tb"])
 def test_a_single_text_gives_its_end(write, out, text):
     for content in (text, f"{EOT}\n{text}{EOT}"):
         corpus = load(write(content), None, 300, out)
@@ -232,9 +232,10 @@ def test_a_given_tokenizer_is_used_as_it_is(write, out, monkeypatch):
 
 def test_other_text_or_vocabulary_is_another_corpus(write, out, monkeypatch):
     monkeypatch.setattr(tinystories, "CHUNK", 50)    # the texts differ at their ends
-    own, held = joined(FIFTY), write("held out", "held.txt")
+    own, held = joined(FIFTY), write("held out", "held.txt")    # the third and the fifth text differ by parting only
     one, two = (tokenizer.word_level([word]) for word in ("Story", " has"))
-    calls = [(own, None, 300, None), (own + "!", None, 300, None), (own, None, 301, None), (own, held, 300, None),
+    calls = [(own + "!", None, 300, None), (own + "?", None, 300, None), (own + "held out", None, 300, None),
+             (own, None, 300, None), (own, held, 300, None), (own, None, 301, None),
              (own, None, 300, one), (own, None, 300, two)]
     for n, (text, val, size, given) in enumerate(calls, start=1):
         load(write(text), val, size, out, given)
@@ -380,6 +381,7 @@ def test_no_network_is_told_apart_and_says_what_to_do(out, tmp_path, monkeypatch
     sentence = r"valid\.txt of .* can't be fetched \(.*\): connect .* or use --data=toy or --data=FILE\.txt$"
     with pytest.raises(NoNetwork, match=sentence) as caught:
         load("tinystories", None, 300, out)
+    assert isinstance(caught.value, ValueError), "a user's error, as all others here"
     assert time.monotonic() - begun < 10 and "\n" not in str(caught.value) and not out.exists()
     closed.close()
 

@@ -1,0 +1,111 @@
+"""Text from a checkpoint.
+
+    python sample.py --prompt "Once upon a time"             denoised block by block, coloured by the step that revealed a token
+    python sample.py --mode=ar --prompt "Once upon a time"   the autoregressive model that it was made of
+    python sample.py --reveal=static:1 --n 4                 another rule, four texts
+
+The last line is the cost: tokens, tokens per forward (all forwards counted), positions per token, tokens per second.
+"""
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import opdlm
+from data import tokenizer
+from model import hub
+from model import reveal as rules
+from model.denoiser import Denoiser
+from model.dist import device_named
+from model.masks import AR, Layout
+from report import cli, trace
+from report.cli import option
+
+
+@dataclass
+class Options:
+    ckpt: str = option("out/tiny", "a run's folder, or a checkpoint's")
+    prompt: str = option("", "text to go on from")
+    mode: str = option("diffusion", "diffusion: a block at a time; ar: a token at a time, by the AR model", ("diffusion", "ar"))
+    reveal: str | None = option(None, "which masks come off: static:COUNT, threshold:P, leftmost:P; none: the checkpoint's rule")
+    temperature: float = option(1.0, "of the tokens drawn; 0 takes the likeliest")
+    length: int | None = option(None, "longest response, tokens; none: what the model has room for")
+    n: int = option(1, "texts")
+    seed: int = option(0, "of the draws; text i of a seed is the same for any --n")
+    device: str = option("auto", "auto: cuda, else mps, else cpu", ("auto", "cpu", "cuda", "mps"))
+
+    def __post_init__(self):
+        if self.n < 1 or self.temperature < 0 or (self.length is not None and self.length < 1):
+            raise ValueError("--n and --length are at least 1, and --temperature at least 0")
+
+
+def find(options: Options) -> Path:
+    """The checkpoint's folder: of a run, the model that --mode asks for."""
+    folder = Path(options.ckpt)
+    inner = folder / {"ar": "ar", "diffusion": "opdlm"}[options.mode]
+    return inner if inner.is_dir() else folder
+
+
+def load(options: Options) -> tuple:
+    """(network, its layout, its tokenizer, the reveal rule and confidence it was trained with)."""
+    folder = find(options)
+    net, layout = hub.load(folder)
+    if layout is None and options.mode == "diffusion":
+        raise ValueError(f"{folder} holds an AR model: use --mode=ar, or a checkpoint that train_tiny.py has converted")
+    config = hub.read_config(folder)
+    rule, confidence = options.reveal or config.get("reveal", "static:1"), config.get("confidence", "largest")
+    layout = AR if options.mode == "ar" else layout
+    return net.to(device_named(options.device)), layout, tokenizer.load(folder), rules.parse(rule), confidence
+
+
+def room(options: Options, prompt: int, context: int) -> int:
+    """Tokens of the response."""
+    if prompt >= context:
+        raise ValueError(f"the prompt has {prompt} tokens, its start counted, and the model {context} positions: shorten it")
+    if options.length and prompt + options.length > context:
+        raise ValueError(f"--length={options.length} and a prompt of {prompt} tokens are more than the model's {context} positions")
+    return options.length or context - prompt
+
+
+def write(options: Options, net, layout: Layout, tok, rule, confidence: str) -> tuple[opdlm.Text, float]:
+    """The texts, and the seconds they took."""
+    ids = [tok.eot, *tok.encode(options.prompt)]                     # a text begins behind an end-of-text, as in training
+    length, device = room(options, len(ids), net.config.context), net.wte.weight.device
+    redraws = layout.block if confidence == "drawn" else 1
+    u = opdlm.uniforms(options.seed, 0, range(options.n), (len(ids) + length, redraws)).to(device)
+    begun = time.perf_counter()
+    text = opdlm.rollout(Denoiser(net, layout), torch.tensor([ids] * options.n, device=device), length, rule, u, tok.eot,
+                         rules.CONFIDENCE[confidence], options.temperature)
+    return text, time.perf_counter() - begun
+
+
+def traces(text: opdlm.Text, prompt: str, tok, block: int) -> list[trace.Trace]:
+    """One for each row: what was written, and when."""
+    return [trace.from_order(prompt, tok.pieces(row[kept].tolist()), order[kept].tolist(), block)
+            for row, kept, order in zip(text.tokens.cpu(), text.kept.cpu(), text.order.cpu())]
+
+
+def cost(text: opdlm.Text, seconds: float, net) -> str:
+    """The last line."""
+    tokens, forwards, positions = (int(x.sum()) for x in (text.kept, text.forwards, text.positions))
+    where = f"batch {len(text.tokens)}, {net.wte.weight.device.type}, {torch.get_num_threads()} threads"
+    return (f"{tokens} tokens | {tokens / forwards:.2f} tokens/forward | {positions / tokens:.2f} positions/token | "
+            f"{tokens / seconds:.0f} tokens/s ({where})")
+
+
+def main(argv: list[str]) -> None:
+    options = cli.parse(Options, argv, __doc__)
+    net, layout, tok, rule, confidence = load(options)
+    text, seconds = write(options, net, layout, tok, rule, confidence)
+    colour = trace.wants_colour(sys.stdout) and layout.block > 1
+    for story in traces(text, options.prompt, tok, layout.block):
+        print(trace.coloured(story, colour), end="\n\n")
+    if colour:
+        print(trace.legend(layout.block))
+    print(cost(text, seconds, net))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
