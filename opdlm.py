@@ -1,9 +1,10 @@
 """OPDLM: an autoregressive language model becomes a diffusion language model (arXiv 2606.06712), read downwards.
 
-The student is the teacher's copy under another attention mask. It writes a text, one block of masks after the other (1. rollout);
-of every block, one of the half-written states that it really visited is taken up again (2. states); the frozen teacher, who reads
-the finished text, says what should stand under the masks (3. target); the student, who sees the half-written block and the text
-before it, is moved there (4. loss, 5. step). With x0 the text, x_t the state, M its masks and q the target:
+The student is the teacher's copy under another attention mask. It writes a text, one block of masks after the other
+(1. rollout); of every block, one of the half-written states that it really visited is taken up again (2. states); the
+frozen teacher, who reads the finished text, says what should stand under the masks (3. target); the student, who sees
+the half-written block and the text before it, is moved there (4. loss, 5. step). With x0 the text, x_t the state, M its
+masks and q the target:
 
     L = E[ mean over i in M of KL( q_i || p_student( . | x0 before the block, x_t ) ) ]
 
@@ -21,23 +22,24 @@ from model import masks, reveal
 from model.denoiser import Denoiser
 from model.masks import Layout
 
-# 1. rollout: a text, block by block, each block from all masks to none ------------------------------------------------------------
+# 1. rollout: a text, block by block, each block from all masks to none ------------------------------------------------
 
 @dataclass
 class Text:
-    """Finished text and how it came about: a whole denoising trajectory is two integer tensors, `tokens` and `order`."""
+    """Finished text and how it came about: a whole denoising trajectory is two integer tensors, tokens and order."""
     tokens: Tensor          # (B, T) prompt and response; behind the block of the first end-of-text, end-of-text
-    order: Tensor           # (B, T) the step, counted within its block, that revealed a slot; K: none did; -1: not written here
+    order: Tensor   # (B, T) the step, counted within its block, that revealed a slot; K: none did; -1: not written here
     kept: Tensor            # (B, T) bool: the response up to its first end-of-text, included
     forwards: Tensor        # (B,) passes of the network a row has paid for, prefill and commits included
     positions: Tensor       # (B,) positions pushed through it
 
 
 def uniforms(seed: int, stream: int, rows: range, shape: tuple) -> Tensor:
-    """(B, *shape) numbers in [0, 1), a function of (seed, stream, row's global number) alone: so a row depends neither on its
-    batch mates nor on the number of processes, and a debugger replays any row."""
+    """(B, *shape) numbers in [0, 1), a function of (seed, stream, row's global number) alone: so a row depends neither
+    on its batch mates nor on the number of processes, and a debugger replays any row."""
     def draw(row):
-        return np.random.Generator(np.random.Philox(key=[seed, row], counter=[0, 0, 0, stream])).random(shape, dtype=np.float32)
+        source = np.random.Philox(key=[seed, row], counter=[0, 0, 0, stream])
+        return np.random.Generator(source).random(shape, dtype=np.float32)
     return torch.from_numpy(np.stack([draw(row) for row in rows]))
 
 
@@ -59,36 +61,36 @@ def rollout(denoiser: Denoiser, prompt: Tensor, length: int, rule: reveal.Rule, 
             confidence: Callable = reveal.largest, temperature: float = 1.0, prompt_len: Tensor | None = None) -> Text:
     """Write up to `length` tokens after each row of `prompt` (B, P), until an end-of-text.
 
-    `u` (B, P + length, S): one uniform number a position (S = 1), or S of them, of which each step takes the next (the paper's
-    redraws). `prompt_len` (B,): where each prompt ends, if some are shorter than P; their responses follow at once.
+    `u` (B, P + length, S): one uniform number a position (S = 1), or S of them, of which each step takes the next (the
+    paper's redraws). `prompt_len` (B,): where prompts end, if some are shorter than P; their responses follow at once.
     """
     (B, P), K, device = prompt.shape, denoiser.layout.block, prompt.device
-    start = torch.full((B,), P, device=device) if prompt_len is None else prompt_len     # (B,) where a row's block begins
+    start = torch.full((B,), P, device=device) if prompt_len is None else prompt_len   # (B,) where a row's block begins
     begin, end, step = start, start + length, torch.zeros_like(start)
-    tokens = F.pad(prompt, (0, length + K), value=denoiser.mask_id)                      # + K: a block may hang over the end
+    tokens = F.pad(prompt, (0, length + K), value=denoiser.mask_id)                 # + K: a block may hang over the end
     tokens = tokens.masked_fill(torch.arange(P + length + K, device=device) >= begin[:, None], denoiser.mask_id)
     order = torch.full_like(tokens, -1)
     denoiser.open(begin, end)
     while (start < end).any():
-        here = start[:, None] + torch.arange(K, device=device)                           # (B, K) positions of each row's block
+        here = start[:, None] + torch.arange(K, device=device)                    # (B, K) positions of each row's block
         block = tokens.gather(1, here)
         masked = (block == denoiser.mask_id) & (here < end[:, None])
         probs = denoiser(tokens, start)[masked].float().softmax(-1)                      # (M, V)
         number = u[torch.arange(B)[:, None], here.clamp(max=u.size(1) - 1), step.clamp(max=u.size(2) - 1)[:, None]]
         drawn = inverse_cdf(tempered(probs, temperature), number[masked])                # (M,)
         sure = torch.zeros_like(number).masked_scatter(masked, confidence(probs, drawn))
-        show = rule(sure, masked) | masked & (step == K - 1)[:, None]                    # the last step reveals what is left
+        show = rule(sure, masked) | masked & (step == K - 1)[:, None]               # the last step reveals what is left
         block = torch.where(show, block.masked_scatter(masked, drawn), block)
         tokens = tokens.scatter(1, here, block)
         order = order.scatter(1, here, torch.where(show, step[:, None], order.gather(1, here).masked_fill(masked, K)))
         start, step = advance(block == denoiser.mask_id, block == eot, here, start, end, step)
-    tokens = tokens[:, :-K].masked_fill(tokens[:, :-K] == denoiser.mask_id, eot)         # masks are left behind the end only
+    tokens = tokens[:, :-K].masked_fill(tokens[:, :-K] == denoiser.mask_id, eot)    # masks are left behind the end only
     return Text(tokens, order[:, :-K], kept(tokens, begin, end, eot), denoiser.forwards, denoiser.positions)
 
 
-def advance(masked: Tensor, eot: Tensor, here: Tensor, start: Tensor, end: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-    """(B,) twice: where each row stands after a step: in its block, in the next one, or, once an end-of-text has no mask before
-    it, at the end."""
+def advance(masked, eot, here: Tensor, start: Tensor, end: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,) twice: where each row's block begins now, and its step: the same block, the next, or once an end-of-text has
+    no mask before it, the end. `masked`, `eot`, `here` (B, K) are of the block just worked on."""
     inside = here < end[:, None]
     known = (~masked | ~inside).cumprod(1).bool()                                        # (B, K) it, and all before it
     over, full = (eot & known & inside).any(1), known.all(1)
@@ -104,7 +106,7 @@ def kept(tokens: Tensor, begin: Tensor, end: Tensor, eot: int) -> Tensor:
     return response & (ends.cumsum(1) - ends.long() == 0)
 
 
-# The three texts to learn from; each is called as text(models, rows, P, R, u, recipe), rows (B, T) being tokens of training stories.
+# The three texts to learn from. Each gets rows (B, T), tokens of training stories, of which the first P are the prompt.
 
 def student_text(student, teacher, rows: Tensor, P: int, R: int, u: Tensor, recipe: "Recipe") -> Text:
     """The student's own: the paper's."""
@@ -124,7 +126,7 @@ def data_text(student, teacher, rows: Tensor, P: int, R: int, u: Tensor, recipe:
     return Text(tokens, torch.full_like(tokens, -1), keep, free, free)
 
 
-# 2. states: which slots of a finished text are masked again -----------------------------------------------------------------------
+# 2. states: which slots of a finished text are masked again -----------------------------------------------------------
 # Each takes order, kept (B, R) and u (B, R, 2) and gives masked (B, R); a block's own number is that of its first slot.
 
 def in_blocks(x: Tensor, block: int, fill) -> Tensor:
@@ -146,8 +148,8 @@ def visited(order: Tensor, kept: Tensor, u: Tensor, block: int) -> Tensor:
 
 
 def random(order: Tensor, kept: Tensor, u: Tensor, block: int) -> Tensor:
-    """n random slots, n uniform over 1 .. K. Weighted by K / n this is, exactly and with less noise, the masked diffusion bound
-    that draws t uniformly, masks each slot with probability t and weights it by 1 / t."""
+    """n random slots, n uniform over 1 .. K. Weighted by K / n this is, exactly and with less noise, the bound of masked
+    diffusion that draws t uniformly, masks each slot with probability t and weights it by 1 / t."""
     real, number = in_blocks(torch.ones_like(kept), block, False), in_blocks(u, block, 0.0)
     n = 1 + (number[:, :, :1, 0] * real.sum(-1, keepdim=True)).long()                    # (B, blocks, 1)
     rank = number[..., 1].masked_fill(~real, 2.0).argsort(-1).argsort(-1)                # (B, blocks, K)
@@ -167,7 +169,7 @@ def masked_share(masked: Tensor, block: int) -> Tensor:
     return out_of_blocks((count / size).expand(-1, -1, block), masked.size(1))
 
 
-# 3. target: what should stand under the masks -------------------------------------------------------------------------------------
+# 3. target: what should stand under the masks -------------------------------------------------------------------------
 
 @torch.no_grad()
 def teacher_probs(teacher, tokens: Tensor, rows: Tensor, at: Tensor) -> Tensor:
@@ -180,12 +182,12 @@ def one_hot(teacher, tokens: Tensor, rows: Tensor, at: Tensor) -> Tensor:
     return F.one_hot(tokens[rows, at], teacher.config.vocab).float()
 
 
-# 4. loss --------------------------------------------------------------------------------------------------------------------------
+# 4. loss --------------------------------------------------------------------------------------------------------------
 
 def student_logits(student, tokens: Tensor, noisy: Tensor, P: int, layout: Layout, rows: Tensor, at: Tensor) -> Tensor:
-    """(N, V): the logits about positions `at` of `rows` in one pass over [clean text | noisy response], every block in its state.
+    """(N, V): the logits about positions `at` of `rows`, in one pass over [clean text | noisy response].
 
-    Logits about a slot stand `shift` before it: in the noisy stream if that lies in the slot's block, else in the clean one.
+    Logits about a slot stand `shift` before it: in the noisy stream if that is in its block, else in the clean one.
     """
     T, device = tokens.size(1), tokens.device
     position = torch.cat([torch.arange(T, device=device), torch.arange(P, T, device=device)])     # (T + R,)
@@ -211,7 +213,7 @@ def inverse_share(loss_at: Tensor, kept: Tensor, t: Tensor) -> Tensor:
     return loss_at / t.clamp(min=1e-6) / kept.sum(1, keepdim=True).clamp(min=1)
 
 
-# 5. step: one equation, and the dials that make the papers' methods of it ---------------------------------------------------------
+# 5. step: one equation, and the dials that make the papers' methods of it ---------------------------------------------
 
 TEXTS = {"student": student_text, "teacher": teacher_text, "data": data_text}
 STATES = {"visited": visited, "random": random, "prefix": prefix}
@@ -246,11 +248,12 @@ class Recipe:
 
     def __post_init__(self):
         if self.states is visited and self.text is not student_text:
-            raise ValueError("states=visited needs text=student: nobody denoised the other texts. Use states=random or prefix")
+            raise ValueError("states=visited needs text=student: nobody denoised the other texts; "
+                             "take states=random or states=prefix")
 
 
 def train_step(student, teacher, text: Text, P: int, u: Tensor, recipe: Recipe, optimizer) -> dict:
-    """One update on `text` (B, T), whose responses begin at P; `u` (B, T, 2) chooses the states. The record of the step."""
+    """One update on `text` (B, T), whose responses begin at P; `u` (B, T, 2) picks the states. The step's record."""
     tokens, response = text.tokens, text.kept[:, P:]                                     # (B, T), (B, R)
     masked = recipe.states(text.order[:, P:], response, u[:, P:], recipe.layout.block)   # (B, R)
     noisy = tokens[:, P:].masked_fill(masked, student.mask_id)                           # (B, R) x_t
@@ -264,32 +267,34 @@ def train_step(student, teacher, text: Text, P: int, u: Tensor, recipe: Recipe, 
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
-    said = target.gather(1, tokens[rows, slots + P][:, None]).log().mean()               # of the text, by the target
-    return {"loss": loss.item(), "kl": kl.mean().item(), "gen_nats": -said.item(), "masked": loss_at.sum().item() / response.sum().item(),
-            "len": response.sum().item() / len(tokens), "places": len(rows), "tokens": response.sum().item()}
+    said = -target.gather(1, tokens[rows, slots + P][:, None]).log().mean()          # nats of the text, where masked
+    count = int(response.sum())
+    return {"loss": loss.item(), "kl": kl.mean().item(), "gen_nats": said.item(), "masked": len(rows) / count,
+            "len": count / len(tokens), "places": len(rows), "tokens": count}
 
 
-def train(student, teacher, data: Callable, recipe: Recipe, optimizer, length: Callable, steps: range) -> Iterator[dict]:
-    """Roll out, then update; yields each step's record. `data(rows)` gives (B, T) tokens of training stories by their global numbers,
-    `length(step)` the longest response, in tokens."""
+def train(student, teacher, data: Callable, recipe: Recipe, optimizer, length: Callable, steps: range) -> Iterator:
+    """Roll out, then update; yields each step's record. `data(rows)` gives (B, T) tokens of training stories by their
+    global row numbers, `length(step)` the longest response, tokens."""
     for first in range(steps.start, steps.stop, recipe.updates):
         numbers = range(first * recipe.batch, (first + recipe.updates) * recipe.batch)
-        stories, T = data(numbers), data(numbers).size(1)
+        stories = data(numbers)                                                          # (B * updates, T)
         P = 1 + int(uniforms(recipe.seed, PROMPT, range(first, first + 1), (1,)) * recipe.prompt)
-        R = min(length(first), T - P)
-        u = uniforms(recipe.seed, ROLLOUT, numbers, (P + R, recipe.redraws)).to(stories.device)
-        text = recipe.text(student, teacher, stories, P, R, u, recipe)
-        u = uniforms(recipe.seed, STATE, numbers, (P + R, 2)).to(stories.device)
+        R = min(length(first), stories.size(1) - P)
+        draws = uniforms(recipe.seed, ROLLOUT, numbers, (P + R, recipe.redraws)).to(stories.device)
+        text = recipe.text(student, teacher, stories, P, R, draws, recipe)
+        picks = uniforms(recipe.seed, STATE, numbers, (P + R, 2)).to(stories.device)
         for i in range(min(recipe.updates, steps.stop - first)):
             part = slice(i * recipe.batch, (i + 1) * recipe.batch)
-            mine, numbers_u = trimmed(text, part, P, recipe.layout.block), u[part]
-            record = train_step(student, teacher, mine, P, numbers_u[:, :mine.tokens.size(1)], recipe, optimizer)
-            yield {"step": first + i + 1, **record, "forwards": text.forwards[part].sum().item(),
-                   "positions": text.positions[part].sum().item(), "length": mine.tokens.size(1)}
+            some = rows_of(text, part, P, recipe.layout.block)
+            record = train_step(student, teacher, some, P, picks[part, :some.tokens.size(1)], recipe, optimizer)
+            yield {"step": first + i + 1, **record, "forwards": int(some.forwards.sum()),
+                   "positions": int(some.positions.sum()), "length": some.tokens.size(1)}
 
 
-def trimmed(text: Text, part: slice, P: int, block: int) -> Text:
+def rows_of(text: Text, part: slice, P: int, block: int) -> Text:
     """These rows, cut behind the block in which the longest of them ends."""
     R = int(text.kept[part, P:].sum(1).max())
     T = min(P + R + -R % block, text.tokens.size(1))
-    return Text(text.tokens[part, :T], text.order[part, :T], text.kept[part, :T], text.forwards[part], text.positions[part])
+    return Text(text.tokens[part, :T], text.order[part, :T], text.kept[part, :T],
+                text.forwards[part], text.positions[part])

@@ -1,6 +1,6 @@
 """Text from a checkpoint.
 
-    python sample.py --prompt "Once upon a time"             denoised block by block, coloured by the step that revealed a token
+    python sample.py --prompt "Once upon a time"             block by block, coloured by the step that revealed a token
     python sample.py --mode=ar --prompt "Once upon a time"   the autoregressive model that it was made of
     python sample.py --reveal=static:1 --n 4                 another rule, four texts
 
@@ -28,8 +28,10 @@ from report.cli import option
 class Options:
     ckpt: str = option("out/tiny", "a run's folder, or a checkpoint's")
     prompt: str = option("", "text to go on from")
-    mode: str = option("diffusion", "diffusion: a block at a time; ar: a token at a time, by the AR model", ("diffusion", "ar"))
-    reveal: str | None = option(None, "which masks come off: static:COUNT, threshold:P, leftmost:P; none: the checkpoint's rule")
+    mode: str = option("diffusion", "diffusion: a block at a time; ar: a token at a time, by the AR model",
+                       ("diffusion", "ar"))
+    reveal: str | None = option(None, "which masks come off: static:COUNT, threshold:P, leftmost:P; "
+                                "none: the checkpoint's rule")
     temperature: float = option(1.0, "of the tokens drawn; 0 takes the likeliest")
     length: int | None = option(None, "longest response, tokens; none: what the model has room for")
     n: int = option(1, "texts")
@@ -63,21 +65,24 @@ def load(options: Options) -> tuple:
 def room(options: Options, prompt: int, context: int) -> int:
     """Tokens of the response."""
     if prompt >= context:
-        raise ValueError(f"the prompt has {prompt} tokens, its start counted, and the model {context} positions: shorten it")
+        raise ValueError(f"the prompt has {prompt} tokens, its start counted, and the model {context} positions: "
+                         "shorten it")
     if options.length and prompt + options.length > context:
-        raise ValueError(f"--length={options.length} and a prompt of {prompt} tokens are more than the model's {context} positions")
+        raise ValueError(f"--length={options.length} and a prompt of {prompt} tokens are more than the model's "
+                         f"{context} positions")
     return options.length or context - prompt
 
 
 def write(options: Options, net, layout: Layout, tok, rule, confidence: str) -> tuple[opdlm.Text, float]:
     """The texts, and the seconds they took."""
-    ids = [tok.eot, *tok.encode(options.prompt)]                     # a text begins behind an end-of-text, as in training
+    ids = [tok.eot, *tok.encode(options.prompt)]                   # a text begins behind an end-of-text, as in training
     length, device = room(options, len(ids), net.config.context), net.wte.weight.device
     redraws = layout.block if confidence == "drawn" else 1
     u = opdlm.uniforms(options.seed, 0, range(options.n), (len(ids) + length, redraws)).to(device)
     begun = time.perf_counter()
-    text = opdlm.rollout(Denoiser(net, layout), torch.tensor([ids] * options.n, device=device), length, rule, u, tok.eot,
-                         rules.CONFIDENCE[confidence], options.temperature)
+    prompt = torch.tensor([ids] * options.n, device=device)
+    text = opdlm.rollout(Denoiser(net, layout), prompt, length, rule, u, tok.eot, rules.CONFIDENCE[confidence],
+                         options.temperature)
     return text, time.perf_counter() - begun
 
 

@@ -1,8 +1,8 @@
 """The story world: short English stories that can be checked word by word, so that quality has an exact measure.
 
-A child brings a thing to a place and loses it; an animal that can reach it brings it back; the child goes home, or
-comes again. A story is seven sentences, 64 to 75 tokens, every word and punctuation mark being one. Its laws, in the
-order in which `check` looks for a break:
+A child brings a thing to a place and loses it; an animal that can reach it brings it back; the last sentence tells what
+becomes of child and place. A story is seven sentences, 60 to 75 tokens, every word and punctuation mark being one. Its
+laws, in the order in which `check` looks for a break:
 
     grammar   every sentence is one of the world's sentences
     plot      the events come in order, none is left out, and the thing is brought back from where it went
@@ -77,24 +77,24 @@ SENTENCES = {
                    "Soon the wind blew the {object} onto a thin branch."],
     "lose digger": ["But it fell down a dark hole by the wall.",
                     "Soon {he} dropped the {object} under a heavy rock."],
-    "cry": ["{name} sat down and cried.",
+    "cry": ["{He} sat down and cried.",
             "{He} felt very {mood}.",
             "Nobody was there to help {him}."],
     "meet": ["Just then, a {size} {animal} came by.",
              "A {size} {animal} heard {him} and stopped.",
              "Then {name} met a {size} {animal}."],
-    "find diver": ["The {diver} swam off and came back with the {colour} {object}.",
-                   "With one loud splash, the {diver} pulled out the {colour} {object}."],
-    "find flyer": ["The {flyer} flew up and returned holding the {colour} {object}.",
-                   "With two quick flaps, the {flyer} brought down the {colour} {object}."],
-    "find digger": ["The {digger} crawled inside and soon found the {colour} {object}.",
-                    "With its strong paws, the {digger} dug for the {colour} {object}."],
+    "find diver": ["The {diver} swam down and got the {colour} {object}.",
+                   "With one splash, the {diver} saved the {colour} {object}."],
+    "find flyer": ["The {flyer} flew up for the {colour} {object}.",
+                   "With two flaps, the {flyer} brought back the {colour} {object}."],
+    "find digger": ["The {digger} crawled inside and found the {colour} {object}.",
+                    "With its paws, the {digger} pulled out the {colour} {object}."],
     "thank": ["{He} hugged the {animal} and said thank you.",
-              "{name} gave the {animal} a {treat}.",
-              "They danced and were friends from now on."],
+              "{He} gave the {animal} a {treat}.",
+              "They danced and became good friends."],
     "end": ["In the end, {name} left the {place} with {his} {object}.",
-            "Then {name} ran home from the {place} and slept well.",
-            "After that, {name} came back to the {place} every week."],
+            "Then {name} ran home from the {place}.",
+            "After that, {name} loved the {place} even more."],
 }
 
 # 3. the plots: what went into the water is found by a diver, and so on ------------------------------------------------

@@ -1,10 +1,11 @@
 """What a sampler needs of a network: the logits at the slots of the block under work, each row's block its own.
 
-One forward does all that is due: it writes the finished text that the cache has not got yet (the prompt, or the block just
-finished) and denoises the block after it. So N tokens, one a step, cost at most N forwards: there is no commit of its own.
+One forward does all that is due: it writes the finished text that the cache has not got yet (the prompt, or the block
+just finished) and denoises the block after it. So N tokens, one a step, cost at most N forwards: there is no commit of
+its own.
 
-Letters: B rows, n of them with work left, K block, T positions, V vocabulary, W positions of one forward: the finished text to be
-written, then the block.
+Letters: B rows, n of them with work left, K block, T positions, V vocabulary, W positions of one forward: the finished
+text to be written, then the block.
 """
 import torch
 from torch import Tensor
@@ -20,26 +21,26 @@ class Denoiser:
         self.net, self.layout, self.mask_id = net, layout, net.mask_id
 
     def open(self, prompt: Tensor, end: Tensor) -> None:
-        """Begin with new rows. `prompt`, `end` (B,): the positions where a row's response begins and where it must stop."""
+        """Begin with new rows. `prompt`, `end` (B,): where a row's response begins and where it must stop."""
         weight, B = self.net.wte.weight, len(prompt)
         self.prompt, self.end = prompt, end
         self.cache = Cache(self.net.config, B, int(end.max()), weight)
-        self.rows = torch.arange(B, device=prompt.device)                                     # (n,) whose text the cache holds
-        self.written = torch.zeros_like(prompt)                                               # (B,) how much of it
-        self.logits = weight.new_zeros(B, self.layout.block, self.net.config.vocab)           # (B, K, V)
+        self.rows = torch.arange(B, device=prompt.device)                               # (n,) whose text is in the cache
+        self.written = torch.zeros_like(prompt)                                         # (B,) how much of it
+        self.logits = weight.new_zeros(B, self.layout.block, self.net.config.vocab)     # (B, K, V)
         self.forwards, self.positions = torch.zeros_like(prompt), torch.zeros_like(prompt)
 
     def __call__(self, tokens: Tensor, start: Tensor) -> Tensor:
-        """(B, K, V) logits about the slots start .. start + K - 1 of each row of `tokens` (B, T), valid where a mask stands.
+        """(B, K, V) logits about the slots start .. start + K - 1 of each row of `tokens` (B, T), valid under masks.
 
-        Logits that stand in finished text (a first slot's, if the layout shifts) are made once a block: nothing changes them.
-        A row without work, since no mask is left or none whose logits could have changed, costs nothing.
+        Logits that stand in finished text (a first slot's, if the layout shifts) are made once a block: nothing changes
+        them. A row without work, since no mask is left or none whose logits could have changed, costs nothing.
         """
-        slot = torch.arange(self.layout.block, device=tokens.device)                          # (K,)
-        here = start[:, None] + slot                                                          # (B, K)
+        slot = torch.arange(self.layout.block, device=tokens.device)                    # (K,)
+        here = start[:, None] + slot                                                    # (B, K)
         masked = (tokens.gather(1, here) == self.mask_id) & (here < self.end[:, None])
-        late = torch.where(masked.any(1), start - self.written, 0)                            # (B,) finished but not written
-        wanted = masked & ((slot >= self.layout.shift) | (late > 0)[:, None])                 # (B, K)
+        late = torch.where(masked.any(1), start - self.written, 0)                      # (B,) finished but not written
+        wanted = masked & ((slot >= self.layout.shift) | (late > 0)[:, None])           # (B, K)
         if wanted.any():
             self.drop(masked.any(1))
             r = self.rows
@@ -51,18 +52,18 @@ class Denoiser:
         """(N, V): one pass for the n rows `r`, read where `wanted` (n, K)."""
         shift, width = self.layout.shift, int(late.max())
         slot = torch.arange(here.size(1), device=here.device)
-        clean = self.written[r, None] + torch.arange(width, device=here.device)               # (n, width)
+        clean = self.written[r, None] + torch.arange(width, device=here.device)         # (n, width)
         # in a block of one slot, shifted, nobody reads or sees the slot itself: then AR text costs one position a token
-        noisy = here if (wanted & (slot >= shift)).any() else here[:, :0]                     # (n, K) or none
-        position = torch.cat([clean, noisy], 1)                                               # (n, W)
-        used = torch.cat([clean < (self.written[r] + late)[:, None],
-                          (noisy < self.end[r, None]) & wanted.any(1, keepdim=True)], 1)      # (n, W) the others are padding
+        noisy = here if (wanted & (slot >= shift)).any() else here[:, :0]               # (n, K) or none
+        position = torch.cat([clean, noisy], 1)                                         # (n, W)
+        finished = clean < (self.written[r] + late)[:, None]
+        used = torch.cat([finished, (noisy < self.end[r, None]) & wanted.any(1, keepdim=True)], 1)  # (n, W) else padding
         self.forwards[r] += used.any(1)
         self.positions[r] += used.sum(1)
         position = torch.where(used, position, 0)
         denoised = (torch.arange(position.size(1), device=here.device) >= width).expand_as(position)
         mask = cached(position, denoised, self.prompt[r], self.end[r], self.layout, int(position.max()) + 1)
-        place = torch.where(slot >= shift, width, late[:, None]) + slot - shift               # (n, K) where a slot's logits stand
+        place = torch.where(slot >= shift, width, late[:, None]) + slot - shift         # (n, K) where its logits stand
         read = (torch.arange(len(r), device=here.device)[:, None] * position.size(1) + place)[wanted]
         at = torch.where(used, position, self.cache.dump)
         return self.net(tokens.gather(1, position), mask, position, read, self.cache, at)

@@ -65,7 +65,8 @@ class Log:
             print(f"{name:8} {n:4}/{total} | {line}", flush=True)
             return
         if self.bar is None or n <= self.bar.n:
-            self.bar = tqdm(total=total, initial=n - 1, desc=name, bar_format="{desc} {n}/{total} |{bar:16}| {remaining} left{postfix}")
+            form = "{desc} {n}/{total} |{bar:16}| {remaining} left{postfix}"
+            self.bar = tqdm(total=total, initial=n - 1, desc=name, bar_format=form)
         self.bar.set_postfix_str(line, refresh=False)
         self.bar.update(n - self.bar.n)
         if n == total:

@@ -1,7 +1,8 @@
-"""GPT-2, with the attention mask as an argument, a [MASK] vector, and a KV cache that is written to instead of returned.
+"""GPT-2, with the attention mask as an argument, a [MASK] vector, and a KV cache that is written to, not returned.
 
-Differs from nanoGPT in four places only: `mask` (who may look at whom, model/masks.py), `position` (the two streams of a training
-pass share their positions), `read` (logits are made only where somebody looks at them), `cache`. Parameter names are GPT-2's.
+Differs from nanoGPT in four places only: `mask` (who may look at whom, model/masks.py), `position` (the two streams of
+a training pass share their positions), `read` (logits are made only where somebody looks at them), `cache`. Parameter
+names are GPT-2's.
 
 Letters: B rows, T positions of this forward, C width, H heads, D = C / H, V vocabulary, S cache slots, N places read.
 """
@@ -33,7 +34,7 @@ class Cache:
 
     def __init__(self, config: GPTConfig, rows: int, slots: int, like: Tensor):
         shape = (config.layers, rows, slots + 1, config.heads, config.width // config.heads)
-        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)                 # (layers, B, S+1, H, D)
+        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)           # (layers, B, S+1, H, D)
         self.dump = slots
 
     def write(self, layer: int, k: Tensor, v: Tensor, at: Tensor, upto: int) -> tuple[Tensor, Tensor]:
@@ -56,10 +57,10 @@ class Attention(nn.Module):
 
     def forward(self, x, mask, layer, cache, at):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.heads, C // self.heads).unbind(2)         # (B, T, H, D) each
+        q, k, v = self.c_attn(x).view(B, T, 3, self.heads, C // self.heads).unbind(2)   # (B, T, H, D) each
         if cache is not None:
-            k, v = cache.write(layer, k, v, at, mask.size(-1))                                # (B, S, H, D)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)                     # (B, H, T or S, D)
+            k, v = cache.write(layer, k, v, at, mask.size(-1))                          # (B, S, H, D)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)               # (B, H, T or S, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -93,7 +94,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.context, config.width)
         self.h = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.ln_f = nn.LayerNorm(config.width)
-        self.mask_vector = nn.Parameter(torch.zeros(config.width))                            # (C,) what stands under [MASK]
+        self.mask_vector = nn.Parameter(torch.zeros(config.width))                      # (C,) what stands under [MASK]
 
     @property
     def mask_id(self) -> int:
@@ -101,19 +102,19 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None, position: Tensor | None = None,
                 read: Tensor | None = None, cache: Cache | None = None, at: Tensor | None = None) -> Tensor:
-        """(N, V) logits at the places `read`, flat indices into the (B, T) of `tokens`; all B * T of them without `read`.
+        """(N, V) logits at the places `read`, flat indices into the (B, T) of `tokens`; without `read` at all B * T.
 
-        `mask`: bool, broadcast to (B, 1, T, T), or (B, 1, T, S) with a cache; none is causal. `position`: (T,) or (B, T).
+        `mask`: bool, broadcast to (B, 1, T, T), or (B, 1, T, S) with a cache; none is causal. `position`: (T,), (B, T).
         With `cache`, this forward's keys and values go to its slots `at` (B, T), and the first S slots are attended to.
         """
         if position is None:
             position = torch.arange(tokens.size(1), device=tokens.device)
-        x = self.embed(tokens) + self.wpe(position)                                           # (B, T, C)
+        x = self.embed(tokens) + self.wpe(position)                                     # (B, T, C)
         for layer, block in enumerate(self.h):
             x = block(x, mask, layer, cache, at)
-        x = x.flatten(0, 1)                                                                   # (B * T, C)
-        x = x if read is None else x[read]                                                    # (N, C)
-        return F.linear(self.ln_f(x), self.wte.weight)                                        # (N, V)
+        x = x.flatten(0, 1)                                                             # (B * T, C)
+        x = x if read is None else x[read]                                              # (N, C)
+        return F.linear(self.ln_f(x), self.wte.weight)                                  # (N, V)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(B, T, C): a token's row of the table, or the [MASK] vector."""

@@ -1,6 +1,7 @@
 """Checkpoints, in and out: a folder of config.json and model.safetensors. Never pickle.
 
-A student's [MASK] vector stands in a file of its own, mask.safetensors, and its config says how it is wired, under "student".
+A student's [MASK] vector stands in a file of its own, mask.safetensors, and its config says how it is wired, under
+"student".
 """
 import json
 import os

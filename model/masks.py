@@ -1,11 +1,9 @@
 """Who may look at whom. Every mask is a bool tensor of queries by keys; True means "may look".
 
-Two integers say what an AR model and a block diffusion model differ in (paper section 4; DESIGN calls them context and align):
-the size of the blocks in which finished text attends to itself, and how far before a slot its logits stand. A causal mask is the
-block-causal mask of block 1, so an AR model is the layout with block 1 and shift 1, and to convert it is to change an integer.
-
-Letters: B rows, T positions (prompt and response), P prompt, R = T - P response, K block, W positions of one forward, S cache slots.
-"""
+Two integers say what an AR and a block diffusion model differ in (paper section 4; DESIGN: context and align): the size
+of the blocks in which finished text attends to itself, and how far before a slot its logits stand. A causal mask is the
+block-causal mask of block 1: an AR model is the layout of block 1 and shift 1; to convert it is to change an integer.
+Letters: B rows, T positions, P prompt, R = T - P response, K block, W positions of one forward, S cache slots."""
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +14,9 @@ ALIGN = {"ar": 1, "paper": 0}
 
 @dataclass(frozen=True)
 class Layout:
-    """How a student is wired. Sampler and trainer take the same one, so that a training state is a state the sampler visits."""
+    """How a student is wired; one for sampler and trainer, so that a training state is a state the sampler visits."""
     block: int = 4          # K, tokens denoised together
-    clean_block: int = 1    # finished text attends to itself in blocks of this size: 1 is causal, K is the paper's
+    clean_block: int = 1    # finished text attends to itself in blocks of this size: 1 is causal, K the paper's
     shift: int = 1          # the logits at position i - shift are about token i: 1 is the AR's way, 0 the paper's
 
     @classmethod
@@ -26,44 +24,37 @@ class Layout:
         return cls(block, {"causal": 1, "block": block}[context], ALIGN[align])
 
 
-AR = Layout(block=1)         # the autoregressive model is a layout like any other
+AR = Layout(block=1)        # the autoregressive model is a layout like any other
 
 
 def block_of(position, prompt, block):
-    """Blocks are counted from the end of the prompt: the response has 0, 1, 2, ..., the prompt, read backwards, -1, -2, ..."""
+    """Blocks are counted from the prompt's end: the response has 0, 1, ..., the prompt, read backwards, -1, -2, ..."""
     return (position - prompt) // block
 
 
-def causal(length: int, device=None) -> Tensor:
-    """(T, T): the AR model's mask."""
-    return clean(length, 0, 1, device)
-
-
 def clean(length: int, prompt: int, block: int, device=None) -> Tensor:
-    """(T, T): finished text, both ways within a block, and causal between blocks."""
+    """(T, T): finished text, both ways within a block and causal between blocks; block 1: the AR model's mask."""
     blocks = block_of(torch.arange(length, device=device), prompt, block)
     return blocks[None, :] <= blocks[:, None]
 
 
 def two_stream(length: int, prompt: int, layout: Layout, device=None) -> Tensor:
-    """(T+R, T+R): the training pass over [clean text | noisy response] (BD3LM's mask, paper section 4).
-
-    Clean text never sees the noisy stream. A noisy block sees itself, both ways, and the clean text before it: what a sampler
-    sees that has written the earlier blocks and is at work on this one.
-    """
-    slots = block_of(torch.arange(prompt, length, device=device), prompt, layout.block)       # (R,)
-    keys = block_of(torch.arange(length, device=device), prompt, layout.block)                # (T,)
-    to_clean, to_noisy = keys[None, :] < slots[:, None], slots[None, :] == slots[:, None]     # (R, T), (R, R)
-    text = clean(length, prompt, layout.clean_block, device)                                  # (T, T)
-    blind = torch.zeros(length, length - prompt, dtype=torch.bool, device=device)             # (T, R)
+    """(T+R, T+R): the training pass over [clean text | noisy response] (BD3LM's mask, paper section 4). Clean text
+    never sees the noisy stream. A noisy block sees itself, both ways, and the clean text before it: what a sampler sees
+    that has written the earlier blocks and is at work on this one."""
+    keys = block_of(torch.arange(length, device=device), prompt, layout.block)          # (T,)
+    slots = keys[prompt:]                                                               # (R,)
+    to_clean, to_noisy = keys[None, :] < slots[:, None], slots[None, :] == slots[:, None]
+    text = clean(length, prompt, layout.clean_block, device)                            # (T, T)
+    blind = torch.zeros(length, length - prompt, dtype=torch.bool, device=device)       # (T, R)
     return torch.cat([torch.cat([text, blind], 1), torch.cat([to_clean, to_noisy], 1)], 0)
 
 
 def cached(position: Tensor, noisy: Tensor, prompt: Tensor, end: Tensor, layout: Layout, slots: int) -> Tensor:
-    """(B, 1, W, S): one forward of the sampler. `position`, `noisy` (B, W): where each query stands and whether it is denoised;
-    `prompt`, `end` (B,): where a row's response begins and must stop. Cache slot s holds the token at position s."""
+    """(B, 1, W, S): one forward of the sampler. `position`, `noisy` (B, W): where a query stands, and is it denoised;
+    `prompt`, `end` (B,): where a response begins and must stop. Cache slot s holds the token at position s."""
     key = torch.arange(slots, device=position.device)
-    block = torch.where(noisy, layout.block, layout.clean_block)[..., None]                   # (B, W, 1)
+    block = torch.where(noisy, layout.block, layout.clean_block)[..., None]             # (B, W, 1)
     prompt = prompt[:, None, None]
-    sees = block_of(key, prompt, block) <= block_of(position[..., None], prompt, block)       # (B, W, S)
-    return (sees & (key < end[:, None, None]))[:, None]
+    sees = block_of(key, prompt, block) <= block_of(position[..., None], prompt, block)
+    return (sees & (key < end[:, None, None]))[:, None]                                 # (B, 1, W, S)

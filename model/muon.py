@@ -2,6 +2,8 @@
 
 Float32, since `torch.optim.Muon` (torch 2.9 and later) works in bf16, which crawls on CPUs that lack it.
 """
+import math
+
 import torch
 from torch import Tensor
 
@@ -18,14 +20,15 @@ def orthogonal(g: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Two groups of parameters: the blocks' matrices at `lr`, and embeddings, biases and norms by AdamW at `lr * adam`."""
+    """Two groups of parameters: the blocks' matrices at `lr`, and embeddings, biases and norms by AdamW at
+    `lr * adam`."""
 
     def __init__(self, net, lr: float = 0.02, momentum: float = 0.95, adam: float = 0.15, betas=(0.9, 0.95), eps=1e-10):
         matrices = [p for name, p in net.named_parameters() if p.dim() == 2 and ".h." in f".{name}"]
         chosen = {id(p) for p in matrices}
         others = [p for p in net.parameters() if id(p) not in chosen]
-        super().__init__([{"params": matrices, "lr": lr, "muon": True}, {"params": others, "lr": lr * adam, "muon": False}],
-                         {"momentum": momentum, "betas": betas, "eps": eps})
+        groups = [{"params": matrices, "lr": lr, "muon": True}, {"params": others, "lr": lr * adam, "muon": False}]
+        super().__init__(groups, {"momentum": momentum, "betas": betas, "eps": eps})
 
     @torch.no_grad()
     def step(self) -> None:
@@ -61,3 +64,18 @@ class Muon(torch.optim.Optimizer):
             n = state["step"].item()
             scale = (state["square"] / (1 - b2 ** n)).sqrt_().add_(group["eps"])
             p.addcdiv_(state["mean"], scale, value=-group["lr"] / (1 - b1 ** n))
+
+
+SHAPES = {"linear": lambda done: min(1.0, 2 * (1 - done)),
+          "cosine": lambda done: 0.55 + 0.45 * math.cos(math.pi * done)}
+
+
+def schedule(optimizer, shape: str, steps: int, warmup: int = 10):
+    """A function that sets the learning rates of a step: a linear warm-up to their peaks, which are today's, then
+    `shape`: linear to 0 over the second half, or a cosine to a tenth."""
+    peaks = [group["lr"] for group in optimizer.param_groups]
+
+    def set_rates(step: int) -> None:
+        for group, peak in zip(optimizer.param_groups, peaks):
+            group["lr"] = peak * min(1.0, (step + 1) / warmup) * SHAPES[shape](step / steps)
+    return set_rates

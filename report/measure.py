@@ -19,7 +19,7 @@ from torch import Tensor
 
 import opdlm
 from model.denoiser import Denoiser
-from model.masks import AR, Layout
+from model.masks import Layout
 
 
 def held_out(stream: np.ndarray, starts: np.ndarray, count: int, length: int) -> list[Tensor]:
@@ -43,9 +43,9 @@ def story_nats(net, stories: list[Tensor], layout: Layout, eot: int, batch: int 
     nats = torch.zeros(len(stories))
     for i in range(0, len(order), batch):
         part = order[i:i + batch]
-        tokens = padded([stories[k] for k in part], eot).to(device)                      # (B, T)
+        tokens = padded([stories[k] for k in part], eot).to(device)                     # (B, T)
         length = torch.tensor([len(stories[k]) for k in part], device=device)
-        slot = torch.arange(1, tokens.size(1), device=device)                            # (R,) positions of the response
+        slot = torch.arange(1, tokens.size(1), device=device)                           # (R,) positions of the response
         for j in range(layout.block):
             index = (slot - 1) % layout.block
             noisy = tokens[:, 1:].masked_fill(index >= j, net.mask_id)
@@ -58,13 +58,14 @@ def story_nats(net, stories: list[Tensor], layout: Layout, eot: int, batch: int 
 
 
 def likelihood(net, stories: list[Tensor], layout: Layout, tokenizer) -> dict:
-    """val_nats and bits_per_byte. The bytes are those of the tokens scored; ending a story counts as a token, not as a byte."""
+    """val_nats and bits_per_byte. The bytes are those of the tokens scored; ending a story is a token, not a byte."""
     nats = story_nats(net, stories, layout, tokenizer.eot).sum().item()
     size = sum(len(tokenizer.decode(s.tolist()).encode()) for s in stories)
     return {"val_nats": nats / sum(len(s) - 1 for s in stories), "bits_per_byte": nats / math.log(2) / size}
 
 
-def generate(net, stories: list[Tensor], layout: Layout, rule, eot: int, length: int, seed: int, batch: int = 128, **how) -> list:
+def generate(net, stories: list[Tensor], layout: Layout, rule, eot: int, length: int, seed: int, batch: int = 128,
+             **how) -> list:
     """Texts that go on from the first 1 to 8 tokens of `stories`, batch by batch, and the seconds they took."""
     texts, begun = [], time.perf_counter()
     for i in range(0, len(stories), batch):
@@ -98,7 +99,8 @@ def generated(teacher, texts: list, seconds: float, tokenizer, check: Callable |
 
 def finished(texts: list, eot: int) -> list[list[int]]:
     """The ids, prompt included, of the texts that reached an end-of-text."""
-    rows = [(row[:n], row[keep]) for text, lens in texts for row, keep, n in zip(text.tokens.cpu(), text.kept.cpu(), lens)]
+    rows = [(row[:n], row[keep]) for text, lens in texts
+            for row, keep, n in zip(text.tokens.cpu(), text.kept.cpu(), lens)]
     return [torch.cat(row).tolist() for row in rows if row[1][-1] == eot]
 
 
@@ -113,7 +115,7 @@ def nats_of(teacher, text: opdlm.Text) -> float:
 # Useful arithmetic ---------------------------------------------------------------------------------------------------
 
 def body_flops(config, keys: float) -> float:
-    """FLOPs of one position forward through the blocks, attending to `keys` positions; a multiplication with addition is 2."""
+    """FLOPs of one position forward through the blocks, attending to `keys` positions; a multiply-add is 2."""
     return config.layers * (24 * config.width ** 2 + 4 * keys * config.width)
 
 
@@ -123,8 +125,8 @@ def head_flops(config) -> float:
 
 
 def distill_flops(config, record: dict) -> float:
-    """What a distillation step must compute at least: for each kept token one position of rollout and of teacher, and the two
-    streams of the student, forward and backward (3 forwards); the head once a token, and where there is a loss."""
+    """What a distillation step must compute at least: for each kept token one position of rollout and of teacher, and
+    the two streams of the student, forward and backward (3 forwards); the head once a token, and where there is a loss."""
     body = body_flops(config, record["len"] / 2) * (1 + 1 + 2 * 3)
     return body * record["tokens"] + head_flops(config) * (record["tokens"] + (1 + 3) * record["places"])
 
@@ -138,3 +140,16 @@ def matmul_rate(device, size: int = 1024) -> float:
         return time.perf_counter() - begun
     seconds()
     return 2 * size ** 3 / sorted(seconds() for _ in range(5))[2]
+
+
+ROWS = ("val_nats", "bits_per_byte", "gen_nats", "valid", "distinct2", "entropy", "tok_per_fwd", "positions_per_tok",
+        "tok_s")
+
+
+def table(numbers: dict[str, dict]) -> str:
+    """A column a model, a row a number."""
+    lines = [" " * 18 + "".join(f"{name:>10}" for name in numbers)]
+    for row in (row for row in ROWS if all(row in column for column in numbers.values())):
+        digits = 0 if row == "tok_s" else 3
+        lines.append(f"{row:18}" + "".join(f"{column[row]:10.{digits}f}" for column in numbers.values()))
+    return "\n".join(lines)

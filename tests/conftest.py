@@ -1,4 +1,4 @@
-"""One thread: the tests are small, and on few cores threads that wait for each other take longer than one that works."""
+"""One thread: the tests are small, and on few cores threads that wait for each other take longer than one does."""
 import pytest
 import torch
 

@@ -13,7 +13,8 @@ from model.denoiser import Denoiser
 from model.masks import AR, Layout
 
 EOT = 10
-LAYOUTS = [Layout(block, clean, shift) for block in (1, 2, 3, 4, 18) for clean in sorted({1, block}) for shift in (0, 1)]
+LAYOUTS = [Layout(block, clean, shift)
+           for block in (1, 2, 3, 4, 18) for clean in sorted({1, block}) for shift in (0, 1)]
 
 
 class Spy(Denoiser):
@@ -173,7 +174,7 @@ def test_an_end_of_text_stops_its_row_inside_the_block(tiny):
     assert len(inside) > 5
     for row, last in inside:
         assert (text.tokens[row, last:] == EOT).all() and not text.kept[row, last + 1:].any()
-        assert (text.order[row, last + 1:] != text.order[row, last] + 1).all()            # no step after the one that ended it
+        assert (text.order[row, last + 1:] != text.order[row, last] + 1).all()     # no step after the one that ended it
 
 
 def test_uniforms_know_their_row_only():
@@ -203,10 +204,11 @@ def shares(states, order, kept, block, rows=20_000):
 
 def test_visited_draws_each_state_that_has_a_loss():
     order, kept = torch.tensor([[0, 2, 1, 1]]), torch.tensor([[True] * 4])
-    assert shares(opdlm.visited, order, kept, 4) == pytest.approx({(0, 1, 2, 3): 1 / 3, (1, 2, 3): 1 / 3, (1,): 1 / 3}, abs=0.02)
+    thirds = {(0, 1, 2, 3): 1 / 3, (1, 2, 3): 1 / 3, (1,): 1 / 3}
+    assert shares(opdlm.visited, order, kept, 4) == pytest.approx(thirds, abs=0.02)
     kept = torch.tensor([[True, False, False, False]])
     assert shares(opdlm.visited, order, kept, 4) == {(0, 1, 2, 3): 1.0}
-    order = torch.tensor([[0, 4, 4, 4, -1, -1]])                                          # stopped at slot 0: the others never came
+    order = torch.tensor([[0, 4, 4, 4, -1, -1]])                              # stopped at slot 0: the others never came
     assert shares(opdlm.visited, order, torch.tensor([[True] + [False] * 5]), 4) == {(0, 1, 2, 3): 1.0}
 
 
@@ -304,7 +306,8 @@ def run(tiny, steps=10, recipe=recipe(), lr=0.01, seed=0):
     teacher = tiny(seed=seed)
     student = copy.deepcopy(teacher)
     optimizer = torch.optim.SGD(student.parameters(), lr)
-    return list(opdlm.train(student, teacher, stories, recipe, optimizer, lambda step: 18, range(steps))), student, teacher
+    records = list(opdlm.train(student, teacher, stories, recipe, optimizer, lambda step: 18, range(steps)))
+    return records, student, teacher
 
 
 def test_rows_can_be_parted(tiny):
@@ -361,7 +364,7 @@ GOLDEN = {}
 
 @pytest.mark.parametrize("method", GOLDEN)
 def test_golden_losses(tiny, method):
-    """The first ten losses in float64. A change of maths changes them and says so; a change of anything else doesn't."""
+    """The first ten losses in float64. A change of maths changes them and says so; any other change doesn't."""
     assert [r["loss"] for r in run(tiny, 10, recipe(method))[0]] == pytest.approx(GOLDEN[method], rel=1e-5)
 
 
