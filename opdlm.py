@@ -148,8 +148,8 @@ def visited(order: Tensor, kept: Tensor, u: Tensor, block: int) -> Tensor:
 
 
 def random(order: Tensor, kept: Tensor, u: Tensor, block: int) -> Tensor:
-    """n random slots, n uniform over 1 .. K. Weighted by K / n this is, exactly and with less noise, the bound of masked
-    diffusion that draws t uniformly, masks each slot with probability t and weights it by 1 / t."""
+    """n random slots, n uniform over 1 .. K. Weighted by K / n this is, exactly and with less noise, masked diffusion's
+    bound, which draws t uniformly, masks each slot with probability t and weights it by 1 / t."""
     real, number = in_blocks(torch.ones_like(kept), block, False), in_blocks(u, block, 0.0)
     n = 1 + (number[:, :, :1, 0] * real.sum(-1, keepdim=True)).long()                    # (B, blocks, 1)
     rank = number[..., 1].masked_fill(~real, 2.0).argsort(-1).argsort(-1)                # (B, blocks, K)
@@ -245,6 +245,7 @@ class Recipe:
     updates: int = 1                            # updates per rollout (paper: 16)
     prompt: int = 16                            # longest prompt, tokens; a batch's is drawn from 1 .. this
     seed: int = 0
+    show: Callable = repr                       # ids as text, for a debugger: p recipe.show(noisy[0])
 
     def __post_init__(self):
         if self.states is visited and self.text is not student_text:
@@ -269,8 +270,8 @@ def train_step(student, teacher, text: Text, P: int, u: Tensor, recipe: Recipe, 
     optimizer.step()
     said = -target.gather(1, tokens[rows, slots + P][:, None]).log().mean()          # nats of the text, where masked
     count = int(response.sum())
-    return {"loss": loss.item(), "kl": kl.mean().item(), "gen_nats": said.item(), "masked": len(rows) / count,
-            "len": count / len(tokens), "places": len(rows), "tokens": count}
+    return {"loss": loss.item(), "kl": kl.mean().item(), "gen_nats": said.item(), "tokens": count, "places": len(rows),
+            "masked": len(rows) / count, "len": count / len(tokens)}
 
 
 def train(student, teacher, data: Callable, recipe: Recipe, optimizer, length: Callable, steps: range) -> Iterator:

@@ -14,7 +14,9 @@ import math
 import os
 import sys
 import time
+import zlib
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -46,8 +48,8 @@ class Options:
     context: str = option("causal", "finished text attends to itself causally, or both ways in blocks (paper: block)",
                           ("causal", "block"))
     reveal: str = option("leftmost:0.9", "which masks come off: static:COUNT, threshold:P (paper: 0.9), leftmost:P")
-    confidence: str = option("largest", "of a slot: the largest probability, or that of the token drawn, anew each step "
-                             "(paper)", tuple(rules.CONFIDENCE))
+    confidence: str = option("largest", "of a slot: the largest probability, or that of the token drawn, which is "
+                             "drawn anew each step (paper)", tuple(rules.CONFIDENCE))
     text: str = option("student", "who wrote the text to learn from (paper: student)", tuple(opdlm.TEXTS))
     states: str = option("visited", "half-written states to learn on (paper: visited)", tuple(opdlm.STATES))
     target: str = option("teacher", "under a mask: the teacher's view (paper), or the text", tuple(opdlm.TARGETS))
@@ -73,14 +75,15 @@ class Options:
 
 # All of the paper's choices (arXiv 2606.06712, sections 4 and B) but the learning rate, 1e-5, which is for its sizes.
 # Where its release differs: the length ramp is a cosine over 100 rollouts, as here, the paper says linear over 10; the
-# release leaves the end-of-text itself out of the loss, the paper and we do not; at 4B and 8B the release sums the KL over
-# the teacher's 16 likeliest tokens, the paper and we over all; its sampler and trainer part a text into different blocks.
+# release leaves the end-of-text itself out of the loss, the paper and we do not; at 4B and 8B it sums the KL over the
+# teacher's 16 likeliest tokens, the paper and we over all; its sampler and its trainer part a text into other blocks.
 PAPER = {"block": 4, "align": "paper", "context": "block", "reveal": "threshold:0.9", "confidence": "drawn",
          "text": "student", "states": "visited", "target": "teacher", "weight": "mean", "updates": 16, "ramp": 1600,
          "optimizer": "adamw", "schedule": "cosine"}
 SIZES = {"toy": {"pretrain_steps": 260, "distill_steps": 80, "layers": 4, "width": 128, "length": 96},
          "text": {"pretrain_steps": 600, "distill_steps": 120, "layers": 6, "width": 192, "length": 256}}
-EVERY = 20          # updates between two saves, and between two looks at the held-out text
+EVERY = 20                      # updates between two saves, and between two looks at the held-out text
+STATE = "state.safetensors"     # what a conversion needs to go on
 
 
 def settled(options: Options, corpus: Corpus) -> Options:
@@ -101,52 +104,50 @@ def settled(options: Options, corpus: Corpus) -> Options:
 
 # 1. the AR model ------------------------------------------------------------------------------------------------------
 
-def ar_model(options: Options, corpus: Corpus, device, log: Log) -> GPT:
-    """The teacher: the one of --init, the one that a former run with these settings left in --out, or a new one."""
+def ar_model(options: Options, corpus: Corpus, device) -> tuple[GPT, dict | None]:
+    """The teacher: that of --init, or one that a former run with the same settings left in --out; or a new network, and
+    the settings under which it is still to be trained."""
     if options.init != "scratch":
-        return hub.load(Path(options.init))[0].to(device)
-    settings = {name: getattr(options, name) for name in ("data", "pretrain_steps", "layers", "width", "length")}
-    settings |= {"seed": options.seed, "vocab": corpus.tokenizer.vocab_size, "tokens": len(corpus.train)}
+        return hub.load(Path(options.init))[0].to(device), None
+    settings = {name: getattr(options, name) for name in ("data", "pretrain_steps", "layers", "width", "length", "seed")}
+    settings |= {"tokens": len(corpus.train), "tokenizer": zlib.crc32(corpus.tokenizer.to_json().encode())}
     folder = Path(options.out, "ar")
     if (folder / "config.json").exists() and hub.read_config(folder).get("trained") == settings:
         print(f"the AR model in {folder} was trained with these settings: it is used again")
-        return hub.load(folder)[0].to(device)
+        return hub.load(folder)[0].to(device), None
     config = GPTConfig(corpus.tokenizer.vocab_size, options.length, options.layers, options.width // 32, options.width)
-    net = GPT(config).init_weights(torch.Generator().manual_seed(options.seed)).to(device)
-    compiled(net, options.compile)
-    pretrain(net, corpus, options, log)
-    hub.save(folder, net, corpus.tokenizer, trained=settings)
-    return net
-
-
-def compiled(net: GPT, wanted: bool) -> None:
-    for block in net.h if wanted else ():
-        block.compile()
+    return GPT(config).init_weights(torch.Generator().manual_seed(options.seed)).to(device), settings
 
 
 def pretrain(net: GPT, corpus: Corpus, options: Options, log: Log) -> None:
     """Next-token prediction, in full. A window holds several stories: each sees itself alone, from position 0."""
     T, eot, rows = options.length, corpus.tokenizer.eot, max(1, 8192 // options.length)
     device, optimizer, starts = net.wte.weight.device, Muon(net), tinystories.stories(corpus.train, eot)
-    place = torch.arange(T, device=device)
     rate = schedule(optimizer, "linear", options.pretrain_steps)
     for step in range(options.pretrain_steps):
         begun = time.perf_counter()
         rate(step)
         window = draw(corpus, starts, range(step * rows, (step + 1) * rows), T + 1, options.seed).to(device)
         tokens, following = window[:, :-1], window[:, 1:]                               # (B, T)
-        begin = torch.where(tokens == eot, place, 0).cummax(1).values                   # (B, T) where its story begins
-        mask = (begin[:, :, None] == begin[:, None, :]) & (place[:, None] >= place)     # (B, T, T)
-        loss = F.cross_entropy(net(tokens, mask[:, None], place - begin), following.flatten())
+        mask, position = apart(tokens, eot)
+        loss = F.cross_entropy(net(tokens, mask, position), following.flatten())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         seconds, count = time.perf_counter() - begun, tokens.numel()
-        keys = (place - begin).float().mean().item() + 1
+        keys = position.float().mean().item() + 1
         work = 3 * count * (measure.body_flops(net.config, keys) + measure.head_flops(net.config))
         log.step({"phase": "pretrain", "step": step + 1, "tokens": (step + 1) * count, "loss": loss.item(),
                   "seconds": seconds, "flops": work}, options.pretrain_steps,
                  f"loss {loss.item():.3f} nats | {count / seconds / 1e3:.1f}k tok/s | {seconds * 1e3:.0f} ms")
+
+
+def apart(tokens: Tensor, eot: int) -> tuple[Tensor, Tensor]:
+    """Mask (B, 1, T, T) and positions (B, T) that keep a window's stories apart; each begins with an end-of-text."""
+    place = torch.arange(tokens.size(1), device=tokens.device)
+    begin = torch.where(tokens == eot, place, 0).cummax(1).values                       # (B, T) where its story begins
+    mask = (begin[:, :, None] == begin[:, None, :]) & (place[:, None] >= place)
+    return mask[:, None], place - begin
 
 
 def draw(corpus: Corpus, starts, numbers: range, length: int, seed: int) -> Tensor:
@@ -160,14 +161,14 @@ DATA = 4            # the stream of uniform numbers that picks the training text
 
 # 2. the conversion ----------------------------------------------------------------------------------------------------
 
-def recipe_of(options: Options, eot: int) -> opdlm.Recipe:
+def recipe_of(options: Options, eot: int, show=repr) -> opdlm.Recipe:
     """The dials as values."""
     layout = Layout.of(options.block, options.align, options.context)
     dials = (opdlm.TEXTS[options.text], opdlm.STATES[options.states], opdlm.TARGETS[options.target],
              opdlm.WEIGHTS[options.weight])
     return opdlm.Recipe(*dials, layout, eot, rules.parse(options.reveal), rules.CONFIDENCE[options.confidence],
                         redraws=layout.block if options.confidence == "drawn" else 1, batch=options.batch,
-                        updates=options.updates, seed=options.seed)
+                        updates=options.updates, seed=options.seed, show=show)
 
 
 def optimizer_of(student: GPT, options: Options) -> torch.optim.Optimizer:
@@ -176,13 +177,12 @@ def optimizer_of(student: GPT, options: Options) -> torch.optim.Optimizer:
     return torch.optim.AdamW(student.parameters(), options.lr or 1e-3, weight_decay=0.0)
 
 
-def distil(student: GPT, teacher: GPT, corpus: Corpus, recipe: opdlm.Recipe, options: Options, log: Log) -> int:
+def distil(student, teacher, corpus: Corpus, recipe: opdlm.Recipe, options: Options, log: Log, held: list) -> int:
     """Drive `opdlm.train`: data, length, learning rate, log, and the state to resume from. The tokens trained on."""
     starts, total = tinystories.stories(corpus.train, corpus.tokenizer.eot), options.distill_steps
-    optimizer, state = optimizer_of(student, options), Path(options.out, "state.safetensors")
+    optimizer, state = optimizer_of(student, options), Path(options.out, STATE)
     rate, device = schedule(optimizer, options.schedule, total), student.wte.weight.device
     done, tokens = load_state(state, student, optimizer) if options.resume else (0, 0)
-    few = measure.held_out(corpus.val, tinystories.stories(corpus.val, corpus.tokenizer.eot), 64, options.length)
 
     def data(numbers):
         return draw(corpus, starts, numbers, options.length, options.seed).to(device)
@@ -202,7 +202,7 @@ def distil(student: GPT, teacher: GPT, corpus: Corpus, recipe: opdlm.Recipe, opt
                  f"{seconds * 1e3:.0f} ms")
         if step % max(EVERY, recipe.updates) == 0 or step == total:
             save_state(state, student, optimizer, step, tokens)
-            numbers = measure.likelihood(student, few, recipe.layout, corpus.tokenizer)
+            numbers = measure.likelihood(student, held[:64], recipe.layout, corpus.tokenizer)
             log.write({"phase": "eval", "of": "student", "tokens": tokens, **numbers})
         rate(step)
         begun = time.perf_counter()
@@ -210,19 +210,6 @@ def distil(student: GPT, teacher: GPT, corpus: Corpus, recipe: opdlm.Recipe, opt
 
 
 # 3. the comparison ----------------------------------------------------------------------------------------------------
-
-def evaluate(net: GPT, teacher: GPT, layout: Layout, rule, corpus: Corpus, options: Options, **how) -> tuple:
-    """All the numbers of a model, and the trace of its first story."""
-    tok, starts = corpus.tokenizer, tinystories.stories(corpus.val, corpus.tokenizer.eot)
-    check, count = (toy.check, 512) if corpus.name == "toy" else (None, 128)
-    stories = measure.held_out(corpus.val, starts, count, options.length)
-    texts, seconds = measure.generate(net, stories, layout, rule, tok.eot, options.length, options.seed, **how)
-    numbers = measure.likelihood(net, stories, layout, tok) | measure.generated(teacher, texts, seconds, tok, check)
-    text, lens = texts[0]
-    kept, prompt = text.kept[0].cpu(), tok.decode(text.tokens[0, :lens[0]].tolist())
-    pieces, order = tok.pieces(text.tokens[0].cpu()[kept].tolist()), text.order[0].cpu()[kept].tolist()
-    return numbers, trace.from_order(prompt, pieces, order, layout.block)
-
 
 def report(out: Path, numbers: dict, stories: dict) -> None:
     """The table and the stories on the terminal; summary.json and the pictures in the run's folder."""
@@ -246,21 +233,35 @@ def main(argv: list[str]) -> None:
     own = None if options.init == "scratch" else tokenizer.load(options.init)
     corpus = open_corpus(options.data, options.val_data, options.vocab, own)
     options = settled(options, corpus)
-    out, recipe = writable(Path(options.out)), recipe_of(options, corpus.tokenizer.eot)
-    header = {"config": asdict(options), **facts(device), "matmul_flops": measure.matmul_rate(device)}
+    out = writable(Path(options.out))
+    if options.resume and not (out / STATE).exists():
+        raise ValueError(f"there is nothing to resume in {out}: it has no {STATE}; run without --resume")
+    recipe = recipe_of(options, corpus.tokenizer.eot, partial(trace.show, corpus.tokenizer))
+    teacher, untrained = ar_model(options, corpus, device)
+    header = {"config": asdict(options), **facts(device), "matmul_flops": measure.matmul_rate(device),
+              "parameters": sum(p.numel() for p in teacher.parameters())}
     log = Log(out / "log.jsonl", header, options.resume)
-    teacher = ar_model(options, corpus, device, log).requires_grad_(False)
+    for block in teacher.h if options.compile else ():
+        block.compile()
+    if untrained:
+        pretrain(teacher, corpus, options, log)
+        hub.save(out / "ar", teacher, corpus.tokenizer, trained=untrained)
+    teacher.requires_grad_(False)
     student = copy.deepcopy(teacher).init_mask().requires_grad_(True)
     how = {"confidence": recipe.confidence, "redraws": recipe.redraws}
-    numbers, stories, tokens = {}, {}, 0
+    check, count = (toy.check, 512) if corpus.name == "toy" else (None, 128)
+    held = measure.held_out(corpus.val, tinystories.stories(corpus.val, recipe.eot), count, options.length)
+    numbers, stories, tokens = {}, {}, options.pretrain_steps * (8192 // options.length) * options.length
 
     def look(name, net, layout, rule, **how):
-        numbers[name], stories[name] = evaluate(net, teacher, layout, rule, corpus, options, **how)
+        numbers[name], stories[name] = measure.evaluate(
+            net, teacher, layout, rule, held, corpus.tokenizer, options.length, options.seed, check, **how)
         log.write({"phase": "eval", "of": "ar" if name == "ar" else "student", "tokens": tokens, **numbers[name]})
 
     look("ar", teacher, AR, rules.parse("static:1"))
+    tokens = 0
     look("before", student, recipe.layout, recipe.rule, **how)
-    tokens = distil(student, teacher, corpus, recipe, options, log)
+    tokens = distil(student, teacher, corpus, recipe, options, log, held)
     said = {"reveal": options.reveal, "confidence": options.confidence}
     hub.save(out / "opdlm", student, corpus.tokenizer, recipe.layout, **said)
     look("after", student, recipe.layout, recipe.rule, **how)

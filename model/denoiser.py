@@ -25,7 +25,7 @@ class Denoiser:
         weight, B = self.net.wte.weight, len(prompt)
         self.prompt, self.end = prompt, end
         self.cache = Cache(self.net.config, B, int(end.max()), weight)
-        self.rows = torch.arange(B, device=prompt.device)                               # (n,) whose text is in the cache
+        self.rows = torch.arange(B, device=prompt.device)                               # (n,) whose text it holds
         self.written = torch.zeros_like(prompt)                                         # (B,) how much of it
         self.logits = weight.new_zeros(B, self.layout.block, self.net.config.vocab)     # (B, K, V)
         self.forwards, self.positions = torch.zeros_like(prompt), torch.zeros_like(prompt)
@@ -57,7 +57,8 @@ class Denoiser:
         noisy = here if (wanted & (slot >= shift)).any() else here[:, :0]               # (n, K) or none
         position = torch.cat([clean, noisy], 1)                                         # (n, W)
         finished = clean < (self.written[r] + late)[:, None]
-        used = torch.cat([finished, (noisy < self.end[r, None]) & wanted.any(1, keepdim=True)], 1)  # (n, W) else padding
+        awaited = (noisy < self.end[r, None]) & wanted.any(1, keepdim=True)
+        used = torch.cat([finished, awaited], 1)                                        # (n, W) the others are padding
         self.forwards[r] += used.any(1)
         self.positions[r] += used.sum(1)
         position = torch.where(used, position, 0)

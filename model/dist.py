@@ -49,6 +49,9 @@ class Log:
     """log.jsonl, a record a line, and a line a step for people: a progress bar on a terminal, plain lines in a pipe."""
 
     def __init__(self, path: Path, header: dict, go_on: bool):
+        if go_on and path.exists():              # a killed run may have left half a line
+            whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+            path.write_text(whole + "\n", encoding="utf-8")
         self.file = open(path, "a" if go_on else "w", encoding="utf-8")
         self.bar = None
         if not go_on:
@@ -85,8 +88,6 @@ def save_state(path: Path, net, optimizer, step: int, tokens: int) -> None:
 def load_state(path: Path, net, optimizer) -> tuple[int, int]:
     """The steps done and tokens seen; `net` and `optimizer` take up what `save_state` wrote."""
     from safetensors import safe_open
-    if not path.exists():
-        raise ValueError(f"there is nothing to resume in {path.parent}: it has no {path.name}; run without --resume")
     tensors, states = load_file(path), {}
     with safe_open(path, "pt") as file:
         meta = file.metadata()

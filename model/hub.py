@@ -22,8 +22,7 @@ def save(folder: Path, net: GPT, tokenizer, layout: Layout | None = None, **extr
     """Write a checkpoint, whole or not at all: into a new folder, which then takes the old one's place."""
     folder = Path(folder)
     fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    for leftover in (fresh, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     state = {name: p.detach().cpu().contiguous() for name, p in net.state_dict().items()}
     mask = state.pop(MASK)
@@ -34,6 +33,7 @@ def save(folder: Path, net: GPT, tokenizer, layout: Layout | None = None, **extr
     (fresh / "config.json").write_text(json.dumps({**asdict(net.config), **extra}, indent=1))
     tokenizer.save(fresh)
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)                  # not before: after a kill right here it is the only one
         os.replace(folder, old)
     os.replace(fresh, folder)
     shutil.rmtree(old, ignore_errors=True)
@@ -58,6 +58,7 @@ def load(folder: Path) -> tuple[GPT, Layout | None]:
         layout = Layout(**config["student"]) if "student" in config else None
         state[MASK] = load_file(folder / "mask.safetensors")[MASK] if layout else net.mask_vector.detach()
         net.load_state_dict(state)
-    except (KeyError, TypeError, OSError, SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{folder} is no checkpoint that can be read: {error}") from None
+    except (KeyError, TypeError, ValueError, OSError, SafetensorError, RuntimeError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"{folder} is no checkpoint that can be read: {said}") from None
     return net, layout

@@ -20,6 +20,7 @@ from torch import Tensor
 import opdlm
 from model.denoiser import Denoiser
 from model.masks import Layout
+from report import trace
 
 
 def held_out(stream: np.ndarray, starts: np.ndarray, count: int, length: int) -> list[Tensor]:
@@ -33,6 +34,12 @@ def padded(rows: list[Tensor], fill: int) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
 
 
+def whole_blocks(tokens: Tensor, block: int, context: int, fill: int) -> Tensor:
+    """(B, T): the last block filled up as far as there is room, or its number of masks would tell how a story ends."""
+    T = tokens.size(1)
+    return torch.nn.functional.pad(tokens, (0, max(0, min(-(T - 1) % block, context - T))), value=fill)
+
+
 @torch.no_grad()
 def story_nats(net, stories: list[Tensor], layout: Layout, eot: int, batch: int = 32) -> Tensor:
     """(stories,) nats of each story given its first token, by the chain rule from left to right.
@@ -43,7 +50,7 @@ def story_nats(net, stories: list[Tensor], layout: Layout, eot: int, batch: int 
     nats = torch.zeros(len(stories))
     for i in range(0, len(order), batch):
         part = order[i:i + batch]
-        tokens = padded([stories[k] for k in part], eot).to(device)                     # (B, T)
+        tokens = whole_blocks(padded([stories[k] for k in part], eot), layout.block, net.config.context, eot).to(device)
         length = torch.tensor([len(stories[k]) for k in part], device=device)
         slot = torch.arange(1, tokens.size(1), device=device)                           # (R,) positions of the response
         for j in range(layout.block):
@@ -64,20 +71,18 @@ def likelihood(net, stories: list[Tensor], layout: Layout, tokenizer) -> dict:
     return {"val_nats": nats / sum(len(s) - 1 for s in stories), "bits_per_byte": nats / math.log(2) / size}
 
 
-def generate(net, stories: list[Tensor], layout: Layout, rule, eot: int, length: int, seed: int, batch: int = 128,
-             **how) -> list:
-    """Texts that go on from the first 1 to 8 tokens of `stories`, batch by batch, and the seconds they took."""
-    texts, begun = [], time.perf_counter()
+def generate(net, stories: list[Tensor], layout: Layout, rule, eot: int, length: int, seed: int, redraws: int = 1,
+             batch: int = 128, **how) -> tuple[list, float]:
+    """Texts that go on from the first 1 to 8 tokens of `stories`, batch by batch with the prompts' lengths, and the
+    seconds they took. A response has `length` - 8 tokens at most, whatever its prompt."""
+    texts, device, begun = [], net.wte.weight.device, time.perf_counter()
     for i in range(0, len(stories), batch):
         prompts = [s[:1 + k % 8] for k, s in enumerate(stories[i:i + batch], i)]
-        tokens, lens = padded(prompts, eot), torch.tensor([len(p) for p in prompts])
-        u = opdlm.uniforms(seed, 0, range(i, i + len(prompts)), (length, how.get("redraws", 1)))
-        how_ = {k: v for k, v in how.items() if k != "redraws"}
-        device = net.wte.weight.device
-        text = opdlm.rollout(Denoiser(net, layout), tokens.to(device), length - tokens.size(1), rule, u.to(device), eot,
-                             prompt_len=lens.to(device), **how_)
+        tokens, lens = padded(prompts, eot).to(device), torch.tensor([len(p) for p in prompts])
+        u = opdlm.uniforms(seed, 0, range(i, i + len(prompts)), (length, redraws)).to(device)
+        text = opdlm.rollout(Denoiser(net, layout), tokens, length - 8, rule, u, eot, prompt_len=lens.to(device), **how)
         texts.append((text, lens))
-    return [texts, time.perf_counter() - begun]
+    return texts, time.perf_counter() - begun
 
 
 def generated(teacher, texts: list, seconds: float, tokenizer, check: Callable | None) -> dict:
@@ -126,7 +131,7 @@ def head_flops(config) -> float:
 
 def distill_flops(config, record: dict) -> float:
     """What a distillation step must compute at least: for each kept token one position of rollout and of teacher, and
-    the two streams of the student, forward and backward (3 forwards); the head once a token, and where there is a loss."""
+    the two streams of the student, forward and backward (3 forwards); the head once a token, and at each loss."""
     body = body_flops(config, record["len"] / 2) * (1 + 1 + 2 * 3)
     return body * record["tokens"] + head_flops(config) * (record["tokens"] + (1 + 3) * record["places"])
 
@@ -140,6 +145,17 @@ def matmul_rate(device, size: int = 1024) -> float:
         return time.perf_counter() - begun
     seconds()
     return 2 * size ** 3 / sorted(seconds() for _ in range(5))[2]
+
+
+def evaluate(net, teacher, layout: Layout, rule, stories: list[Tensor], tokenizer, length: int, seed: int,
+             check: Callable | None = None, **how) -> tuple[dict, trace.Trace]:
+    """All the numbers of a model over held-out `stories`, and the trace of the first text that it wrote."""
+    texts, seconds = generate(net, stories, layout, rule, tokenizer.eot, length, seed, **how)
+    numbers = likelihood(net, stories, layout, tokenizer) | generated(teacher, texts, seconds, tokenizer, check)
+    text, lens = texts[0]
+    kept, row = text.kept[0].cpu(), text.tokens[0].cpu()
+    pieces, order = tokenizer.pieces(row[kept].tolist()), text.order[0].cpu()[kept].tolist()
+    return numbers, trace.from_order(tokenizer.decode(row[:lens[0]].tolist()), pieces, order, layout.block)
 
 
 ROWS = ("val_nats", "bits_per_byte", "gen_nats", "valid", "distinct2", "entropy", "tok_per_fwd", "positions_per_tok",

@@ -63,6 +63,13 @@ def state_text(pieces: list[str], masked) -> str:
     return "".join(HIDDEN if hidden else visible(piece) for piece, hidden in zip(pieces, masked, strict=True))
 
 
+def show(tokenizer, ids) -> str:
+    """Any row of ids as text; [MASK] is the id that the tokenizer has not got."""
+    masked = [int(i) == tokenizer.vocab_size for i in ids]
+    pieces = iter(tokenizer.pieces([int(i) for i, hidden in zip(ids, masked) if not hidden]))
+    return state_text(["" if hidden else next(pieces) for hidden in masked], masked)
+
+
 def coloured(trace: Trace, colour: bool) -> str:
     """The whole text, each token in the colour of the step of its block that revealed it (see `legend`)."""
     def paint(piece: str, step: int) -> str:

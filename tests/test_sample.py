@@ -1,0 +1,190 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import opdlm
+import sample
+from data import tokenizer
+from model import hub, reveal
+from model.denoiser import Denoiser
+from model.gpt import GPT, GPTConfig
+from model.masks import AR, Layout
+from report import cli
+
+TOK = tokenizer.word_level(["One", " day", " a", " ball", "."])
+CONTEXT, LAYOUT = 24, Layout(4, 1, 1)
+COST = re.compile(r"^(\d+) tokens \| ([\d.]+) tokens/forward \| ([\d.]+) positions/token \| \d+ tokens/s "
+                  r"\(batch (\d+), cpu, 1 threads\)$")
+
+
+def network(seed, ends=-1.0):
+    """Loud and random; `ends` 1: says nothing but end-of-text, -1: never says it."""
+    generator = torch.Generator().manual_seed(seed)
+    net = GPT(GPTConfig(TOK.vocab_size, CONTEXT, 2, 2, 16)).init_weights(generator)
+    with torch.no_grad():
+        for p in net.parameters():
+            p += 0.3 * torch.randn(p.shape, generator=generator)
+        net.ln_f.bias[0], net.ln_f.weight[0] = 9.0, 0.0
+        net.wte.weight[:, 0] = 0.0
+        net.wte.weight[TOK.eot, 0] = 9.0 * ends
+    return net
+
+
+def checkpoint(folder, ends=-1.0):
+    hub.save(folder / "ar", network(0, ends), TOK)
+    hub.save(folder / "opdlm", network(1, ends), TOK, LAYOUT, reveal="leftmost:0.9", confidence="largest")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run's folder, with a model that never stops."""
+    return checkpoint(tmp_path_factory.mktemp("run"))
+
+
+def said(capsys, folder, *flags):
+    """(text, last line) of a command that succeeds."""
+    assert cli.run(sample.main, [f"--ckpt={folder}", "--device=cpu", *flags]) == 0
+    out, err = capsys.readouterr()
+    assert not err
+    text, _, last = out.rstrip("\n").rpartition("\n")
+    return text + "\n", last
+
+
+def numbers(last):
+    tokens, per_forward, per_token, batch = COST.match(last).groups()
+    return int(tokens), float(per_forward), float(per_token), int(batch)
+
+
+@pytest.mark.parametrize("flags", [[], ["--mode=ar"]], ids=["diffusion", "ar"])
+def test_the_last_line_counts_the_tokens(run, tmp_path, capsys, flags):
+    for n, length in ((1, 1), (3, 7)):
+        last = said(capsys, run, "--prompt=One day", f"--n={n}", f"--length={length}", *flags)[1]
+        assert numbers(last)[0] == n * length and numbers(last)[3] == n
+    assert numbers(said(capsys, run, "--prompt=One day", *flags)[1])[0] == CONTEXT - 3          # all the room there is
+    last = said(capsys, checkpoint(tmp_path, ends=1.0), "--n=3", *flags)[1]
+    assert numbers(last)[0] == 3                                     # each text is its end-of-text, and that is counted
+
+
+def test_the_last_line_counts_all_forwards(run, capsys):
+    """AR: one forward a token, and every position but the last token's once. Blocks of 4, one a step: no more than
+    one a token; at once: one a block."""
+    tokens, per_forward, per_token, _ = numbers(said(capsys, run, "--mode=ar", "--length=8", "--prompt=One day")[1])
+    assert (tokens, per_forward, per_token) == (8, 1.0, round((3 + 7) / 8, 2))
+    assert numbers(said(capsys, run, "--reveal=static:1", "--length=8")[1])[1] >= 1.0
+    assert numbers(said(capsys, run, "--reveal=static:4", "--length=8")[1])[1] == 4.0
+
+
+def test_the_text_is_the_prompt_and_the_rollout_s(run, capsys):
+    """Written out by hand from the weights, with the rule and confidence that the checkpoint names."""
+    net, ids = network(1), [TOK.eot, *TOK.encode("One day")]
+    u = opdlm.uniforms(5, 0, range(1), (len(ids) + 9, 1))
+    text = opdlm.rollout(Denoiser(net, LAYOUT), torch.tensor([ids]), 9, reveal.parse("leftmost:0.9"), u, TOK.eot)
+    wanted = sample.trace.visible(TOK.decode(text.tokens[0][1:].tolist()))
+    assert said(capsys, run, "--prompt=One day", "--length=9", "--seed=5")[0] == wanted + "\n\n"
+
+
+def test_the_same_seed_is_the_same_text(run, capsys):
+    first = said(capsys, run, "--seed=3")[0]
+    assert said(capsys, run, "--seed=3")[0] == first and said(capsys, run, "--seed=4")[0] != first
+
+
+@pytest.mark.parametrize("mode", ["ar", "diffusion"])
+def test_text_i_does_not_depend_on_n(run, capsys, mode):
+    many = said(capsys, run, "--n=3", f"--mode={mode}", "--length=9")[0]
+    assert many.startswith(said(capsys, run, "--n=1", f"--mode={mode}", "--length=9")[0])
+    assert many.startswith(said(capsys, run, "--n=2", f"--mode={mode}", "--length=9")[0])
+
+
+def test_an_empty_prompt_is_the_end_of_text_alone(run, capsys):
+    assert said(capsys, run, "--prompt=", "--length=6")[0] == said(capsys, run, "--length=6")[0]
+    assert numbers(said(capsys, run)[1])[0] == CONTEXT - 1
+
+
+def test_modes_read_their_own_model(run, capsys):
+    """Of a run's folder; a checkpoint's own folder is itself."""
+    ar, student = said(capsys, run, "--mode=ar")[0], said(capsys, run)[0]
+    assert ar != student
+    assert said(capsys, run / "ar", "--mode=ar")[0] == ar and said(capsys, run / "opdlm")[0] == student
+
+
+def test_temperature_zero_needs_no_seed(run, capsys):
+    cold = said(capsys, run, "--temperature=0", "--seed=1")[0]
+    assert said(capsys, run, "--temperature=0", "--seed=2")[0] == cold
+
+
+def test_a_rule_of_the_command_line_comes_first(run, capsys):
+    slow = said(capsys, run, "--reveal=static:1")
+    assert said(capsys, run, "--reveal=leftmost:1")[0] != slow[0]
+    assert numbers(said(capsys, run, "--reveal=static:2")[1])[1] > numbers(slow[1])[1]
+
+
+def test_the_ar_model_is_block_1(run, capsys):
+    """Whatever rule is asked for: one slot is one slot."""
+    net, ids = network(0), [TOK.eot]
+    u = opdlm.uniforms(0, 0, range(1), (6, 1))
+    text = opdlm.rollout(Denoiser(net, AR), torch.tensor([ids]), 5, reveal.parse("static:1"), u, TOK.eot)
+    wanted = sample.trace.visible(TOK.decode(text.tokens[0].tolist())) + "\n\n"
+    for rule in ("static:1", "threshold:0.5"):
+        assert said(capsys, run, "--mode=ar", "--length=5", f"--reveal={rule}")[0] == wanted
+
+
+REFUSED = {
+    "--prompt=" + " a" * CONTEXT: f"the prompt has {CONTEXT + 1} tokens, its start counted, and the model {CONTEXT}",
+    f"--length={CONTEXT}": f"--length={CONTEXT} and a prompt of 1 tokens are more than the model's {CONTEXT} positions",
+    "--reveal=best": "there is no reveal rule 'best'",
+    "--reveal=static:0": "a count of at least 1",
+    "--ckpt=nowhere": "nowhere is no checkpoint",
+    "--ckpt={run}/ar": "ar holds an AR model: use --mode=ar",
+    "--n=0": "--n and --length are at least 1",
+    "--length=0": "--n and --length are at least 1",
+    "--temperature=-1": "--temperature at least 0",
+    "--mode=fast": "--mode is 'fast'",
+    "--sead=1": "did you mean --seed?",
+}
+
+
+@pytest.mark.parametrize("flag", REFUSED)
+def test_a_mistake_is_one_sentence(run, capsys, flag):
+    try:
+        code = cli.run(sample.main, [f"--ckpt={run}", "--device=cpu", flag.format(run=run)])
+    except SystemExit as left:
+        code = left.code
+    out, err = capsys.readouterr()
+    assert code == 2 and not out and REFUSED[flag] in err and err.count("\n") == 1
+
+
+class Terminal:
+    """Standard output, said to be a terminal."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def isatty(self):
+        return True
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def test_colours_on_a_terminal_only(run, capsys, monkeypatch):
+    plain = said(capsys, run)[0]
+    assert "\x1b" not in plain
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stdout", Terminal(sys.stdout))
+    text = said(capsys, run)[0]
+    assert "\x1b[38;5;" in text and re.sub(r"\x1b\[[\d;]*m", "", text).startswith(plain)
+    assert "\x1b" not in said(capsys, run, "--mode=ar")[0]                        # a token a step: nothing to colour
+
+
+def test_as_a_command(run):
+    """In a pipe: text and cost on stdout, nothing on stderr, no escape codes."""
+    command = [sys.executable, "sample.py", "--ckpt", str(run), "--prompt", "One day", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=Path(sample.__file__).parent, check=True)
+    assert done.stdout.startswith("One day") and "positions/token" in done.stdout.splitlines()[-1]
+    assert not done.stderr and "\x1b" not in done.stdout

@@ -1,0 +1,189 @@
+"""The whole command, as small as it can be, and what must survive it."""
+import hashlib
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import opdlm
+import train_tiny
+from data.corpus import story_world, windows
+from data.tinystories import stories
+from model.dist import Log
+from model.masks import AR
+from report import cli, measure
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--data=toy", "--pretrain_steps=2", "--layers=1", "--width=32", "--batch=2", "--device=cpu"]
+
+
+@pytest.fixture(autouse=True)
+def little(monkeypatch, tmp_path):
+    """A small world, few stories to be judged by, a save after each second step; and nothing lands in the checkout."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_tiny, "open_corpus", lambda *_: story_world(stories=200, held_out=20))
+    monkeypatch.setattr(train_tiny, "EVERY", 2)
+
+
+def train(*flags):
+    return cli.run(train_tiny.main, [*SMALL, *flags])
+
+
+def steps(out, phase):
+    return [r for r in map(json.loads, (Path(out) / "log.jsonl").read_text().splitlines()) if r.get("phase") == phase]
+
+
+def contents(folder):
+    return {p.relative_to(folder): hashlib.sha256(p.read_bytes()).hexdigest() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+def test_end_to_end(capsys):
+    assert train("--distill_steps=3", "--out=run") == 0
+    said = capsys.readouterr().out
+    assert {p.name for p in Path("run").iterdir()} == {
+        "ar", "opdlm", "log.jsonl", "summary.json", "curves.png", "states.png", "state.safetensors"}
+    numbers = json.loads(Path("run/summary.json").read_text())
+    for name in ("ar", "before", "after"):
+        assert set(measure.ROWS) <= set(numbers[name]) and all(map(math.isfinite, numbers[name].values()))
+        assert f"{numbers[name]['val_nats']:.3f}" in said and f"\n{name}: " in said
+    assert numbers["ar"]["tok_per_fwd"] == 1.0
+    header = json.loads(Path("run/log.jsonl").read_text().splitlines()[0])
+    assert {"config", "commit", "torch", "device", "parameters", "matmul_flops"} <= set(header)
+    assert re.search(r"distil +3/3 \| kl \d\.\d+ nats \| masked 0\.\d+ \| len \d+ \| gen .* nats \| .*k tok/s \| \d+ ms", said)
+    assert "\033" not in said
+
+
+def test_killed_and_resumed_is_uninterrupted(monkeypatch):
+    assert train("--distill_steps=6", "--out=whole") == 0
+    real = Log.step
+
+    def dies(self, record, *rest):
+        real(self, record, *rest)
+        if record["phase"] == "distil" and record["step"] == 5:
+            raise RuntimeError("killed")
+    monkeypatch.setattr(Log, "step", dies)
+    with pytest.raises(RuntimeError, match="killed"):
+        train("--distill_steps=6", "--out=parts")
+    monkeypatch.setattr(Log, "step", real)
+    assert train("--distill_steps=6", "--out=parts", "--resume") == 0
+    whole = {r["step"]: r["loss"] for r in steps("whole", "distil")}
+    parts = [(r["step"], r["loss"]) for r in steps("parts", "distil")]
+    assert [step for step, _ in parts] == [1, 2, 3, 4, 5, 5, 6]                           # saved after 4, died after 5
+    assert all(loss == whole[step] for step, loss in parts)
+    assert Path("whole/opdlm/model.safetensors").read_bytes() == Path("parts/opdlm/model.safetensors").read_bytes()
+
+
+def test_same_seed_same_losses_to_the_last_bit():
+    for out, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert train("--distill_steps=2", f"--out={out}", f"--seed={seed}") == 0
+    a, b, c = ([r["loss"] for phase in ("pretrain", "distil") for r in steps(out, phase)] for out in "abc")
+    assert a == b and all(x != y for x, y in zip(a, c))
+
+
+def test_the_ar_model_is_used_again(capsys):
+    assert train("--distill_steps=1", "--out=run") == 0
+    before = contents("run/ar")
+    assert "used again" not in capsys.readouterr().out
+    assert train("--distill_steps=1", "--out=run", "--block=2") == 0
+    assert "used again" in capsys.readouterr().out and contents("run/ar") == before
+    assert train("--distill_steps=1", "--out=run", "--seed=9") == 0                       # other settings: a new one
+    assert "used again" not in capsys.readouterr().out and contents("run/ar") != before
+
+
+def test_init_takes_a_checkpoint(capsys):
+    assert train("--distill_steps=1", "--out=run") == 0
+    assert train("--distill_steps=1", "--out=next", "--init=run/ar") == 0
+    first, second = (json.loads(Path(out, "summary.json").read_text())["ar"]["val_nats"] for out in ("run", "next"))
+    assert first == second and not steps("next", "pretrain")
+
+
+@pytest.mark.parametrize("flags", [["--preset=paper", "--updates=2"], ["--text=data", "--states=random", "--target=onehot",
+                                   "--weight=1/t", "--align=paper"], ["--block=3", "--context=block"], ["--block=80"],
+                                   ["--text=teacher", "--states=prefix"], ["--reveal=static:2", "--block=1"]])
+def test_the_dials_reach_the_method(flags, monkeypatch):
+    seen = []
+    real = opdlm.train
+    monkeypatch.setattr(opdlm, "train", lambda *a: seen.append(a[3]) or real(*a))
+    assert train("--distill_steps=2", "--out=run", *flags) == 0
+    recipe, given = seen[0], dict(flag[2:].split("=") for flag in flags)
+    if "preset" in given:
+        given = {**{k: str(v) for k, v in train_tiny.PAPER.items()}, **given}
+    assert recipe.layout.block == int(given.get("block", 4))
+    assert recipe.layout.shift == (given.get("align") != "paper")
+    assert recipe.layout.clean_block == (recipe.layout.block if given.get("context") == "block" else 1)
+    assert recipe.text is opdlm.TEXTS[given.get("text", "student")]
+    assert recipe.states is opdlm.STATES[given.get("states", "visited")]
+    assert recipe.target is opdlm.TARGETS[given.get("target", "teacher")]
+    assert recipe.weight is opdlm.WEIGHTS[given.get("weight", "mean")]
+    assert recipe.updates == int(given.get("updates", 1))
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--blok=3"], "did you mean --block"), (["--block=90"], "--block=90 has no room"), (["--block=0"], "--block=0"),
+    (["--states=visited", "--text=data"], "needs text=student"), (["--reveal=best"], "no reveal rule 'best'"),
+    (["--init=nowhere"], "nowhere"), (["--align=left"], "--align"), (["--width=33"], "--width"),
+    (["--out=occupied/run"], "can't be written"), (["--resume", "--out=empty"], "nothing to resume"),
+    (["--batch=0"], "at least 1")])
+def test_bad_input_is_one_sentence_and_costs_nothing(flags, said, capsys):
+    Path("occupied").write_text("a file")
+    assert train("--distill_steps=1", "--out=run") == 0
+    before, _ = contents("run"), capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        sys.exit(train("--distill_steps=1", "--out=run", *flags))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and said in error and error.count("\n") == 1 and "Traceback" not in error
+    assert contents("run") == before
+
+
+def test_ctrl_c_is_130():
+    code = "import sys; from report import cli; import train_tiny; sys.exit(cli.run(train_tiny.main))"
+    run = subprocess.Popen([sys.executable, "-c", code, "--data=toy", "--pretrain_steps=100000"], cwd=ROOT,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run.stdout.readline()                                                                 # it trains
+    run.send_signal(signal.SIGINT)
+    _, error = run.communicate(timeout=60)
+    assert run.returncode == 130 and "Traceback" not in error
+
+
+def test_packing_does_not_matter(tiny):
+    """Stories in one window are to the model what each is alone."""
+    net, eot = tiny(), 10
+    tokens = torch.tensor([[eot, 1, 2, 3, eot, 4, 5, 6, 7, eot, 8, 9]])
+    mask, position = train_tiny.apart(tokens, eot)
+    together = net(tokens, mask, position)
+    alone = torch.cat([net(part) for part in (tokens[:, :4], tokens[:, 4:9], tokens[:, 9:])])
+    assert torch.allclose(together, alone, atol=1e-10, rtol=0)
+
+
+def test_windows_begin_with_a_story_and_follow_the_stream():
+    corpus = story_world(stories=50, held_out=1)
+    starts = stories(corpus.train, corpus.tokenizer.eot)
+    got = windows(corpus.train, starts, torch.linspace(0, 0.999, 40).numpy(), 80)
+    stream = corpus.train.astype("int64")
+    for row in got:
+        assert row[0] == corpus.tokenizer.eot
+        assert any((stream[start:start + 80] == row[:len(stream) - start]).all() for start in starts)
+    assert len({tuple(row) for row in got}) > 20
+
+
+def test_the_world_s_words_are_tokens_and_the_same_ones_in_every_process():
+    code = "from data.corpus import story_world; print(story_world(stories=1, held_out=1).tokenizer.to_json())"
+    made = {subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
+                           env={"PYTHONHASHSEED": seed, "PATH": ""}).stdout for seed in "12"}
+    assert len(made) == 1
+    corpus = story_world(stories=20, held_out=1)
+    lengths = [len(corpus.tokenizer.pieces([i])[0]) for i in corpus.train if i != corpus.tokenizer.eot]
+    assert min(lengths) >= 1 and sum(lengths) / len(lengths) > 3                          # words, not bytes
+
+
+def test_the_untrained_student_under_the_ar_layout_is_the_teacher(tiny):
+    net = tiny(vocab=30).float()
+    texts = [torch.randint(0, 29, (n,), generator=torch.Generator().manual_seed(n)) for n in (5, 9, 14)]
+    want = [sum(-net(t[None, :-1]).log_softmax(-1)[i, t[i + 1]].item() for i in range(len(t) - 1)) for t in texts]
+    assert measure.story_nats(net, texts, AR, 29).tolist() == pytest.approx(want, rel=1e-4)
