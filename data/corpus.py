@@ -27,7 +27,8 @@ def open_corpus(data: str | None, val_data: str | None, vocab: int, own: tokeniz
 
 def story_world(own: tokenizer.Tokenizer | None = None, stories: int = 30_000, held_out: int = 1000) -> Corpus:
     """Stories 0, 1, 2, ... of the world to train on, and others to be judged by; a word is a token."""
-    forms = [form for word in toy.words() for form in ((word, " " + word) if word.isalpha() else (word,))]
+    bare = [word for word in toy.words() if not word.isalpha() or word[0].isupper()]      # what may begin a story
+    forms = bare + [" " + word for word in toy.words() if word.isalpha()]
     tok = own or tokenizer.word_level(forms)
 
     def stream(seeds):

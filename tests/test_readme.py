@@ -1,0 +1,58 @@
+"""What the README says of files, flags and the debugger is true."""
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import opdlm
+import sample
+import train_tiny
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_link_leads_somewhere():
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", TEXT) if not link.startswith("http")]
+    assert len(links) > 10 and not [link for link in links if not (ROOT / link).exists()]
+
+
+def test_every_function_named_is_there():
+    names = re.findall(r"`opdlm\.(\w+)`", TEXT)
+    assert len(names) >= 5 and not [name for name in names if not hasattr(opdlm, name)]
+
+
+def test_every_flag_named_is_there():
+    flags = {f.name for program in (train_tiny, sample) for f in fields(program.Options)}
+    named = set(re.findall(r"--(\w+)", re.sub(r"--index-url|--nproc_per_node", "", TEXT)))
+    assert len(named) > 8 and named <= flags
+
+
+def test_the_table_of_methods_is_the_one_in_the_code():
+    rows = re.findall(r"^\| [^|]+ \| (student|teacher|data) \| (\w+) \| (\w+) \| (mean|1/t) \|$", TEXT, re.M)
+    assert rows == list(opdlm.METHODS.values())
+
+
+def test_the_debugger_s_tour(tmp_path):
+    """Every stop is made, in the function named, and every expression has a value."""
+    command = re.search(r"^\$ python (-m pdb train_tiny.py .*)$", TEXT, re.M)[1].split()
+    said = re.findall(r"^\(Pdb\) (.*)$", TEXT, re.M)
+    command[2:3] = [str(ROOT / "train_tiny.py")]
+    flags = [flag for flag in command if not flag.startswith("--out")] + ["--layers=1", "--width=32", f"--out={tmp_path}"]
+    run = subprocess.run([sys.executable, *flags], input="\n".join(said) + "\n", capture_output=True, text=True, cwd=ROOT,
+                         timeout=300, env={"OMP_NUM_THREADS": "1", "PATH": "", "PYTHONPATH": str(ROOT)}, check=False)
+    stops = re.findall(r"> \S*opdlm\.py\(\d+\)(\w+)\(\)", run.stdout)
+    assert stops == ["train", "advance", "rollout", "train_step", "student_logits", "train_step", "distill_loss", "train_step"]
+    assert sum(line.startswith("tbreak") for line in said) == 5
+    assert "***" not in run.stdout, run.stdout[-2000:]
+    assert "▢" in run.stdout
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="bash")
+def test_ci_runs_the_readme_s_test_line():
+    line = re.search(r"requirements.txt && (python -m pytest.*)$", TEXT, re.M)[1]
+    script = (ROOT / ".ci/run").read_text()
+    assert all(part.split(" ")[0] in script for part in line.split(" && "))
