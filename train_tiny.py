@@ -9,14 +9,13 @@ In order: data, the AR model, the conversion, the comparison. Left behind in --o
 log.jsonl, summary.json, curves.png, states.png.
 """
 import copy
-import json
 import math
-import os
 import sys
 import time
 import zlib
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -31,9 +30,10 @@ from model import reveal as rules
 from model.dist import Log, device_named, facts, load_state, save_state, writable
 from model.gpt import GPT, GPTConfig
 from model.masks import ALIGN, AR, Layout
-from model.muon import SHAPES, Muon, schedule
-from report import cli, curves, measure, trace
+from model.muon import SHAPES, Muon, optimizer_named, schedule
+from report import cli, measure, trace
 from report.cli import option
+from report.publish import publish
 
 
 @dataclass
@@ -57,13 +57,15 @@ class Options:
     updates: int = option(1, "updates per rollout (paper: 16)")
     ramp: int = option(0, "updates over which the response grows to its full length (paper: 1600)")
     optimizer: str = option("muon", "muon on the blocks' matrices, or adamw on all (paper)", ("muon", "adamw"))
-    schedule: str = option("linear", "of the learning rate: linear to 0 in the second half, cosine to a tenth (paper)",
+    schedule: str = option("linear", "of the learning rate in distillation: linear to 0, or cosine to a tenth (paper)",
                            tuple(SHAPES))
-    pretrain_steps: int | None = option(None, "updates of AR pretraining; none: 260 on toy, 600 on text, 0 with --init")
-    distill_steps: int | None = option(None, "updates of distillation; none: 80 on toy, 120 on text")
-    batch: int = option(32, "rows of one distillation update")
-    lr: float | None = option(None, "peak learning rate of distillation; none: 0.004 for muon, 0.001 for adamw")
-    layers: int | None = option(None, "blocks of the network; none: 4 on toy, 6 on text")
+    pretrain_steps: int | None = option(None, "updates of AR pretraining; none: 600 on toy, 800 on text, 0 with --init")
+    distill_steps: int | None = option(None, "updates of distillation; none: 360 on toy, 240 on text")
+    warm_steps: int | None = option(None, "the first of these learn on training stories, the left part of each block "
+                                    "shown (paper: 0); none: 300 on toy, 180 on text")
+    batch: int = option(16, "rows of one distillation update (paper: 8)")
+    lr: float | None = option(None, "peak learning rate of distillation; none: 0.01 for muon, 0.001 for adamw")
+    layers: int | None = option(None, "blocks of the network; none: 4")
     width: int | None = option(None, "channels, a multiple of 32; none: 128 on toy, 192 on text")
     length: int | None = option(None, "positions of the network, tokens; none: 96 on toy, 256 on text")
     vocab: int = option(2048, "ids of the BPE that is learned from a text")
@@ -77,11 +79,13 @@ class Options:
 # Where its release differs: the length ramp is a cosine over 100 rollouts, as here, the paper says linear over 10; the
 # release leaves the end-of-text itself out of the loss, the paper and we do not; at 4B and 8B it sums the KL over the
 # teacher's 16 likeliest tokens, the paper and we over all; its sampler and its trainer part a text into other blocks.
-PAPER = {"block": 4, "align": "paper", "context": "block", "reveal": "threshold:0.9", "confidence": "drawn",
+PAPER = {"block": 4, "align": "paper", "context": "block", "reveal": "threshold:0.9", "confidence": "drawn", "batch": 8,
          "text": "student", "states": "visited", "target": "teacher", "weight": "mean", "updates": 16, "ramp": 1600,
-         "optimizer": "adamw", "schedule": "cosine"}
-SIZES = {"toy": {"pretrain_steps": 260, "distill_steps": 80, "layers": 4, "width": 128, "length": 96},
-         "text": {"pretrain_steps": 600, "distill_steps": 120, "layers": 6, "width": 192, "length": 256}}
+         "warm_steps": 0, "optimizer": "adamw", "schedule": "cosine"}
+SIZES = {
+    "toy": dict(pretrain_steps=600, distill_steps=360, warm_steps=300, layers=4, width=128, length=96),
+    "text": dict(pretrain_steps=800, distill_steps=240, warm_steps=180, layers=4, width=192, length=256)}
+ROWS = 32                       # windows in an update of the AR model
 EVERY = 20                      # updates between two saves, and between two looks at the held-out text
 STATE = "state.safetensors"     # what a conversion needs to go on
 
@@ -109,8 +113,9 @@ def ar_model(options: Options, corpus: Corpus, device) -> tuple[GPT, dict | None
     the settings under which it is still to be trained."""
     if options.init != "scratch":
         return hub.load(Path(options.init))[0].to(device), None
-    settings = {name: getattr(options, name) for name in ("data", "pretrain_steps", "layers", "width", "length", "seed")}
-    settings |= {"tokens": len(corpus.train), "tokenizer": zlib.crc32(corpus.tokenizer.to_json().encode())}
+    names = ("data", "pretrain_steps", "layers", "width", "length", "seed")
+    settings = {name: getattr(options, name) for name in names} | {
+        "tokens": len(corpus.train), "tokenizer": zlib.crc32(corpus.tokenizer.to_json().encode())}
     folder = Path(options.out, "ar")
     if (folder / "config.json").exists() and hub.read_config(folder).get("trained") == settings:
         print(f"the AR model in {folder} was trained with these settings: it is used again")
@@ -121,9 +126,9 @@ def ar_model(options: Options, corpus: Corpus, device) -> tuple[GPT, dict | None
 
 def pretrain(net: GPT, corpus: Corpus, options: Options, log: Log) -> None:
     """Next-token prediction, in full. A window holds several stories: each sees itself alone, from position 0."""
-    T, eot, rows = options.length, corpus.tokenizer.eot, max(1, 8192 // options.length)
+    T, eot, rows = options.length, corpus.tokenizer.eot, ROWS
     device, optimizer, starts = net.wte.weight.device, Muon(net), tinystories.stories(corpus.train, eot)
-    rate = schedule(optimizer, "linear", options.pretrain_steps)
+    rate = schedule(optimizer, "trapezoid", options.pretrain_steps)
     for step in range(options.pretrain_steps):
         begun = time.perf_counter()
         rate(step)
@@ -171,16 +176,10 @@ def recipe_of(options: Options, eot: int, show=repr) -> opdlm.Recipe:
                         updates=options.updates, seed=options.seed, show=show)
 
 
-def optimizer_of(student: GPT, options: Options) -> torch.optim.Optimizer:
-    if options.optimizer == "muon":
-        return Muon(student, options.lr or 0.004)
-    return torch.optim.AdamW(student.parameters(), options.lr or 1e-3, weight_decay=0.0)
-
-
 def distil(student, teacher, corpus: Corpus, recipe: opdlm.Recipe, options: Options, log: Log, held: list) -> int:
     """Drive `opdlm.train`: data, length, learning rate, log, and the state to resume from. The tokens trained on."""
     starts, total = tinystories.stories(corpus.train, corpus.tokenizer.eot), options.distill_steps
-    optimizer, state = optimizer_of(student, options), Path(options.out, STATE)
+    optimizer, state = optimizer_named(options.optimizer, student, options.lr), Path(options.out, STATE)
     rate, device = schedule(optimizer, options.schedule, total), student.wte.weight.device
     done, tokens = load_state(state, student, optimizer) if options.resume else (0, 0)
 
@@ -191,16 +190,20 @@ def distil(student, teacher, corpus: Corpus, recipe: opdlm.Recipe, options: Opti
         grown = 1 - math.cos(math.pi / 2 * min(1, step / options.ramp)) if options.ramp else 1
         return max(options.block, round(options.length * grown))
 
+    # a student that can't write yet learns little from its own text: first a stretch of distillation on stories
+    warm, turn = replace(recipe, text=opdlm.data_text, states=opdlm.prefix, updates=1), min(options.warm_steps, total)
+    stretches = (warm, range(done, turn)), (recipe, range(max(done, turn), total))
     rate(done)
     begun = time.perf_counter()
-    for record in opdlm.train(student, teacher, data, recipe, optimizer, length, range(done, total)):
+    for record in chain.from_iterable(opdlm.train(student, teacher, data, dials, optimizer, length, steps)
+                                      for dials, steps in stretches):
         step, tokens, seconds = record["step"], tokens + record["tokens"], time.perf_counter() - begun
         work = measure.distill_flops(student.config, record)
         log.step({"phase": "distil", **record, "tokens": tokens, "seconds": seconds, "flops": work}, total,
                  f"kl {record['kl']:.3f} nats | masked {record['masked']:.2f} | len {record['len']:.0f} | "
                  f"gen {record['gen_nats']:.2f} nats | {record['tokens'] / seconds / 1e3:.1f}k tok/s | "
                  f"{seconds * 1e3:.0f} ms")
-        if step % max(EVERY, recipe.updates) == 0 or step == total:
+        if (step - turn) % max(EVERY, recipe.updates) == 0 or step == total:
             save_state(state, student, optimizer, step, tokens)
             numbers = measure.likelihood(student, held[:64], recipe.layout, corpus.tokenizer)
             log.write({"phase": "eval", "of": "student", "tokens": tokens, **numbers})
@@ -209,22 +212,7 @@ def distil(student, teacher, corpus: Corpus, recipe: opdlm.Recipe, options: Opti
     return tokens
 
 
-# 3. the comparison ----------------------------------------------------------------------------------------------------
-
-def report(out: Path, numbers: dict, stories: dict) -> None:
-    """The table and the stories on the terminal; summary.json and the pictures in the run's folder."""
-    print("\n" + measure.table(numbers))
-    colour = trace.wants_colour(sys.stdout)
-    for name, story in stories.items():
-        print(f"\n{name}: {trace.coloured(story, colour and name != 'ar')}")
-    if colour:
-        print("\n" + trace.legend(stories["after"].block))
-    (out / "summary.json.new").write_text(json.dumps(numbers, indent=1))
-    os.replace(out / "summary.json.new", out / "summary.json")
-    curves.draw(out / "log.jsonl", out / "curves.png")
-    trace.picture(stories["after"], out / "states.png")
-    print(f"\nleft in {out}: ar/ opdlm/ log.jsonl summary.json curves.png states.png")
-
+# 3. all together ------------------------------------------------------------------------------------------------------
 
 def main(argv: list[str]) -> None:
     options = cli.parse(Options, argv, __doc__, {"paper": PAPER})
@@ -251,7 +239,7 @@ def main(argv: list[str]) -> None:
     how = {"confidence": recipe.confidence, "redraws": recipe.redraws}
     check, count = (toy.check, 512) if corpus.name == "toy" else (None, 128)
     held = measure.held_out(corpus.val, tinystories.stories(corpus.val, recipe.eot), count, options.length)
-    numbers, stories, tokens = {}, {}, options.pretrain_steps * (8192 // options.length) * options.length
+    numbers, stories, tokens = {}, {}, options.pretrain_steps * ROWS * options.length
 
     def look(name, net, layout, rule, **how):
         numbers[name], stories[name] = measure.evaluate(
@@ -266,7 +254,7 @@ def main(argv: list[str]) -> None:
     hub.save(out / "opdlm", student, corpus.tokenizer, recipe.layout, **said)
     look("after", student, recipe.layout, recipe.rule, **how)
     numbers["after"]["train_tokens"] = tokens
-    report(out, numbers, stories)
+    publish(out, numbers, stories)
 
 
 if __name__ == "__main__":

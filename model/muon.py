@@ -23,7 +23,7 @@ class Muon(torch.optim.Optimizer):
     """Two groups of parameters: the blocks' matrices at `lr`, and embeddings, biases and norms by AdamW at
     `lr * adam`."""
 
-    def __init__(self, net, lr: float = 0.02, momentum: float = 0.95, adam: float = 0.15, betas=(0.9, 0.95), eps=1e-10):
+    def __init__(self, net, lr: float = 0.02, momentum: float = 0.95, adam: float = 0.5, betas=(0.9, 0.95), eps=1e-10):
         matrices = [p for name, p in net.named_parameters() if p.dim() == 2 and ".h." in f".{name}"]
         chosen = {id(p) for p in matrices}
         others = [p for p in net.parameters() if id(p) not in chosen]
@@ -66,13 +66,20 @@ class Muon(torch.optim.Optimizer):
             p.addcdiv_(state["mean"], scale, value=-group["lr"] / (1 - b1 ** n))
 
 
-SHAPES = {"linear": lambda done: min(1.0, 2 * (1 - done)),
+def optimizer_named(name: str, net, lr: float | None) -> torch.optim.Optimizer:
+    """muon or adamw, for the fine-tuning of a network; without `lr` the rate that the small ones took to."""
+    if name == "muon":
+        return Muon(net, lr or 0.01)
+    return torch.optim.AdamW(net.parameters(), lr or 1e-3, weight_decay=0.0)
+
+
+SHAPES = {"linear": lambda done: 1 - done, "trapezoid": lambda done: min(1.0, 2 * (1 - done)),
           "cosine": lambda done: 0.55 + 0.45 * math.cos(math.pi * done)}
 
 
 def schedule(optimizer, shape: str, steps: int, warmup: int = 10):
-    """A function that sets the learning rates of a step: a linear warm-up to their peaks, which are today's, then
-    `shape`: linear to 0 over the second half, or a cosine to a tenth."""
+    """A function that sets the learning rates of a step: a linear warm-up to their peaks, today's, and then `shape`:
+    linear to 0, that in the second half only (trapezoid), or a cosine to a tenth."""
     peaks = [group["lr"] for group in optimizer.param_groups]
 
     def set_rates(step: int) -> None:

@@ -41,11 +41,14 @@ def test_the_debugger_s_tour(tmp_path):
     command = re.search(r"^\$ python (-m pdb train_tiny.py .*)$", TEXT, re.M)[1].split()
     said = re.findall(r"^\(Pdb\) (.*)$", TEXT, re.M)
     command[2:3] = [str(ROOT / "train_tiny.py")]
-    flags = [flag for flag in command if not flag.startswith("--out")] + ["--layers=1", "--width=32", f"--out={tmp_path}"]
-    run = subprocess.run([sys.executable, *flags], input="\n".join(said) + "\n", capture_output=True, text=True, cwd=ROOT,
-                         timeout=300, env={"OMP_NUM_THREADS": "1", "PATH": "", "PYTHONPATH": str(ROOT)}, check=False)
+    flags = [flag for flag in command if not flag.startswith("--out")]
+    small = ["--layers=1", "--width=32", f"--out={tmp_path}"]
+    run = subprocess.run([sys.executable, *flags, *small], input="\n".join(said) + "\n", capture_output=True, text=True,
+                         cwd=ROOT, timeout=300, check=False,
+                         env={"OMP_NUM_THREADS": "1", "PATH": "", "PYTHONPATH": str(ROOT)})
     stops = re.findall(r"> \S*opdlm\.py\(\d+\)(\w+)\(\)", run.stdout)
-    assert stops == ["train", "advance", "rollout", "train_step", "student_logits", "train_step", "distill_loss", "train_step"]
+    assert stops == ["train", "advance", "rollout", "train_step", "student_logits", "train_step", "distill_loss",
+                     "train_step"]
     assert sum(line.startswith("tbreak") for line in said) == 5
     assert "***" not in run.stdout, run.stdout[-2000:]
     assert "▢" in run.stdout
