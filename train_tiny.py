@@ -47,7 +47,7 @@ class Options:
     align: str = option("ar", "ar: logits at i-1 are about token i, as the AR's; paper: those at i", tuple(ALIGN))
     context: str = option("causal", "finished text attends to itself causally, or both ways in blocks (paper: block)",
                           ("causal", "block"))
-    reveal: str = option("leftmost:0.9", "which masks come off: static:COUNT, threshold:P (paper: 0.9), leftmost:P")
+    reveal: str = option("leftmost:0.98", "which masks come off: static:COUNT, threshold:P (paper: 0.9), leftmost:P")
     confidence: str = option("largest", "of a slot: the largest probability, or that of the token drawn, which is "
                              "drawn anew each step (paper)", tuple(rules.CONFIDENCE))
     text: str = option("student", "who wrote the text to learn from (paper: student)", tuple(opdlm.TEXTS))
@@ -59,10 +59,11 @@ class Options:
     optimizer: str = option("muon", "muon on the blocks' matrices, or adamw on all (paper)", ("muon", "adamw"))
     schedule: str = option("linear", "of the learning rate in distillation: linear to 0, or cosine to a tenth (paper)",
                            tuple(SHAPES))
-    pretrain_steps: int | None = option(None, "updates of AR pretraining; none: 600 on toy, 800 on text, 0 with --init")
-    distill_steps: int | None = option(None, "updates of distillation; none: 360 on toy, 240 on text")
+    pretrain_steps: int | None = option(None, "updates of AR pretraining; none: 600 on toy, 760 on text, 0 with --init")
+    rows: int | None = option(None, "windows of one update of AR pretraining; none: 32 on toy, 16 on text")
+    distill_steps: int | None = option(None, "updates of distillation; none: 360 on toy, 180 on text")
     warm_steps: int | None = option(None, "the first of these learn on training stories, the left part of each block "
-                                    "shown (paper: 0); none: 300 on toy, 180 on text")
+                                    "shown (paper: 0); none: 300 on toy, 150 on text")
     batch: int = option(16, "rows of one distillation update (paper: 8)")
     lr: float | None = option(None, "peak learning rate of distillation; none: 0.01 for muon, 0.001 for adamw")
     layers: int | None = option(None, "blocks of the network; none: 4")
@@ -83,9 +84,8 @@ PAPER = {"block": 4, "align": "paper", "context": "block", "reveal": "threshold:
          "text": "student", "states": "visited", "target": "teacher", "weight": "mean", "updates": 16, "ramp": 1600,
          "warm_steps": 0, "optimizer": "adamw", "schedule": "cosine"}
 SIZES = {
-    "toy": dict(pretrain_steps=600, distill_steps=360, warm_steps=300, layers=4, width=128, length=96),
-    "text": dict(pretrain_steps=800, distill_steps=240, warm_steps=180, layers=4, width=192, length=256)}
-ROWS = 32                       # windows in an update of the AR model
+    "toy": dict(pretrain_steps=600, rows=32, distill_steps=360, warm_steps=300, layers=4, width=128, length=96),
+    "text": dict(pretrain_steps=760, rows=16, distill_steps=180, warm_steps=150, layers=4, width=192, length=256)}
 EVERY = 20                      # updates between two saves, and between two looks at the held-out text
 STATE = "state.safetensors"     # what a conversion needs to go on
 
@@ -94,9 +94,8 @@ def settled(options: Options, corpus: Corpus) -> Options:
     """The options with the open ones filled in, checked against each other."""
     sizes = {**SIZES["toy" if corpus.name == "toy" else "text"], "data": corpus.name}
     if options.init != "scratch":
-        config = hub.read_config(options.init)
-        sizes |= {"pretrain_steps": 0, "layers": config["layers"], "width": config["width"]}
-        sizes |= {"length": config["context"]}
+        config = hub.load(Path(options.init))[0].config
+        options = replace(options, pretrain_steps=0, layers=config.layers, width=config.width, length=config.context)
     options = replace(options, **{name: value for name, value in sizes.items() if getattr(options, name) is None})
     if not 1 <= options.block <= options.length - 16:
         raise ValueError(f"--block={options.block} has no room behind a prompt of 16 in {options.length} positions: "
@@ -113,7 +112,7 @@ def ar_model(options: Options, corpus: Corpus, device) -> tuple[GPT, dict | None
     the settings under which it is still to be trained."""
     if options.init != "scratch":
         return hub.load(Path(options.init))[0].to(device), None
-    names = ("data", "pretrain_steps", "layers", "width", "length", "seed")
+    names = ("data", "pretrain_steps", "rows", "layers", "width", "length", "seed")
     settings = {name: getattr(options, name) for name in names} | {
         "tokens": len(corpus.train), "tokenizer": zlib.crc32(corpus.tokenizer.to_json().encode())}
     folder = Path(options.out, "ar")
@@ -126,7 +125,7 @@ def ar_model(options: Options, corpus: Corpus, device) -> tuple[GPT, dict | None
 
 def pretrain(net: GPT, corpus: Corpus, options: Options, log: Log) -> None:
     """Next-token prediction, in full. A window holds several stories: each sees itself alone, from position 0."""
-    T, eot, rows = options.length, corpus.tokenizer.eot, ROWS
+    T, eot, rows = options.length, corpus.tokenizer.eot, options.rows
     device, optimizer, starts = net.wte.weight.device, Muon(net), tinystories.stories(corpus.train, eot)
     rate = schedule(optimizer, "trapezoid", options.pretrain_steps)
     for step in range(options.pretrain_steps):
@@ -239,7 +238,7 @@ def main(argv: list[str]) -> None:
     how = {"confidence": recipe.confidence, "redraws": recipe.redraws}
     check, count = (toy.check, 512) if corpus.name == "toy" else (None, 128)
     held = measure.held_out(corpus.val, tinystories.stories(corpus.val, recipe.eot), count, options.length)
-    numbers, stories, tokens = {}, {}, options.pretrain_steps * ROWS * options.length
+    numbers, stories, tokens = {}, {}, options.pretrain_steps * options.rows * options.length
 
     def look(name, net, layout, rule, **how):
         numbers[name], stories[name] = measure.evaluate(
