@@ -131,9 +131,11 @@ def head_flops(config) -> float:
 
 def distill_flops(config, record: dict) -> float:
     """What a distillation step must compute at least: for each kept token one position of rollout and of teacher, and
-    the two streams of the student, forward and backward (3 forwards); the head once a token, and at each loss."""
-    body = body_flops(config, record["len"] / 2) * (1 + 1 + 2 * 3)
-    return body * record["tokens"] + head_flops(config) * (record["tokens"] + (1 + 3) * record["places"])
+    the two streams of the student, forward and backward (3 forwards); the head once a token that was written, and at
+    each loss. Where nobody wrote a text, nothing is counted for it."""
+    body, written = body_flops(config, record["len"] / 2), record["tokens"] * (record["positions"] > 0)
+    head = head_flops(config) * (written + (1 + 3) * record["places"])
+    return body * (written + (1 + 2 * 3) * record["tokens"]) + head
 
 
 def matmul_rate(device, size: int = 1024) -> float:

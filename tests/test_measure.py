@@ -167,6 +167,8 @@ def test_flops_are_what_torch_counts():
 
 def test_distill_flops_by_hand():
     """Rollout and teacher forward, two streams forward and backward: 8 bodies a token; 1 head a token, 4 a loss."""
-    config, record = GPTConfig(31, 20, 3, 2, 16), {"len": 10.0, "tokens": 70, "places": 30}
+    config, record = GPTConfig(31, 20, 3, 2, 16), {"len": 10.0, "tokens": 70, "places": 30, "positions": 400}
     body, head = 3 * (24 * 256 + 4 * 5 * 16), 2 * 16 * 31
     assert measure.distill_flops(config, record) == 70 * 8 * body + (70 + 4 * 30) * head
+    unwritten = measure.distill_flops(config, {**record, "positions": 0})                 # a story from the data
+    assert unwritten == 70 * 7 * body + 4 * 30 * head
