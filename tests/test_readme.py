@@ -1,4 +1,5 @@
 """What the README says of files, flags and the debugger is true."""
+import json
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import opdlm
 import sample
 import train_tiny
+from experiments import tiny
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -26,7 +28,7 @@ def test_every_function_named_is_there():
 
 
 def test_every_flag_named_is_there():
-    flags = {f.name for program in (train_tiny, sample) for f in fields(program.Options)}
+    flags = {f.name for program in (train_tiny, sample, tiny) for f in fields(program.Options)}
     named = set(re.findall(r"--(\w+)", re.sub(r"--index-url|--nproc_per_node", "", TEXT)))
     assert len(named) > 8 and named <= flags
 
@@ -52,6 +54,12 @@ def test_the_debugger_s_tour(tmp_path):
     assert sum(line.startswith("tbreak") for line in said) == 5
     assert "***" not in run.stdout, run.stdout[-2000:]
     assert "▢" in run.stdout
+
+
+@pytest.mark.parametrize("name", ["toy", "text"])
+def test_the_tables_are_made_of_the_results(name):
+    results = json.loads((ROOT / "experiments" / name / "results.json").read_text())
+    assert tiny.table(results) in TEXT
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="bash")
