@@ -54,16 +54,16 @@ class Options:
     states: str = option("visited", "half-written states to learn on (paper: visited)", tuple(opdlm.STATES))
     target: str = option("teacher", "under a mask: the teacher's view (paper), or the text", tuple(opdlm.TARGETS))
     weight: str = option("mean", "of a loss: the row's mean (paper), or 1/t (BD3LM, SDAR)", tuple(opdlm.WEIGHTS))
-    updates: int = option(1, "updates per rollout (paper: 16)")
+    updates: int = option(4, "updates per rollout (paper: 16)")
     ramp: int = option(0, "updates over which the response grows to its full length (paper: 1600)")
     optimizer: str = option("muon", "muon on the blocks' matrices, or adamw on all (paper)", ("muon", "adamw"))
     schedule: str = option("linear", "of the learning rate in distillation: linear to 0, or cosine to a tenth (paper)",
                            tuple(SHAPES))
     pretrain_steps: int | None = option(None, "updates of AR pretraining; none: 600 on toy, 760 on text, 0 with --init")
     rows: int | None = option(None, "windows of one update of AR pretraining; none: 32 on toy, 16 on text")
-    distill_steps: int | None = option(None, "updates of distillation; none: 360 on toy, 180 on text")
+    distill_steps: int | None = option(None, "updates of distillation; none: 460 on toy, 180 on text")
     warm_steps: int | None = option(None, "the first of these learn on training stories, the left part of each block "
-                                    "shown (paper: 0); none: 300 on toy, 150 on text")
+                                    "shown (paper: 0); none: 420 on toy, 150 on text")
     batch: int = option(16, "rows of one distillation update (paper: 8)")
     lr: float | None = option(None, "peak learning rate of distillation; none: 0.01 for muon, 0.001 for adamw")
     layers: int | None = option(None, "blocks of the network; none: 4")
@@ -84,7 +84,7 @@ PAPER = {"block": 4, "align": "paper", "context": "block", "reveal": "threshold:
          "text": "student", "states": "visited", "target": "teacher", "weight": "mean", "updates": 16, "ramp": 1600,
          "warm_steps": 0, "optimizer": "adamw", "schedule": "cosine"}
 SIZES = {
-    "toy": dict(pretrain_steps=600, rows=32, distill_steps=360, warm_steps=300, layers=4, width=128, length=96),
+    "toy": dict(pretrain_steps=600, rows=32, distill_steps=460, warm_steps=420, layers=4, width=128, length=96),
     "text": dict(pretrain_steps=760, rows=16, distill_steps=180, warm_steps=150, layers=4, width=192, length=256)}
 EVERY = 20                      # updates between two saves, and between two looks at the held-out text
 STATE = "state.safetensors"     # what a conversion needs to go on

@@ -62,7 +62,7 @@ def test_end_to_end(capsys):
 
 
 def test_killed_and_resumed_is_uninterrupted(monkeypatch):
-    assert train("--distill_steps=6", "--out=whole") == 0
+    assert train("--distill_steps=6", "--updates=2", "--out=whole") == 0
     real = Log.step
 
     def dies(self, record, *rest):
@@ -71,9 +71,9 @@ def test_killed_and_resumed_is_uninterrupted(monkeypatch):
             raise RuntimeError("killed")
     monkeypatch.setattr(Log, "step", dies)
     with pytest.raises(RuntimeError, match="killed"):
-        train("--distill_steps=6", "--out=parts")
+        train("--distill_steps=6", "--updates=2", "--out=parts")
     monkeypatch.setattr(Log, "step", real)
-    assert train("--distill_steps=6", "--out=parts", "--resume") == 0
+    assert train("--distill_steps=6", "--updates=2", "--out=parts", "--resume") == 0
     whole = {r["step"]: r["loss"] for r in steps("whole", "distil")}
     parts = [(r["step"], r["loss"]) for r in steps("parts", "distil")]
     assert [step for step, _ in parts] == [1, 2, 3, 4, 5, 4, 5, 6]                        # saved after 3, died after 5
@@ -124,7 +124,7 @@ def test_the_dials_reach_the_method(flags, monkeypatch):
     assert recipe.states is opdlm.STATES[given.get("states", "visited")]
     assert recipe.target is opdlm.TARGETS[given.get("target", "teacher")]
     assert recipe.weight is opdlm.WEIGHTS[given.get("weight", "mean")]
-    assert recipe.updates == int(given.get("updates", 1))
+    assert recipe.updates == int(given.get("updates", 4))
 
 
 @pytest.mark.parametrize("flags, said", [
