@@ -54,7 +54,7 @@ class Options:
     states: str = option("visited", "half-written states to learn on (paper: visited)", tuple(opdlm.STATES))
     target: str = option("teacher", "under a mask: the teacher's view (paper), or the text", tuple(opdlm.TARGETS))
     weight: str = option("mean", "of a loss: the row's mean (paper), or 1/t (BD3LM, SDAR)", tuple(opdlm.WEIGHTS))
-    updates: int = option(4, "updates per rollout (paper: 16)")
+    updates: int | None = option(None, "updates per rollout (paper: 16); none: 4 on toy, 1 on text")
     ramp: int = option(0, "updates over which the response grows to its full length (paper: 1600)")
     optimizer: str = option("muon", "muon on the blocks' matrices, or adamw on all (paper)", ("muon", "adamw"))
     schedule: str = option("linear", "of the learning rate in distillation: linear to 0, or cosine to a tenth (paper)",
@@ -66,7 +66,7 @@ class Options:
                                     "shown (paper: 0); none: 420 on toy, 150 on text")
     batch: int = option(16, "rows of one distillation update (paper: 8)")
     lr: float | None = option(None, "peak learning rate of distillation; none: 0.01 for muon, 0.001 for adamw")
-    layers: int | None = option(None, "blocks of the network; none: 4")
+    layers: int = option(4, "blocks of the network")
     width: int | None = option(None, "channels, a multiple of 32; none: 128 on toy, 192 on text")
     length: int | None = option(None, "positions of the network, tokens; none: 96 on toy, 256 on text")
     vocab: int = option(2048, "ids of the BPE that is learned from a text")
@@ -84,8 +84,8 @@ PAPER = {"block": 4, "align": "paper", "context": "block", "reveal": "threshold:
          "text": "student", "states": "visited", "target": "teacher", "weight": "mean", "updates": 16, "ramp": 1600,
          "warm_steps": 0, "optimizer": "adamw", "schedule": "cosine"}
 SIZES = {
-    "toy": dict(pretrain_steps=600, rows=32, distill_steps=460, warm_steps=420, layers=4, width=128, length=96),
-    "text": dict(pretrain_steps=760, rows=16, distill_steps=180, warm_steps=150, layers=4, width=192, length=256)}
+    "toy": dict(pretrain_steps=600, rows=32, distill_steps=460, warm_steps=420, updates=4, width=128, length=96),
+    "text": dict(pretrain_steps=760, rows=16, distill_steps=180, warm_steps=150, updates=1, width=192, length=256)}
 EVERY = 20                      # updates between two saves, and between two looks at the held-out text
 STATE = "state.safetensors"     # what a conversion needs to go on
 
@@ -172,7 +172,7 @@ def recipe_of(options: Options, eot: int, show=repr) -> opdlm.Recipe:
              opdlm.WEIGHTS[options.weight])
     return opdlm.Recipe(*dials, layout, eot, rules.parse(options.reveal), rules.CONFIDENCE[options.confidence],
                         redraws=layout.block if options.confidence == "drawn" else 1, batch=options.batch,
-                        updates=options.updates, seed=options.seed, show=show)
+                        updates=options.updates or 1, seed=options.seed, show=show)
 
 
 def distil(student, teacher, corpus: Corpus, recipe: opdlm.Recipe, options: Options, log: Log, held: list) -> int:
