@@ -28,7 +28,7 @@ from model.masks import Layout
 class Text:
     """Finished text and how it came about: a whole denoising trajectory is two integer tensors, tokens and order."""
     tokens: Tensor          # (B, T) prompt and response; behind the block of the first end-of-text, end-of-text
-    order: Tensor   # (B, T) the step, counted within its block, that revealed a slot; K: none did; -1: not written here
+    order: Tensor           # (B, T) the step within its block that revealed a slot; K: none did; -1: not written here
     kept: Tensor            # (B, T) bool: the response up to its first end-of-text, included
     forwards: Tensor        # (B,) passes of the network a row has paid for, prefill and commits included
     positions: Tensor       # (B,) positions pushed through it
@@ -46,7 +46,7 @@ def uniforms(seed: int, stream: int, rows: range, shape: tuple) -> Tensor:
 def inverse_cdf(probs: Tensor, u: Tensor) -> Tensor:
     """(M,): the token at which the cumulative distribution of `probs` (M, V) passes `u` (M,)."""
     cdf = probs.cumsum(-1)
-    return torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True).squeeze(1).clamp(max=probs.size(-1) - 1)
+    return torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0].clamp(max=probs.size(-1) - 1)
 
 
 def tempered(probs: Tensor, temperature: float) -> Tensor:
@@ -76,7 +76,8 @@ def rollout(denoiser: Denoiser, prompt: Tensor, length: int, rule: reveal.Rule, 
         block = tokens.gather(1, here)
         masked = (block == denoiser.mask_id) & (here < end[:, None])
         probs = denoiser(tokens, start)[masked].float().softmax(-1)                      # (M, V)
-        number = u[torch.arange(B)[:, None], here.clamp(max=u.size(1) - 1), step.clamp(max=u.size(2) - 1)[:, None]]
+        number = u[torch.arange(B, device=device)[:, None], here.clamp(max=u.size(1) - 1),
+                   step.clamp(max=u.size(2) - 1)[:, None]]                               # (B, K)
         drawn = inverse_cdf(tempered(probs, temperature), number[masked])                # (M,)
         sure = torch.zeros_like(number).masked_scatter(masked, confidence(probs, drawn))
         show = rule(sure, masked) | masked & (step == K - 1)[:, None]               # the last step reveals what is left
@@ -107,7 +108,6 @@ def kept(tokens: Tensor, begin: Tensor, end: Tensor, eot: int) -> Tensor:
 
 
 # The three texts to learn from. Each gets rows (B, T), tokens of training stories, of which the first P are the prompt.
-
 def student_text(student, teacher, rows: Tensor, P: int, R: int, u: Tensor, recipe: "Recipe") -> Text:
     """The student's own: the paper's."""
     return rollout(Denoiser(student, recipe.layout), rows[:, :P], R, recipe.rule, u, recipe.eot, recipe.confidence)
@@ -226,7 +226,7 @@ METHODS = {                       # text x0, states x_t, target q, weight
     "sft": ("teacher", "random", "onehot", "mean"),
     "sdar": ("data", "random", "onehot", "1/t"),
 }
-ROLLOUT, STATE, PROMPT = 1, 2, 3  # the streams of uniform numbers; 0 is the sampler's
+ROLLOUT, STATE, PROMPT, DATA = 1, 2, 3, 4   # the streams of uniform numbers; 0 is the sampler's
 
 
 @dataclass
@@ -249,8 +249,7 @@ class Recipe:
 
     def __post_init__(self):
         if self.states is visited and self.text is not student_text:
-            raise ValueError("states=visited needs text=student: nobody denoised the other texts; "
-                             "take states=random or states=prefix")
+            raise ValueError("states=visited needs text=student, as nobody denoised the others: take random or prefix")
 
 
 def train_step(student, teacher, text: Text, P: int, u: Tensor, recipe: Recipe, optimizer) -> dict:
@@ -289,13 +288,13 @@ def train(student, teacher, data: Callable, recipe: Recipe, optimizer, length: C
             part = slice(i * recipe.batch, (i + 1) * recipe.batch)
             some = rows_of(text, part, P, recipe.layout.block)
             record = train_step(student, teacher, some, P, picks[part, :some.tokens.size(1)], recipe, optimizer)
-            yield {"step": first + i + 1, **record, "forwards": int(some.forwards.sum()),
-                   "positions": int(some.positions.sum()), "length": some.tokens.size(1)}
+            cost = {"forwards": int(some.forwards.sum()), "positions": int(some.positions.sum())}
+            yield {"step": first + i + 1, **record, **cost}
 
 
 def rows_of(text: Text, part: slice, P: int, block: int) -> Text:
     """These rows, cut behind the block in which the longest of them ends."""
     R = int(text.kept[part, P:].sum(1).max())
-    T = min(P + R + -R % block, text.tokens.size(1))
+    T = P + R + -R % block                                                               # slicing stops at the end
     return Text(text.tokens[part, :T], text.order[part, :T], text.kept[part, :T],
                 text.forwards[part], text.positions[part])

@@ -156,11 +156,8 @@ def apart(tokens: Tensor, eot: int) -> tuple[Tensor, Tensor]:
 
 def draw(corpus: Corpus, starts, numbers: range, length: int, seed: int) -> Tensor:
     """(B, length): the windows of training text that belong to these row numbers."""
-    u = opdlm.uniforms(seed, DATA, numbers, (1,))[:, 0].numpy()
+    u = opdlm.uniforms(seed, opdlm.DATA, numbers, (1,))[:, 0].numpy()
     return torch.from_numpy(windows(corpus.train, starts, u, length))
-
-
-DATA = 4            # the stream of uniform numbers that picks the training text; opdlm.py has the others
 
 
 # 2. the conversion ----------------------------------------------------------------------------------------------------
@@ -192,6 +189,7 @@ def distil(student, teacher, corpus: Corpus, recipe: opdlm.Recipe, options: Opti
     # a student that can't write yet learns little from its own text: first a stretch of distillation on stories
     warm, turn = replace(recipe, text=opdlm.data_text, states=opdlm.prefix, updates=1), min(options.warm_steps, total)
     stretches = (warm, range(done, turn)), (recipe, range(max(done, turn), total))
+    every = -(-EVERY // recipe.updates) * recipe.updates
     rate(done)
     begun = time.perf_counter()
     for record in chain.from_iterable(opdlm.train(student, teacher, data, dials, optimizer, length, steps)
@@ -202,7 +200,7 @@ def distil(student, teacher, corpus: Corpus, recipe: opdlm.Recipe, options: Opti
                  f"kl {record['kl']:.3f} nats | masked {record['masked']:.2f} | len {record['len']:.0f} | "
                  f"gen {record['gen_nats']:.2f} nats | {record['tokens'] / seconds / 1e3:.1f}k tok/s | "
                  f"{seconds * 1e3:.0f} ms")
-        if (step - turn) % max(EVERY, recipe.updates) == 0 or step == total:
+        if (step - turn) % every == 0 or step == total:                                 # never amid a rollout's updates
             save_state(state, student, optimizer, step, tokens)
             numbers = measure.likelihood(student, held[:64], recipe.layout, corpus.tokenizer)
             log.write({"phase": "eval", "of": "student", "tokens": tokens, **numbers})

@@ -51,14 +51,17 @@ def run(options: Options, seed: int) -> dict:
 
 
 def shares(header: dict, records: list[dict]) -> dict:
-    """Useful FLOP/s of a step over a matrix product's: medians of the AR steps, of those on stories, on own text."""
-    def median(steps):
-        found = [r["flops"] / r["seconds"] / header["matmul_flops"] for r in steps]
-        return round(statistics.median(found), 3) if found else None
+    """Useful FLOP/s over those of a matrix product: of all AR steps, of those on stories, of those on the own text.
+
+    Totals, not medians: of several updates a rollout, the first one pays for it.
+    """
+    def total(steps):
+        flops, seconds = sum(r["flops"] for r in steps), sum(r["seconds"] for r in steps)
+        return round(flops / seconds / header["matmul_flops"], 3) if steps else None
     distil = [r for r in records if r.get("phase") == "distil"]
-    return {"pretrain": median([r for r in records if r.get("phase") == "pretrain"]),
-            "stories": median([r for r in distil if not r["positions"]]),
-            "own_text": median([r for r in distil if r["positions"]])}
+    return {"pretrain": total([r for r in records if r.get("phase") == "pretrain"]),
+            "stories": total([r for r in distil if not r["positions"]]),
+            "own_text": total([r for r in distil if r["positions"]])}
 
 
 def main(argv: list[str]) -> None:

@@ -13,8 +13,9 @@ import torch
 
 import opdlm
 import train_tiny
+from data import corpus
 from data.corpus import story_world, windows
-from data.tinystories import stories
+from data.tinystories import NoNetwork, stories
 from model.dist import Log
 from model.masks import AR
 from report import cli, measure
@@ -61,8 +62,10 @@ def test_end_to_end(capsys):
     assert "\033" not in said
 
 
-def test_killed_and_resumed_is_uninterrupted(monkeypatch):
-    assert train("--distill_steps=6", "--updates=2", "--out=whole") == 0
+@pytest.mark.parametrize("updates, again", [(2, [4, 5, 6]), (3, [5, 6])])
+def test_killed_and_resumed_is_uninterrupted(monkeypatch, updates, again):
+    """Saves fall between rollouts: after steps 1, 3 and 5, or 1 and 4, since the first step is on a story."""
+    assert train("--distill_steps=6", f"--updates={updates}", "--out=whole") == 0
     real = Log.step
 
     def dies(self, record, *rest):
@@ -71,12 +74,12 @@ def test_killed_and_resumed_is_uninterrupted(monkeypatch):
             raise RuntimeError("killed")
     monkeypatch.setattr(Log, "step", dies)
     with pytest.raises(RuntimeError, match="killed"):
-        train("--distill_steps=6", "--updates=2", "--out=parts")
+        train("--distill_steps=6", f"--updates={updates}", "--out=parts")
     monkeypatch.setattr(Log, "step", real)
-    assert train("--distill_steps=6", "--updates=2", "--out=parts", "--resume") == 0
+    assert train("--distill_steps=6", f"--updates={updates}", "--out=parts", "--resume") == 0
     whole = {r["step"]: r["loss"] for r in steps("whole", "distil")}
     parts = [(r["step"], r["loss"]) for r in steps("parts", "distil")]
-    assert [step for step, _ in parts] == [1, 2, 3, 4, 5, 4, 5, 6]                        # saved after 3, died after 5
+    assert [step for step, _ in parts] == [1, 2, 3, 4, 5, *again]
     assert all(loss == whole[step] for step, loss in parts)
     assert Path("whole/opdlm/model.safetensors").read_bytes() == Path("parts/opdlm/model.safetensors").read_bytes()
 
@@ -144,11 +147,12 @@ def test_bad_input_is_one_sentence_and_costs_nothing(flags, said, capsys):
     assert contents("run") == before
 
 
-def test_ctrl_c_is_130():
+def test_ctrl_c_is_130(tmp_path):
     code = ("import signal, sys; from report import cli; import train_tiny; "
             "signal.signal(signal.SIGINT, signal.default_int_handler); sys.exit(cli.run(train_tiny.main))")
-    run = subprocess.Popen([sys.executable, "-c", code, "--data=toy", "--pretrain_steps=100000"], cwd=ROOT,
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    flags = ["--data=toy", "--pretrain_steps=100000", f"--out={tmp_path}"]
+    run = subprocess.Popen([sys.executable, "-c", code, *flags], cwd=ROOT, text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     run.stdout.readline()                                                                 # it trains
     run.send_signal(signal.SIGINT)
     _, error = run.communicate(timeout=60)
@@ -165,13 +169,23 @@ def test_packing_does_not_matter(tiny):
     assert torch.allclose(together, alone, atol=1e-10, rtol=0)
 
 
+def test_without_a_network_the_story_world_unless_real_text_was_asked_for(monkeypatch, capsys):
+    def unreachable(*_):
+        raise NoNetwork("no network")
+    monkeypatch.setattr(corpus.tinystories, "load", unreachable)
+    assert corpus.open_corpus(None, None, 2048).name == "toy"
+    assert capsys.readouterr().out.count("\n") == 1
+    with pytest.raises(NoNetwork):
+        corpus.open_corpus("tinystories", None, 2048)
+
+
 def test_windows_begin_with_a_story_and_follow_the_stream():
-    corpus = story_world(stories=50, held_out=1)
-    starts = stories(corpus.train, corpus.tokenizer.eot)
-    got = windows(corpus.train, starts, torch.linspace(0, 0.999, 40).numpy(), 80)
-    stream = corpus.train.astype("int64")
+    world = story_world(stories=50, held_out=1)
+    starts = stories(world.train, world.tokenizer.eot)
+    got = windows(world.train, starts, torch.linspace(0, 0.999, 40).numpy(), 80)
+    stream = world.train.astype("int64")
     for row in got:
-        assert row[0] == corpus.tokenizer.eot
+        assert row[0] == world.tokenizer.eot
         assert any((stream[start:start + 80] == row[:len(stream) - start]).all() for start in starts)
     assert len({tuple(row) for row in got}) > 20
 
@@ -181,8 +195,8 @@ def test_the_world_s_words_are_tokens_and_the_same_ones_in_every_process():
     made = {subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
                            env={"PYTHONHASHSEED": seed, "PATH": ""}).stdout for seed in "12"}
     assert len(made) == 1
-    corpus = story_world(stories=20, held_out=1)
-    lengths = [len(corpus.tokenizer.pieces([i])[0]) for i in corpus.train if i != corpus.tokenizer.eot]
+    world = story_world(stories=20, held_out=1)
+    lengths = [len(world.tokenizer.pieces([i])[0]) for i in world.train if i != world.tokenizer.eot]
     assert min(lengths) >= 1 and sum(lengths) / len(lengths) > 3                          # words, not bytes
 
 
