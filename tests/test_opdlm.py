@@ -177,6 +177,21 @@ def test_an_end_of_text_stops_its_row_inside_the_block(tiny):
         assert (text.order[row, last + 1:] != text.order[row, last] + 1).all()     # no step after the one that ended it
 
 
+@pytest.mark.parametrize("spec", ["static:1", "threshold:0.2", "leftmost:0.3"])
+def test_everything_kept_was_revealed(tiny, spec):
+    """An end-of-text right of a mask ends nothing: what is before it is still to be written."""
+    text, _ = write(tiny(scale=0.1), Layout(6, 6, 0), rows=64, spec=spec)
+    assert (text.tokens[text.kept] == EOT).sum() > 20
+    assert (text.order[text.kept] >= 0).all() and (text.order[text.kept] < 6).all()
+
+
+def test_the_last_step_reveals_what_is_left(tiny):
+    """Even under a rule that never reveals anything, a block takes K steps."""
+    u = opdlm.uniforms(0, 0, range(4), (21, 1))
+    text = opdlm.rollout(Denoiser(tiny(), Layout(4, 1, 0)), prompts(3), 18, lambda sure, masked: masked & False, u, EOT)
+    assert (text.order[text.kept] == 3).all() and (text.forwards <= 20).all()
+
+
 def test_uniforms_know_their_row_only():
     some = opdlm.uniforms(5, 1, range(3, 6), (7, 2))
     assert torch.equal(some[1], opdlm.uniforms(5, 1, range(4, 5), (7, 2))[0])
