@@ -13,13 +13,13 @@ Letters: B rows, T positions, P prompt, R = T - P response, K block, V vocabular
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from model import masks, reveal
 from model.denoiser import Denoiser
+from model.draw import inverse_cdf, tempered, uniforms
 from model.masks import Layout
 
 # 1. rollout: a text, block by block, each block from all masks to none ------------------------------------------------
@@ -32,28 +32,6 @@ class Text:
     kept: Tensor            # (B, T) bool: the response up to its first end-of-text, included
     forwards: Tensor        # (B,) passes of the network a row has paid for, prefill and commits included
     positions: Tensor       # (B,) positions pushed through it
-
-
-def uniforms(seed: int, stream: int, rows: range, shape: tuple) -> Tensor:
-    """(B, *shape) numbers in [0, 1), a function of (seed, stream, row's global number) alone: so a row depends neither
-    on its batch mates nor on the number of processes, and a debugger replays any row."""
-    def draw(row):
-        source = np.random.Philox(key=[seed, row], counter=[0, 0, 0, stream])
-        return np.random.Generator(source).random(shape, dtype=np.float32)
-    return torch.from_numpy(np.stack([draw(row) for row in rows]))
-
-
-def inverse_cdf(probs: Tensor, u: Tensor) -> Tensor:
-    """(M,): the token at which the cumulative distribution of `probs` (M, V) passes `u` (M,)."""
-    cdf = probs.cumsum(-1)
-    return torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0].clamp(max=probs.size(-1) - 1)
-
-
-def tempered(probs: Tensor, temperature: float) -> Tensor:
-    """(M, V): probs ** (1 / temperature), normalised; at 0, all on the most likely token."""
-    if temperature == 0:
-        return F.one_hot(probs.argmax(-1), probs.size(-1)).to(probs)
-    return probs if temperature == 1 else (probs.log() / temperature).softmax(-1)
 
 
 @torch.no_grad()
@@ -163,12 +141,6 @@ def prefix(order: Tensor, kept: Tensor, u: Tensor, block: int) -> Tensor:
     return out_of_blocks(masked, order.size(1))
 
 
-def masked_share(masked: Tensor, block: int) -> Tensor:
-    """(B, R): how much of a slot's block is masked, the papers' t."""
-    count, size = (in_blocks(x, block, False).sum(-1, keepdim=True) for x in (masked, torch.ones_like(masked)))
-    return out_of_blocks((count / size).expand(-1, -1, block), masked.size(1))
-
-
 # 3. target: what should stand under the masks -------------------------------------------------------------------------
 
 @torch.no_grad()
@@ -203,14 +175,29 @@ def distill_loss(target: Tensor, logits: Tensor) -> Tensor:
     return torch.xlogy(target, target).sum(-1) - (target * logits.float().log_softmax(-1)).sum(-1)
 
 
-def mean_of_masked(loss_at: Tensor, kept: Tensor, t: Tensor) -> Tensor:
-    """(B, R) weights: each row is the mean over its places with a loss."""
-    return loss_at / loss_at.sum(1, keepdim=True).clamp(min=1)
+# Weights take masked, kept (B, R) and the block, and give (B, R), 0 where there is no loss.
+def mean_of_masked(masked: Tensor, kept: Tensor, block: int) -> Tensor:
+    """Each row is the mean over its places with a loss (paper)."""
+    return parts((masked & kept).float())
 
 
-def inverse_share(loss_at: Tensor, kept: Tensor, t: Tensor) -> Tensor:
-    """(B, R) weights 1 / t, per token of the row (BD3LM, SDAR): a bound on the text's negative log-likelihood."""
-    return loss_at / t.clamp(min=1e-6) / kept.sum(1, keepdim=True).clamp(min=1)
+def first_most(masked: Tensor, kept: Tensor, block: int) -> Tensor:
+    """That mean, a block's first masked slot counting 8 times: the leftmost rule always draws there, and only there is
+    all that the teacher has read visible to the student too."""
+    nth = out_of_blocks(in_blocks(masked, block, False).cumsum(-1), masked.size(1))
+    return parts((masked & kept) * torch.where(nth == 1, 8.0, 1.0))
+
+
+def inverse_share(masked: Tensor, kept: Tensor, block: int) -> Tensor:
+    """1 / t, t a block's masked share, per token of the row (BD3LM, SDAR): a bound on the text's nats."""
+    count, size = (in_blocks(x, block, False).sum(-1, keepdim=True) for x in (masked, torch.ones_like(masked)))
+    t = out_of_blocks((count / size).expand(-1, -1, block), masked.size(1))              # (B, R)
+    return (masked & kept) / t.clamp(min=1e-6) / kept.sum(1, keepdim=True).clamp(min=1)
+
+
+def parts(x: Tensor) -> Tensor:
+    """(B, R), each row divided by its sum; a row of zeros stays."""
+    return x / x.sum(1, keepdim=True).clamp(min=1)
 
 
 # 5. step: one equation, and the dials that make the papers' methods of it ---------------------------------------------
@@ -218,7 +205,7 @@ def inverse_share(loss_at: Tensor, kept: Tensor, t: Tensor) -> Tensor:
 TEXTS = {"student": student_text, "teacher": teacher_text, "data": data_text}
 STATES = {"visited": visited, "random": random, "prefix": prefix}
 TARGETS = {"teacher": teacher_probs, "onehot": one_hot}
-WEIGHTS = {"mean": mean_of_masked, "1/t": inverse_share}
+WEIGHTS = {"mean": mean_of_masked, "first": first_most, "1/t": inverse_share}
 METHODS = {                       # text x0, states x_t, target q, weight
     "opdlm": ("student", "visited", "teacher", "mean"),
     "opdlm-off": ("student", "random", "teacher", "mean"),
@@ -262,7 +249,7 @@ def train_step(student, teacher, text: Text, P: int, u: Tensor, recipe: Recipe, 
     target = recipe.target(teacher, tokens, rows, slots + P)                             # (N, V)
     logits = student_logits(student, tokens, noisy, P, recipe.layout, rows, slots + P)   # (N, V)
     kl = distill_loss(target, logits)                                                    # (N,)
-    weight = recipe.weight(loss_at, response, masked_share(masked, recipe.layout.block))[loss_at]
+    weight = recipe.weight(masked, response, recipe.layout.block)[loss_at]                # (N,)
     loss = (kl * weight).sum() / recipe.batch
     optimizer.zero_grad(set_to_none=True)
     loss.backward()

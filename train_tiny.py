@@ -53,7 +53,8 @@ class Options:
     text: str = option("student", "who wrote the text to learn from (paper: student)", tuple(opdlm.TEXTS))
     states: str = option("visited", "half-written states to learn on (paper: visited)", tuple(opdlm.STATES))
     target: str = option("teacher", "under a mask: the teacher's view (paper), or the text", tuple(opdlm.TARGETS))
-    weight: str = option("mean", "of a loss: the row's mean (paper), or 1/t (BD3LM, SDAR)", tuple(opdlm.WEIGHTS))
+    weight: str = option("first", "of losses: mean over the row (paper), a block's first masked slot counting 8 times, "
+                         "or 1/t (BD3LM, SDAR)", tuple(opdlm.WEIGHTS))
     updates: int | None = option(None, "updates per rollout (paper: 16); none: 4 on toy, 1 on text")
     ramp: int = option(0, "updates over which the response grows to its full length (paper: 1600)")
     optimizer: str = option("muon", "muon on the blocks' matrices, or adamw on all (paper)", ("muon", "adamw"))
@@ -65,7 +66,7 @@ class Options:
     warm_steps: int | None = option(None, "the first of these learn on training stories, the left part of each block "
                                     "shown (paper: 0); none: 420 on toy, 150 on text")
     batch: int = option(16, "rows of one distillation update (paper: 8)")
-    lr: float | None = option(None, "peak learning rate of distillation; none: 0.01 for muon, 0.001 for adamw")
+    lr: float | None = option(None, "peak learning rate of distillation; none: 0.02 for muon, 0.001 for adamw")
     layers: int = option(4, "blocks of the network")
     width: int | None = option(None, "channels, a multiple of 32; none: 128 on toy, 192 on text")
     length: int | None = option(None, "positions of the network, tokens; none: 96 on toy, 256 on text")
@@ -126,12 +127,12 @@ def ar_model(options: Options, corpus: Corpus, device) -> tuple[GPT, dict | None
 def pretrain(net: GPT, corpus: Corpus, options: Options, log: Log) -> None:
     """Next-token prediction, in full. A window holds several stories: each sees itself alone, from position 0."""
     T, eot, rows = options.length, corpus.tokenizer.eot, options.rows
-    device, optimizer, starts = net.wte.weight.device, Muon(net), tinystories.stories(corpus.train, eot)
+    device, optimizer = net.wte.weight.device, Muon(net)
     rate = schedule(optimizer, "trapezoid", options.pretrain_steps)
     for step in range(options.pretrain_steps):
         begun = time.perf_counter()
         rate(step)
-        window = draw(corpus, starts, range(step * rows, (step + 1) * rows), T + 1, options.seed).to(device)
+        window = draw(corpus, range(step * rows, (step + 1) * rows), T + 1, options.seed, device)
         tokens, following = window[:, :-1], window[:, 1:]                               # (B, T)
         mask, position = apart(tokens, eot)
         loss = F.cross_entropy(net(tokens, mask, position), following.flatten())
@@ -154,10 +155,10 @@ def apart(tokens: Tensor, eot: int) -> tuple[Tensor, Tensor]:
     return mask[:, None], place - begin
 
 
-def draw(corpus: Corpus, starts, numbers: range, length: int, seed: int) -> Tensor:
+def draw(corpus: Corpus, numbers: range, length: int, seed: int, device) -> Tensor:
     """(B, length): the windows of training text that belong to these row numbers."""
     u = opdlm.uniforms(seed, opdlm.DATA, numbers, (1,))[:, 0].numpy()
-    return torch.from_numpy(windows(corpus.train, starts, u, length))
+    return torch.from_numpy(windows(corpus.train, corpus.starts, u, length)).to(device)
 
 
 # 2. the conversion ----------------------------------------------------------------------------------------------------
@@ -172,15 +173,10 @@ def recipe_of(options: Options, eot: int, show=repr) -> opdlm.Recipe:
                         updates=options.updates or 1, seed=options.seed, show=show)
 
 
-def distil(student, teacher, corpus: Corpus, recipe: opdlm.Recipe, options: Options, log: Log, held: list) -> int:
-    """Drive `opdlm.train`: data, length, learning rate, log, and the state to resume from. The tokens trained on."""
-    starts, total = tinystories.stories(corpus.train, corpus.tokenizer.eot), options.distill_steps
-    optimizer, state = optimizer_named(options.optimizer, student, options.lr), Path(options.out, STATE)
-    rate, device = schedule(optimizer, options.schedule, total), student.wte.weight.device
-    done, tokens = load_state(state, student, optimizer) if options.resume else (0, 0)
-
-    def data(numbers):
-        return draw(corpus, starts, numbers, options.length, options.seed).to(device)
+def distil(student, teacher, corpus: Corpus, recipe: opdlm.Recipe, options: Options, optimizer, done: int = 0):
+    """Drive `opdlm.train` from step `done` on: data, lengths, learning rate. Yields each step's record."""
+    rate, total = schedule(optimizer, options.schedule, options.distill_steps), options.distill_steps
+    data = partial(draw, corpus, length=options.length, seed=options.seed, device=student.wte.weight.device)
 
     def length(step):
         grown = 1 - math.cos(math.pi / 2 * min(1, step / options.ramp)) if options.ramp else 1
@@ -189,23 +185,30 @@ def distil(student, teacher, corpus: Corpus, recipe: opdlm.Recipe, options: Opti
     # a student that can't write yet learns little from its own text: first a stretch of distillation on stories
     warm, turn = replace(recipe, text=opdlm.data_text, states=opdlm.prefix, updates=1), min(options.warm_steps, total)
     stretches = (warm, range(done, turn)), (recipe, range(max(done, turn), total))
-    every = -(-EVERY // recipe.updates) * recipe.updates
     rate(done)
     begun = time.perf_counter()
     for record in chain.from_iterable(opdlm.train(student, teacher, data, dials, optimizer, length, steps)
                                       for dials, steps in stretches):
-        step, tokens, seconds = record["step"], tokens + record["tokens"], time.perf_counter() - begun
-        work = measure.distill_flops(student.config, record)
-        log.step({"phase": "distil", **record, "tokens": tokens, "seconds": seconds, "flops": work}, total,
+        yield {**record, "seconds": time.perf_counter() - begun, "flops": measure.distill_flops(student.config, record)}
+        begun = time.perf_counter()
+        rate(record["step"])
+
+
+def convert(student, teacher, corpus: Corpus, recipe: opdlm.Recipe, options: Options, log: Log, held: list) -> int:
+    """`distil`, with its log, its looks at the held-out text and its state to resume from. The tokens trained on."""
+    optimizer, state = optimizer_named(options.optimizer, student, options.lr), Path(options.out, STATE)
+    done, tokens = load_state(state, student, optimizer) if options.resume else (0, 0)
+    every, total = -(-EVERY // recipe.updates) * recipe.updates, options.distill_steps
+    for record in distil(student, teacher, corpus, recipe, options, optimizer, done):
+        step, tokens, seconds = record["step"], tokens + record["tokens"], record["seconds"]
+        log.step({"phase": "distil", **record, "tokens": tokens}, total,
                  f"kl {record['kl']:.3f} nats | masked {record['masked']:.2f} | len {record['len']:.0f} | "
                  f"gen {record['gen_nats']:.2f} nats | {record['tokens'] / seconds / 1e3:.1f}k tok/s | "
                  f"{seconds * 1e3:.0f} ms")
-        if (step - turn) % every == 0 or step == total:                                 # never amid a rollout's updates
+        if (step - options.warm_steps) % every == 0 or step == total:                   # never amid a rollout's updates
             save_state(state, student, optimizer, step, tokens)
             numbers = measure.likelihood(student, held[:64], recipe.layout, corpus.tokenizer)
             log.write({"phase": "eval", "of": "student", "tokens": tokens, **numbers})
-        rate(step)
-        begun = time.perf_counter()
     return tokens
 
 
@@ -246,7 +249,7 @@ def main(argv: list[str]) -> None:
     look("ar", teacher, AR, rules.parse("static:1"))
     tokens = 0
     look("before", student, recipe.layout, recipe.rule, **how)
-    tokens = distil(student, teacher, corpus, recipe, options, log, held)
+    tokens = convert(student, teacher, corpus, recipe, options, log, held)
     said = {"reveal": options.reveal, "confidence": options.confidence}
     hub.save(out / "opdlm", student, corpus.tokenizer, recipe.layout, **said)
     look("after", student, recipe.layout, recipe.rule, **how)

@@ -15,6 +15,7 @@ import io
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 
@@ -45,6 +46,11 @@ class Corpus:
     val: np.ndarray         # the same of the held-out stories, none of which is in train
     tokenizer: Tokenizer
     name: str
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """Index of each training story."""
+        return stories(self.train, self.tokenizer.eot)
 
 
 def load(data: str, val: str | None, vocab_size: int, folder: str | Path, tokenizer: Tokenizer | None = None) -> Corpus:

@@ -69,7 +69,7 @@ class Muon(torch.optim.Optimizer):
 def optimizer_named(name: str, net, lr: float | None) -> torch.optim.Optimizer:
     """muon or adamw, for the fine-tuning of a network; without `lr` the rate that the small ones took to."""
     if name == "muon":
-        return Muon(net, lr or 0.01)
+        return Muon(net, lr or 0.02)
     return torch.optim.AdamW(net.parameters(), lr or 1e-3, weight_decay=0.0)
 
 

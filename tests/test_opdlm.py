@@ -240,17 +240,35 @@ def test_random_states_with_weight_1_over_t_are_the_diffusion_bound():
     kept = order == 0
     for masked, share in shares(opdlm.random, order, kept, K, 60_000).items():
         hidden = torch.zeros(1, K, dtype=torch.bool).index_fill(1, torch.tensor(masked), True)
-        weight = opdlm.inverse_share(hidden, kept, opdlm.masked_share(hidden, K)).amax().item() * K
+        weight = opdlm.inverse_share(hidden, kept, K).amax().item() * K
         n = len(masked)
         integral = math.gamma(n) * math.gamma(K - n + 1) / math.gamma(K + 1)
         assert share * weight == pytest.approx(integral, rel=0.04)
 
 
 def test_weights_of_a_row():
-    at, kept = torch.tensor([[True, False, True, False], [False] * 4]), torch.tensor([[True] * 4, [True] * 4])
-    t = torch.tensor([[0.5] * 4, [0.25] * 4])
-    assert opdlm.mean_of_masked(at, kept, t).tolist() == [[0.5, 0, 0.5, 0], [0] * 4]
-    assert opdlm.inverse_share(at, kept, t).tolist() == [[0.5, 0, 0.5, 0], [0] * 4]
+    masked = torch.tensor([[False, True, True, True, True, True], [False] * 6])        # blocks of 4, the last of 2
+    kept = torch.tensor([[True] * 5 + [False], [True] * 6])
+    mean, first, share = (weight(masked, kept, 4) for weight in opdlm.WEIGHTS.values())
+    assert mean.tolist() == [[0, 0.25, 0.25, 0.25, 0.25, 0], [0] * 6]
+    assert first[0].tolist() == pytest.approx([0, 8 / 18, 1 / 18, 1 / 18, 8 / 18, 0])
+    assert share[0].tolist() == pytest.approx([0, 4 / 15, 4 / 15, 4 / 15, 1 / 5, 0])
+    assert not first[1].any() and not share[1].any()
+
+
+def test_where_a_causal_teacher_sees_more_than_the_student():
+    """A student that is the conditional of a known joint has KL 0 to a causal teacher at a block's first masked slot,
+    and more behind it: what `first_most` rests on."""
+    joint = torch.rand(3, 3, 3, generator=torch.Generator().manual_seed(0)).double() ** 2
+    joint /= joint.sum()
+    p0, p01 = joint.sum((1, 2)), joint.sum(2)
+    kl = [0.0, 0.0, 0.0]
+    for a, b, c in itertools.product(range(3), repeat=3):
+        teacher = [p0, p01[a] / p0[a], joint[a, b] / p01[a, b]]
+        student = [p0, joint.sum((0, 2)), joint.sum((0, 1))]                             # nothing of the block is shown
+        for i in range(3):
+            kl[i] += joint[a, b, c].item() * opdlm.distill_loss(teacher[i][None], student[i].log()[None]).item()
+    assert kl[0] == pytest.approx(0, abs=1e-6) and min(kl[1:]) > 0.01
 
 
 # target and loss -----------------------------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ def test_the_dials_reach_the_method(flags, monkeypatch):
     assert recipe.text is opdlm.TEXTS[given.get("text", "student")]
     assert recipe.states is opdlm.STATES[given.get("states", "visited")]
     assert recipe.target is opdlm.TARGETS[given.get("target", "teacher")]
-    assert recipe.weight is opdlm.WEIGHTS[given.get("weight", "mean")]
+    assert recipe.weight is opdlm.WEIGHTS[given.get("weight", "first")]
     assert recipe.updates == int(given.get("updates", 4))
 
 
