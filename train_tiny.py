@@ -55,20 +55,20 @@ class Options:
     target: str = option("teacher", "under a mask: the teacher's view (paper), or the text", tuple(opdlm.TARGETS))
     weight: str = option("first", "of losses: mean over the row (paper), a block's first masked slot counting 8 times, "
                          "or 1/t (BD3LM, SDAR)", tuple(opdlm.WEIGHTS))
-    updates: int | None = option(None, "updates per rollout (paper: 16); none: 4 on toy, 1 on text")
+    updates: int = option(4, "updates per rollout (paper: 16)")
     ramp: int = option(0, "updates over which the response grows to its full length (paper: 1600)")
     optimizer: str = option("muon", "muon on the blocks' matrices, or adamw on all (paper)", ("muon", "adamw"))
     schedule: str = option("linear", "of the learning rate in distillation: linear to 0, or cosine to a tenth (paper)",
                            tuple(SHAPES))
-    pretrain_steps: int | None = option(None, "updates of AR pretraining; none: 600 on toy, 760 on text, 0 with --init")
+    pretrain_steps: int | None = option(None, "updates of AR pretraining; none: 500 on toy, 640 on text, 0 with --init")
     rows: int | None = option(None, "windows of one update of AR pretraining; none: 32 on toy, 16 on text")
-    distill_steps: int | None = option(None, "updates of distillation; none: 460 on toy, 180 on text")
+    distill_steps: int | None = option(None, "updates of distillation; none: 640 on toy, 246 on text")
     warm_steps: int | None = option(None, "the first of these learn on training stories, the left part of each block "
-                                    "shown (paper: 0); none: 420 on toy, 150 on text")
+                                    "shown (paper: 0); none: 600 on toy, 230 on text")
     batch: int = option(16, "rows of one distillation update (paper: 8)")
     lr: float | None = option(None, "peak learning rate of distillation; none: 0.02 for muon, 0.001 for adamw")
     layers: int = option(4, "blocks of the network")
-    width: int | None = option(None, "channels, a multiple of 32; none: 128 on toy, 192 on text")
+    width: int | None = option(None, "channels, a multiple of 64; none: 128 on toy, 192 on text")
     length: int | None = option(None, "positions of the network, tokens; none: 96 on toy, 256 on text")
     vocab: int = option(2048, "ids of the BPE that is learned from a text")
     seed: int = option(0, "of everything that is drawn")
@@ -85,9 +85,9 @@ PAPER = {"block": 4, "align": "paper", "context": "block", "reveal": "threshold:
          "text": "student", "states": "visited", "target": "teacher", "weight": "mean", "updates": 16, "ramp": 1600,
          "warm_steps": 0, "optimizer": "adamw", "schedule": "cosine"}
 SIZES = {
-    "toy": dict(pretrain_steps=600, rows=32, distill_steps=460, warm_steps=420, updates=4, width=128, length=96),
-    "text": dict(pretrain_steps=760, rows=16, distill_steps=180, warm_steps=150, updates=1, width=192, length=256)}
-EVERY = 20                      # updates between two saves, and between two looks at the held-out text
+    "toy": dict(pretrain_steps=500, rows=32, distill_steps=640, warm_steps=600, width=128, length=96),
+    "text": dict(pretrain_steps=640, rows=16, distill_steps=246, warm_steps=230, width=192, length=256)}
+EVERY = 40                      # updates between two saves, and between two looks at the held-out text
 STATE = "state.safetensors"     # what a conversion needs to go on
 
 
@@ -101,8 +101,8 @@ def settled(options: Options, corpus: Corpus) -> Options:
     if not 1 <= options.block <= options.length - 16:
         raise ValueError(f"--block={options.block} has no room behind a prompt of 16 in {options.length} positions: "
                          f"take 1 to {options.length - 16}")
-    if options.width % 32 or min(options.layers, options.batch, options.updates, options.distill_steps) < 1:
-        raise ValueError("--width is a multiple of 32; --layers, --batch, --updates and --distill_steps are at least 1")
+    if options.width % 64 or min(options.layers, options.batch, options.updates, options.distill_steps) < 1:
+        raise ValueError("--width is a multiple of 64; --layers, --batch, --updates and --distill_steps are at least 1")
     return options
 
 
@@ -120,7 +120,7 @@ def ar_model(options: Options, corpus: Corpus, device) -> tuple[GPT, dict | None
     if (folder / "config.json").exists() and hub.read_config(folder).get("trained") == settings:
         print(f"the AR model in {folder} was trained with these settings: it is used again")
         return hub.load(folder)[0].to(device), None
-    config = GPTConfig(corpus.tokenizer.vocab_size, options.length, options.layers, options.width // 32, options.width)
+    config = GPTConfig(corpus.tokenizer.vocab_size, options.length, options.layers, options.width // 64, options.width)
     return GPT(config).init_weights(torch.Generator().manual_seed(options.seed)).to(device), settings
 
 
@@ -170,7 +170,7 @@ def recipe_of(options: Options, eot: int, show=repr) -> opdlm.Recipe:
              opdlm.WEIGHTS[options.weight])
     return opdlm.Recipe(*dials, layout, eot, rules.parse(options.reveal), rules.CONFIDENCE[options.confidence],
                         redraws=layout.block if options.confidence == "drawn" else 1, batch=options.batch,
-                        updates=options.updates or 1, seed=options.seed, show=show)
+                        updates=options.updates, seed=options.seed, show=show)
 
 
 def distil(student, teacher, corpus: Corpus, recipe: opdlm.Recipe, options: Options, optimizer, done: int = 0):

@@ -74,12 +74,12 @@ def optimizer_named(name: str, net, lr: float | None) -> torch.optim.Optimizer:
 
 
 SHAPES = {"linear": lambda done: 1 - done, "trapezoid": lambda done: min(1.0, 2 * (1 - done)),
-          "cosine": lambda done: 0.55 + 0.45 * math.cos(math.pi * done)}
+          "cosine": lambda done: 0.55 + 0.45 * math.cos(math.pi * done), "constant": lambda done: 1.0}
 
 
 def schedule(optimizer, shape: str, steps: int, warmup: int = 10):
     """A function that sets the learning rates of a step: a linear warm-up to their peaks, today's, and then `shape`:
-    linear to 0, that in the second half only (trapezoid), or a cosine to a tenth."""
+    linear to 0, that in the second half only (trapezoid), a cosine to a tenth, or constant."""
     peaks = [group["lr"] for group in optimizer.param_groups]
 
     def set_rates(step: int) -> None:

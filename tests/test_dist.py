@@ -40,7 +40,8 @@ def test_a_folder_that_is_a_file(tmp_path):
         writable(tmp_path / "file" / "run")
 
 
-@pytest.mark.parametrize("shape, half, last", [("linear", 0.5, 0.01), ("trapezoid", 1.0, 0.02), ("cosine", 0.55, 0.1)])
+@pytest.mark.parametrize("shape, half, last", [("linear", 0.5, 0.01), ("trapezoid", 1.0, 0.02), ("cosine", 0.55, 0.1),
+                                               ("constant", 1.0, 1.0)])
 def test_schedules(shape, half, last):
     """From a warm-up to the peak, down to the end; two groups keep their ratio."""
     optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "lr": 4.0}, {"params": [torch.zeros(1)], "lr": 1.0}])

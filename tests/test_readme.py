@@ -44,7 +44,7 @@ def test_the_debugger_s_tour(tmp_path):
     said = re.findall(r"^\(Pdb\) (.*)$", TEXT, re.M)
     command[2:3] = [str(ROOT / "train_tiny.py")]
     flags = [flag for flag in command if not flag.startswith("--out")]
-    small = ["--layers=1", "--width=32", f"--out={tmp_path}"]
+    small = ["--layers=1", "--width=64", f"--out={tmp_path}"]
     run = subprocess.run([sys.executable, *flags, *small], input="\n".join(said) + "\n", capture_output=True, text=True,
                          cwd=ROOT, timeout=300, check=False,
                          env={"OMP_NUM_THREADS": "1", "PATH": "", "PYTHONPATH": str(ROOT)})

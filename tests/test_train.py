@@ -21,7 +21,7 @@ from model.masks import AR
 from report import cli, measure
 
 ROOT = Path(__file__).parents[1]
-SMALL = ["--data=toy", "--pretrain_steps=2", "--warm_steps=1", "--layers=1", "--width=32", "--batch=2", "--device=cpu"]
+SMALL = ["--data=toy", "--pretrain_steps=2", "--warm_steps=1", "--layers=1", "--width=64", "--batch=2", "--device=cpu"]
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,182 @@
+"""One conversion, watched while it learns: what the experiments here are made of. A row is flags of train_tiny.py.
+
+Every row trains at a constant rate and is judged by a running mean of its weights, over about the last tenth of its
+updates (a power mean, Karras et al., 2312.02696): each point of its curve is as good as if training ended there, so
+that tokens to reach a quality can be read off one run. A finished conversion lies in out/experiments, and is not run
+again; an unfinished one starts again.
+"""
+import copy
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+import opdlm
+import train_tiny
+from data import toy
+from data.corpus import open_corpus
+from data.tinystories import stories
+from model import hub
+from model.dist import Log
+from model.masks import AR
+from model.muon import optimizer_named, schedule
+from report import measure
+
+WORK = Path("out/experiments")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A conversion of the teacher of `seed`, and when and how it is looked at."""
+    name: str                           # of the row
+    seed: int
+    flags: dict                         # of train_tiny.py
+    points: tuple                       # updates after which the student is judged
+    looks: tuple = ("",)                # ways to sample: flags of train_tiny.py, "block=8 reveal=static:2"
+    recipes: Callable | None = None     # from the recipe, those that the updates take in turn
+    start: Callable | None = None       # something done to the student before
+    stories: int = 256                  # that a look is made of
+    pretrain: dict | None = None        # flags of the teacher
+    folder: str = "full"                # under out/experiments
+
+    @property
+    def file(self) -> Path:
+        return WORK / self.folder / f"{self.name}-{self.seed}.json".replace(" ", "")
+
+
+def options_of(job: Job, more: str = "") -> train_tiny.Options:
+    """Flags as a value; `more` are those of a look."""
+    given = {"data": "toy", **(job.pretrain or {}), "warm_steps": 0, "updates": 1, **job.flags, "seed": job.seed,
+             "distill_steps": max(job.points)}
+    given |= {name: int(value) if value.isdigit() else value for name, value in (x.split("=") for x in more.split())}
+    return train_tiny.Options(**given)
+
+
+corpus_of = cache(open_corpus)      # once a process
+
+
+def opened(job: Job) -> tuple:
+    """(options, corpus)."""
+    options = options_of(job)
+    corpus = corpus_of(options.data, options.val_data, options.vocab)
+    return train_tiny.settled(options, corpus), corpus
+
+
+def teacher_of(job: Job) -> torch.nn.Module:
+    """The AR model of a seed, trained if it is not there."""
+    torch.set_num_threads(1)
+    options, corpus = opened(job)
+    options = replace(options, out=str(WORK / job.folder / f"ar-{corpus.name}-{job.seed}"))
+    net, untrained = train_tiny.ar_model(options, corpus, torch.device("cpu"))
+    if untrained:
+        Path(options.out).mkdir(parents=True, exist_ok=True)
+        train_tiny.pretrain(net, corpus, options, Log(Path(options.out, "log.jsonl"), {}, False))
+        hub.save(Path(options.out, "ar"), net, corpus.tokenizer, trained=untrained)
+    return net.requires_grad_(False)
+
+
+def prepare(job: Job) -> None:
+    teacher_of(job)
+
+
+def updates(student, teacher, corpus, recipes: list, options) -> Iterator[dict]:
+    """Each update's record, the recipes taken in turn, rollout by rollout."""
+    optimizer = optimizer_named(options.optimizer, student, options.lr)
+    rate, each = schedule(optimizer, "constant", options.distill_steps), recipes[0].updates
+    data = partial(train_tiny.draw, corpus, length=options.length, seed=options.seed, device="cpu")
+    rate(0)
+    for first in range(0, options.distill_steps, each):
+        recipe, steps = recipes[first // each % len(recipes)], range(first, min(first + each, options.distill_steps))
+        for record in opdlm.train(student, teacher, data, recipe, optimizer, lambda step: options.length, steps):
+            yield record
+            rate(record["step"])
+
+
+@torch.no_grad()
+def take_in(mean, net, step: int, power: int = 9) -> None:
+    """Move the mean of the weights on, after the `step`-th update."""
+    share = 1 - (1 - 1 / step) ** (power + 1)
+    torch._foreach_lerp_(list(mean.parameters()), list(net.parameters()), share)
+
+
+def flops(config, record: dict, recipe: opdlm.Recipe) -> float:
+    """All of an update's arithmetic: every position of its rollout, the teacher if it is asked, the two streams."""
+    asked = recipe.target is opdlm.teacher_probs
+    body, head = measure.body_flops(config, record["len"] / 2), measure.head_flops(config)
+    return (body * (record["positions"] + (asked + 6) * record["tokens"])
+            + head * (record["positions"] + (asked + 3) * record["places"]))
+
+
+def judge(net, teacher, job: Job, corpus, held: list, options, layout=None) -> dict:
+    """The likelihood, and for each look what is written; with a `layout` under that and the rule of the AR model."""
+    recipe = train_tiny.recipe_of(options, corpus.tokenizer.eot)
+    check = toy.check if corpus.name == "toy" else None
+    numbers = measure.likelihood(net, held, layout or recipe.layout, corpus.tokenizer)
+    for look in job.looks:
+        how = train_tiny.recipe_of(options_of(job, look), recipe.eot)
+        made = measure.generate(net, held, layout or how.layout, how.rule, recipe.eot, options.length, job.seed,
+                                how.redraws, confidence=how.confidence)
+        numbers[look] = measure.generated(teacher, *made, corpus.tokenizer, check)
+    return numbers
+
+
+def ar_numbers(teacher, job: Job, corpus, held: list, options) -> dict:
+    """The same of the AR model, one token a step."""
+    plain = replace(job, flags={}, looks=("reveal=static:1",))
+    numbers = judge(teacher, teacher, plain, corpus, held, options, AR)
+    return numbers | numbers.pop("reveal=static:1")
+
+
+def run(job: Job) -> dict:
+    """The conversion: its points, each with what it took to come there. Finished before: read."""
+    if job.file.exists():
+        return json.loads(job.file.read_text())
+    torch.set_num_threads(1)
+    options, corpus = opened(job)
+    teacher, recipe = teacher_of(job), train_tiny.recipe_of(options, corpus.tokenizer.eot)
+    held = measure.held_out(corpus.val, stories(corpus.val, recipe.eot), job.stories, options.length)
+    student = copy.deepcopy(teacher).init_mask().requires_grad_(True)
+    if job.start:
+        job.start(student)
+    mean, recipes = copy.deepcopy(student), job.recipes(recipe) if job.recipes else [recipe]
+    spent, points = dict.fromkeys(("tokens", "places", "positions", "flops", "seconds"), 0), []
+    begun = time.perf_counter()
+    for record in updates(student, teacher, corpus, recipes, options):
+        take_in(mean, student, record["step"])
+        now = {**record, "flops": flops(student.config, record, recipe), "seconds": time.perf_counter() - begun}
+        spent = {name: spent[name] + now[name] for name in spent}
+        if record["step"] in job.points:
+            points.append({"step": record["step"], **spent, **judge(mean, teacher, job, corpus, held, options)})
+        begun = time.perf_counter()
+    return keep(job, {"name": job.name, "seed": job.seed, "flags": job.flags, "points": points,
+                      "teacher": ar_numbers(teacher, job, corpus, held, options)})
+
+
+def keep(job: Job, result: dict) -> dict:
+    """Written whole or not at all."""
+    job.file.parent.mkdir(parents=True, exist_ok=True)
+    job.file.with_suffix(".new").write_text(json.dumps(result))
+    os.replace(job.file.with_suffix(".new"), job.file)
+    return result
+
+
+def run_all(jobs: list[Job], workers: int = 2) -> list[dict]:
+    """Every job's result, in order; several at a time, a core each, teachers first. Prints progress and time left."""
+    results, begun, ready = {}, time.perf_counter(), sum(job.file.exists() for job in jobs)
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        list(pool.map(prepare, {job.seed: job for job in jobs}.values()))
+        waiting = {pool.submit(run, job): job for job in jobs}
+        for n, future in enumerate(as_completed(waiting), 1):
+            job, spent = waiting[future], time.perf_counter() - begun
+            results[job.name, job.seed] = future.result()
+            left = spent / max(n - ready, 1) * (len(jobs) - max(n, ready))
+            print(f"{n}/{len(jobs)} {job.name}, seed {job.seed} | {spent / 60:.0f} min, {left / 60:.0f} left",
+                  flush=True)
+    return [results[job.name, job.seed] for job in jobs]
