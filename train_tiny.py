@@ -60,11 +60,11 @@ class Options:
     optimizer: str = option("muon", "muon on the blocks' matrices, or adamw on all (paper)", ("muon", "adamw"))
     schedule: str = option("linear", "of the learning rate in distillation: linear to 0, or cosine to a tenth (paper)",
                            tuple(SHAPES))
-    pretrain_steps: int | None = option(None, "updates of AR pretraining; none: 500 on toy, 640 on text, 0 with --init")
+    pretrain_steps: int | None = option(None, "updates of AR pretraining; none: 480 on toy, 640 on text, 0 with --init")
     rows: int | None = option(None, "windows of one update of AR pretraining; none: 32 on toy, 16 on text")
-    distill_steps: int | None = option(None, "updates of distillation; none: 640 on toy, 246 on text")
+    distill_steps: int | None = option(None, "updates of distillation; none: 580 on toy, 246 on text")
     warm_steps: int | None = option(None, "the first of these learn on training stories, the left part of each block "
-                                    "shown (paper: 0); none: 600 on toy, 230 on text")
+                                    "shown (paper: 0); none: 540 on toy, 230 on text")
     batch: int = option(16, "rows of one distillation update (paper: 8)")
     lr: float | None = option(None, "peak learning rate of distillation; none: 0.02 for muon, 0.001 for adamw")
     layers: int = option(4, "blocks of the network")
@@ -85,7 +85,7 @@ PAPER = {"block": 4, "align": "paper", "context": "block", "reveal": "threshold:
          "text": "student", "states": "visited", "target": "teacher", "weight": "mean", "updates": 16, "ramp": 1600,
          "warm_steps": 0, "optimizer": "adamw", "schedule": "cosine"}
 SIZES = {
-    "toy": dict(pretrain_steps=500, rows=32, distill_steps=640, warm_steps=600, width=128, length=96),
+    "toy": dict(pretrain_steps=480, rows=32, distill_steps=580, warm_steps=540, width=128, length=96),
     "text": dict(pretrain_steps=640, rows=16, distill_steps=246, warm_steps=230, width=192, length=256)}
 EVERY = 40                      # updates between two saves, and between two looks at the held-out text
 STATE = "state.safetensors"     # what a conversion needs to go on
@@ -207,7 +207,7 @@ def convert(student, teacher, corpus: Corpus, recipe: opdlm.Recipe, options: Opt
                  f"{seconds * 1e3:.0f} ms")
         if (step - options.warm_steps) % every == 0 or step == total:                   # never amid a rollout's updates
             save_state(state, student, optimizer, step, tokens)
-            numbers = measure.likelihood(student, held[:64], recipe.layout, corpus.tokenizer)
+            numbers = measure.likelihood(student, held[:32], recipe.layout, corpus.tokenizer)
             log.write({"phase": "eval", "of": "student", "tokens": tokens, **numbers})
     return tokens
 
