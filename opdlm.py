@@ -232,6 +232,7 @@ class Recipe:
     updates: int = 1                            # updates per rollout (paper: 16)
     prompt: int = 16                            # longest prompt, tokens; a batch's is drawn from 1 .. this
     seed: int = 0
+    divergence: Callable = distill_loss         # from target to student, at each place
     show: Callable = repr                       # ids as text, for a debugger: p recipe.show(noisy[0])
 
     def __post_init__(self):
@@ -248,7 +249,7 @@ def train_step(student, teacher, text: Text, P: int, u: Tensor, recipe: Recipe, 
     rows, slots = loss_at.nonzero(as_tuple=True)                                         # (N,) twice
     target = recipe.target(teacher, tokens, rows, slots + P)                             # (N, V)
     logits = student_logits(student, tokens, noisy, P, recipe.layout, rows, slots + P)   # (N, V)
-    kl = distill_loss(target, logits)                                                    # (N,)
+    kl = recipe.divergence(target, logits)                                                 # (N,)
     weight = recipe.weight(masked, response, recipe.layout.block)[loss_at]                # (N,)
     loss = (kl * weight).sum() / recipe.batch
     optimizer.zero_grad(set_to_none=True)

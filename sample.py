@@ -41,6 +41,8 @@ class Options:
     def __post_init__(self):
         if self.n < 1 or self.temperature < 0 or (self.length is not None and self.length < 1):
             raise ValueError("--n and --length are at least 1, and --temperature at least 0")
+        if self.mode == "ar" and self.reveal:
+            raise ValueError(f"--reveal={self.reveal} means nothing to --mode=ar, a token at a time: leave it out")
 
 
 def find(options: Options) -> Path:
@@ -58,6 +60,9 @@ def load(options: Options) -> tuple:
         raise ValueError(f"{folder} holds an AR model: use --mode=ar, or a checkpoint that train_tiny.py has converted")
     config = hub.read_config(folder)
     rule, confidence = options.reveal or config.get("reveal", "static:1"), config.get("confidence", "largest")
+    if confidence not in rules.CONFIDENCE:
+        known = " or ".join(rules.CONFIDENCE)
+        raise ValueError(f"{folder}/config.json says confidence {confidence!r}: {known} was wanted")
     layout = AR if options.mode == "ar" else layout
     return net.to(device_named(options.device)), layout, tokenizer.load(folder), rules.parse(rule), confidence
 

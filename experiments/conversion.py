@@ -1,19 +1,16 @@
 """One conversion, watched while it learns: what the experiments here are made of. A row is flags of train_tiny.py.
 
 Every row trains at a constant rate and is judged by a running mean of its weights, over about the last tenth of its
-updates (a power mean, Karras et al., 2312.02696): each point of its curve is as good as if training ended there, so
-that tokens to reach a quality can be read off one run. A finished conversion lies in out/experiments, and is not run
-again; an unfinished one starts again.
+updates (a power mean, Karras et al., 2312.02696): tokens to reach a quality can be read off one run. A finished
+conversion lies in out/experiments and is not run again; an unfinished one starts again.
 """
 import copy
+import io
 import json
-import os
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -22,12 +19,14 @@ import opdlm
 import train_tiny
 from data import toy
 from data.corpus import open_corpus
-from data.tinystories import stories
+from data.tinystories import Corpus, stories
+from experiments.results import flops
 from model import hub
-from model.dist import Log
+from model.dist import Log, writable
 from model.masks import AR
 from model.muon import optimizer_named, schedule
 from report import measure
+from report.publish import write_json
 
 WORK = Path("out/experiments")
 
@@ -40,7 +39,7 @@ class Job:
     flags: dict                         # of train_tiny.py
     points: tuple                       # updates after which the student is judged
     looks: tuple = ("",)                # ways to sample: flags of train_tiny.py, "block=8 reveal=static:2"
-    recipes: Callable | None = None     # from the recipe, those that the updates take in turn
+    recipes: Callable | None = None     # (recipe, rollouts) -> the recipes that rollouts take in turn
     start: Callable | None = None       # something done to the student before
     stories: int = 256                  # that a look is made of
     pretrain: dict | None = None        # flags of the teacher
@@ -49,6 +48,12 @@ class Job:
     @property
     def file(self) -> Path:
         return WORK / self.folder / f"{self.name}-{self.seed}.json".replace(" ", "")
+
+    @property
+    def settings(self) -> dict:
+        """What JSON can hold of it."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()
+                if not callable(value) and name != "folder"}
 
 
 def options_of(job: Job, more: str = "") -> train_tiny.Options:
@@ -62,8 +67,7 @@ def options_of(job: Job, more: str = "") -> train_tiny.Options:
 corpus_of = cache(open_corpus)      # once a process
 
 
-def opened(job: Job) -> tuple:
-    """(options, corpus)."""
+def opened(job: Job) -> tuple[train_tiny.Options, Corpus]:
     options = options_of(job)
     corpus = corpus_of(options.data, options.val_data, options.vocab)
     return train_tiny.settled(options, corpus), corpus
@@ -74,16 +78,12 @@ def teacher_of(job: Job) -> torch.nn.Module:
     torch.set_num_threads(1)
     options, corpus = opened(job)
     options = replace(options, out=str(WORK / job.folder / f"ar-{corpus.name}-{job.seed}"))
-    net, untrained = train_tiny.ar_model(options, corpus, torch.device("cpu"))
-    if untrained:
-        Path(options.out).mkdir(parents=True, exist_ok=True)
-        train_tiny.pretrain(net, corpus, options, Log(Path(options.out, "log.jsonl"), {}, False))
-        hub.save(Path(options.out, "ar"), net, corpus.tokenizer, trained=untrained)
+    with redirect_stdout(io.StringIO()):
+        net, untrained = train_tiny.ar_model(options, corpus, torch.device("cpu"))
+        if untrained:
+            train_tiny.pretrain(net, corpus, options, Log(writable(Path(options.out)) / "log.jsonl", {}, False))
+            hub.save(Path(options.out, "ar"), net, corpus.tokenizer, trained=untrained)
     return net.requires_grad_(False)
-
-
-def prepare(job: Job) -> None:
-    teacher_of(job)
 
 
 def updates(student, teacher, corpus, recipes: list, options) -> Iterator[dict]:
@@ -106,14 +106,6 @@ def take_in(mean, net, step: int, power: int = 9) -> None:
     torch._foreach_lerp_(list(mean.parameters()), list(net.parameters()), share)
 
 
-def flops(config, record: dict, recipe: opdlm.Recipe) -> float:
-    """All of an update's arithmetic: every position of its rollout, the teacher if it is asked, the two streams."""
-    asked = recipe.target is opdlm.teacher_probs
-    body, head = measure.body_flops(config, record["len"] / 2), measure.head_flops(config)
-    return (body * (record["positions"] + (asked + 6) * record["tokens"])
-            + head * (record["positions"] + (asked + 3) * record["places"]))
-
-
 def judge(net, teacher, job: Job, corpus, held: list, options, layout=None) -> dict:
     """The likelihood, and for each look what is written; with a `layout` under that and the rule of the AR model."""
     recipe = train_tiny.recipe_of(options, corpus.tokenizer.eot)
@@ -128,16 +120,15 @@ def judge(net, teacher, job: Job, corpus, held: list, options, layout=None) -> d
 
 
 def ar_numbers(teacher, job: Job, corpus, held: list, options) -> dict:
-    """The same of the AR model, one token a step."""
-    plain = replace(job, flags={}, looks=("reveal=static:1",))
-    numbers = judge(teacher, teacher, plain, corpus, held, options, AR)
+    """The same of the AR model."""
+    numbers = judge(teacher, teacher, replace(job, flags={}, looks=("reveal=static:1",)), corpus, held, options, AR)
     return numbers | numbers.pop("reveal=static:1")
 
 
 def run(job: Job) -> dict:
-    """The conversion: its points, each with what it took to come there. Finished before: read."""
-    if job.file.exists():
-        return json.loads(job.file.read_text())
+    """The conversion: its points, each with what it took to come there. Finished before, with these settings: read."""
+    if job.file.exists() and (found := json.loads(job.file.read_text()))["settings"] == job.settings:
+        return found
     torch.set_num_threads(1)
     options, corpus = opened(job)
     teacher, recipe = teacher_of(job), train_tiny.recipe_of(options, corpus.tokenizer.eot)
@@ -145,38 +136,15 @@ def run(job: Job) -> dict:
     student = copy.deepcopy(teacher).init_mask().requires_grad_(True)
     if job.start:
         job.start(student)
-    mean, recipes = copy.deepcopy(student), job.recipes(recipe) if job.recipes else [recipe]
-    spent, points = dict.fromkeys(("tokens", "places", "positions", "flops", "seconds"), 0), []
-    begun = time.perf_counter()
+    mean, rollouts = copy.deepcopy(student), -(-options.distill_steps // recipe.updates)
+    recipes = job.recipes(recipe, rollouts) if job.recipes else [recipe]
+    spent, points = dict.fromkeys(("tokens", "places", "positions", "flops"), 0), []
     for record in updates(student, teacher, corpus, recipes, options):
         take_in(mean, student, record["step"])
-        now = {**record, "flops": flops(student.config, record, recipe), "seconds": time.perf_counter() - begun}
+        now = {**record, "flops": flops(student.config, record, recipe)}
         spent = {name: spent[name] + now[name] for name in spent}
         if record["step"] in job.points:
             points.append({"step": record["step"], **spent, **judge(mean, teacher, job, corpus, held, options)})
-        begun = time.perf_counter()
-    return keep(job, {"name": job.name, "seed": job.seed, "flags": job.flags, "points": points,
-                      "teacher": ar_numbers(teacher, job, corpus, held, options)})
-
-
-def keep(job: Job, result: dict) -> dict:
-    """Written whole or not at all."""
-    job.file.parent.mkdir(parents=True, exist_ok=True)
-    job.file.with_suffix(".new").write_text(json.dumps(result))
-    os.replace(job.file.with_suffix(".new"), job.file)
+    result = {"settings": job.settings, "points": points, "teacher": ar_numbers(teacher, job, corpus, held, options)}
+    write_json(job.file, result)
     return result
-
-
-def run_all(jobs: list[Job], workers: int = 2) -> list[dict]:
-    """Every job's result, in order; several at a time, a core each, teachers first. Prints progress and time left."""
-    results, begun, ready = {}, time.perf_counter(), sum(job.file.exists() for job in jobs)
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        list(pool.map(prepare, {job.seed: job for job in jobs}.values()))
-        waiting = {pool.submit(run, job): job for job in jobs}
-        for n, future in enumerate(as_completed(waiting), 1):
-            job, spent = waiting[future], time.perf_counter() - begun
-            results[job.name, job.seed] = future.result()
-            left = spent / max(n - ready, 1) * (len(jobs) - max(n, ready))
-            print(f"{n}/{len(jobs)} {job.name}, seed {job.seed} | {spent / 60:.0f} min, {left / 60:.0f} left",
-                  flush=True)
-    return [results[job.name, job.seed] for job in jobs]

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 
 import opdlm
-from experiments.conversion import Job, run_all
+from experiments.conversion import Job
+from experiments.pool import run_all
 from experiments.results import at_cost, by_row, cell, finish, gap, reached, tokens_cell
 from model.dist import facts
 from report import cli
@@ -25,7 +26,7 @@ ROWS = {name: dict(zip(DIALS, dials)) for name, dials in opdlm.METHODS.items()} 
     "ours": dict(zip(DIALS, ("data", "prefix", "teacher", "first")))}
 PUBLISHED = ROWS["sdar"] | {"align": "paper", "context": "block"}       # SDAR-style, as its paper has it
 RATES = (0.005, 0.01, 0.02)
-LOOKS = tuple(f"reveal=leftmost:{level}" for level in (0, 0.4, 0.7, 0.9, 0.98, 1))
+LOOKS = tuple(f"reveal=leftmost:{level}" for level in (0, 0.7, 0.9, 0.98, 1))
 PAPERS = ("reveal=threshold:0.9 confidence=drawn",)
 COST = 1.5                      # tokens a forward, at which text is compared
 NATS = (0.25, 0.1, 0.05)        # how near to the teacher's gen_nats; and 0.05 of its `valid`
@@ -34,10 +35,10 @@ QUICK = {"pretrain_steps": 20, "layers": 1, "width": 64, "rows": 4}
 
 @dataclass
 class Options:
-    quick: bool = option(False, "tiny models, two updates: whether it runs at all")
+    quick: bool = option(False, "tiny models, four updates: whether it runs at all")
     seeds: int = option(3, "teachers, and conversions of each")
     updates: int = option(240, "updates of 16 rows, of every row of the table")
-    long: int = option(3200, "updates of the SDAR-style row as published")
+    long: int = option(2400, "updates of the SDAR-style row as published")
 
 
 def jobs_of(options: Options) -> dict[str, dict]:
@@ -49,7 +50,7 @@ def jobs_of(options: Options) -> dict[str, dict]:
 
 def points(last: int, first: int) -> tuple:
     """Doubling up to `last`."""
-    return tuple(sorted({max(last >> k, 1) for k in range(12) if last >> k >= first} | {last}))
+    return tuple(sorted({last >> k for k in range(12) if last >> k >= first}))
 
 
 def trial(name: str, flags: dict, lr: float, options: Options) -> Job:
@@ -61,7 +62,7 @@ def best_rates(rows: dict, options: Options) -> tuple[dict, list]:
     """The learning rate of each row at which its text is nearest to its teacher's, and all the trials."""
     tried = [trial(name, flags, lr, options) for name, flags in rows.items() for lr in RATES]
     made = run_all([quick(job) if options.quick else job for job in tried])
-    nats = {job.name: at_cost(result["points"][-1], "gen_nats", COST) for job, result in zip(tried, made)}
+    nats = {job.name: at_cost(result["points"][-1], "gen_nats", COST, LOOKS) for job, result in zip(tried, made)}
     return {name: min(RATES, key=lambda lr: nats[f"{name}, lr {lr}"]) for name in rows}, made
 
 
@@ -76,8 +77,8 @@ def main(argv: list[str]) -> None:
     rows = jobs_of(options)
     rates, trials = best_rates(rows, options)
     jobs = [Job(name, seed, flags | {"lr": rates[name]},
-                points(options.long if "published" in name else options.updates, options.updates // 4), LOOKS + PAPERS)
-            for seed in range(options.seeds) for name, flags in rows.items()]
+                points(options.long if "published" in name else options.updates, max(options.updates // 16, 1)),
+                LOOKS + PAPERS, stories=192) for seed in range(options.seeds) for name, flags in rows.items()]
     made = run_all([quick(job) if options.quick else job for job in jobs])
     results = {"command": "python -m experiments.methods", **facts(torch.device("cpu")), "rates": rates,
                "trials": trials, "runs": made}
@@ -90,9 +91,9 @@ def table(results: dict) -> str:
     lines = ["| method, alignment | rate | " + " | ".join(f"within {n}" for n in NATS) + " | `valid` within 0.05 | "
              "`gen_nats` | `valid` | `gen_nats` at 1 | `valid` at 1 |", "|---|---|" + "---|" * (len(NATS) + 5)]
     for name, runs in by_row(results["runs"]).items():
-        spent = [tokens_cell([reached(r["points"], gap(r, what, COST), bound) for r in runs])
+        spent = [tokens_cell([reached(r["points"], gap(r, what, COST, LOOKS), bound) for r in runs])
                  for what, bound in (*(("gen_nats", n) for n in NATS), ("valid", 0.05))]
-        numbers = [cell([at_cost(r["points"][-1], what, cost) for r in runs], digits)
+        numbers = [cell([at_cost(r["points"][-1], what, cost, LOOKS) for r in runs], digits)
                    for cost in (COST, 1) for what, digits in (("gen_nats", 3), ("valid", 2))]
         lines.append(f"| {name} | {results['rates'][name]} | {' | '.join(spent + numbers)} |")
     return "\n".join(lines)
@@ -102,11 +103,11 @@ def ratios(results: dict, bound: float) -> dict[str, str]:
     """How many times the tokens the second row of each pair needs, seed by seed."""
     rows = by_row(results["runs"])
     off = min((name for name in rows if name.endswith(", ar") and name not in ("opdlm, ar", "ours, ar")),
-              key=lambda name: statistics.mean(at_cost(r["points"][-1], "gen_nats", COST) for r in rows[name]))
+              key=lambda name: statistics.mean(at_cost(r["points"][-1], "gen_nats", COST, LOOKS) for r in rows[name]))
     pairs = {"whole recipe": ("ours, ar", "sdar, published"), "alignment alone": ("opdlm, ar", "opdlm, paper"),
              "on-policy alone": ("opdlm, ar", off)}
-    return {f"{what}: {b} / {a}": times([reached(r["points"], gap(r, "gen_nats", COST), bound) for r in rows[a]],
-                                        [reached(r["points"], gap(r, "gen_nats", COST), bound) for r in rows[b]])
+    return {f"{what}: {b} / {a}": times([reached(r["points"], gap(r, "gen_nats", COST, LOOKS), bound) for r in rows[a]],
+                                        [reached(r["points"], gap(r, "gen_nats", COST, LOOKS), bound) for r in rows[b]])
             for what, (a, b) in pairs.items()}
 
 
@@ -124,7 +125,7 @@ def draw(results: dict, figure) -> None:
         for name, runs in by_row(results["runs"]).items():
             if not name.endswith(align) and not (align == "paper" and "published" in name):
                 continue
-            gaps = [[max(gap(r, "gen_nats", COST)(p), 1e-3) for p in r["points"]] for r in runs]
+            gaps = [[max(gap(r, "gen_nats", COST, LOOKS)(p), 1e-3) for p in r["points"]] for r in runs]
             tokens = [p["tokens"] for p in runs[0]["points"]]
             axes.plot(tokens, [statistics.mean(x) for x in zip(*gaps)], marker=".", label=name.split(",")[0])
             axes.fill_between(tokens, [min(x) for x in zip(*gaps)], [max(x) for x in zip(*gaps)], alpha=0.15)

@@ -1,17 +1,27 @@
 """What the experiments make of their conversions: targets reached, cells of tables, files and pictures."""
-import json
 import math
-import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+import opdlm
+from report import measure
+from report.publish import write_json
+
 HERE = Path(__file__).parent
 
 
+def flops(config, record: dict, recipe: opdlm.Recipe) -> float:
+    """All of an update's arithmetic: every position of its rollout, the teacher if it is asked, the two streams."""
+    asked = recipe.target is opdlm.teacher_probs
+    body, head = measure.body_flops(config, record["len"] / 2), measure.head_flops(config)
+    return (body * (record["positions"] + (asked + 6) * record["tokens"])
+            + head * (record["positions"] + (asked + 3) * record["places"]))
+
+
 def reached(points: list[dict], gap: Callable, bound: float, axis: str = "tokens") -> tuple[float, bool]:
-    """(what it took until gap(point) <= bound, True), between two points by a straight line over the logarithm; or
-    (what was spent in all, False): a lower bound."""
+    """(what it took until gap(point) <= bound, True), between two points by a straight line over the logarithm, at
+    the first point at most; or (what was spent in all, False): a lower bound."""
     before = None
     for point in points:
         if gap(point) <= bound:
@@ -42,9 +52,7 @@ def finish(name: str, results: dict, draw: Callable, quick: bool) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     folder = Path("out/experiments/quick", name) if quick else HERE / name
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json.new").write_text(json.dumps(results, indent=1))
-    os.replace(folder / "results.json.new", folder / "results.json")
+    write_json(folder / "results.json", results)
     figure = plt.figure(figsize=(10, 5.6), dpi=130)
     draw(results, figure)
     figure.savefig(folder / "curves.png", bbox_inches="tight")
@@ -55,20 +63,21 @@ def by_row(runs: list[dict]) -> dict[str, list[dict]]:
     """Runs of one name, over their seeds, in the order in which the names came."""
     rows = {}
     for run in runs:
-        rows.setdefault(run["name"], []).append(run)
+        rows.setdefault(run["settings"]["name"], []).append(run)
     return rows
 
 
-def at_cost(point: dict, number: str, cost: float, rule: str = "leftmost") -> float:
-    """A number of text written at `cost` tokens a forward: between the two levels of the rule that lie around it."""
-    looks = sorted(((look["tok_per_fwd"], look[number]) for name, look in point.items() if f"reveal={rule}" in name))
-    if cost <= looks[0][0] or cost >= looks[-1][0]:
-        return looks[0 if cost <= looks[0][0] else -1][1]
-    (x0, y0), (x1, y1) = next(pair for pair in zip(looks, looks[1:]) if pair[0][0] <= cost < pair[1][0])
+def at_cost(point: dict, number: str, cost: float, looks: tuple) -> float:
+    """A number of text written at `cost` tokens a forward: between the two of the `looks` that lie around it, by a
+    straight line; or of the nearest, if all are on one side."""
+    found = sorted((point[look]["tok_per_fwd"], point[look][number]) for look in looks)
+    if cost <= found[0][0] or cost >= found[-1][0]:
+        return found[0 if cost <= found[0][0] else -1][1]
+    (x0, y0), (x1, y1) = next(pair for pair in zip(found, found[1:]) if pair[0][0] <= cost < pair[1][0])
     return y0 + (y1 - y0) * (cost - x0) / (x1 - x0)
 
 
-def gap(run: dict, number: str, cost: float) -> Callable:
+def gap(run: dict, number: str, cost: float, looks: tuple) -> Callable:
     """How much worse a point of the run is than its teacher: nats per generated token above it, or `valid` below."""
     sign = -1 if number == "valid" else 1
-    return lambda point: sign * (at_cost(point, number, cost) - run["teacher"][number])
+    return lambda point: sign * (at_cost(point, number, cost, looks) - run["teacher"][number])

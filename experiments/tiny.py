@@ -7,17 +7,17 @@ Leaves experiments/NAME/results.json (every seed, every number, the commit) and 
 that has run already (its summary.json is in out/NAME-SEED) is not run again.
 """
 import json
-import os
 import shutil
-import statistics
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from experiments.results import cell
 from report import cli
 from report.cli import option
+from report.publish import write_json
 
 HERE = Path(__file__).parent
 
@@ -69,9 +69,7 @@ def main(argv: list[str]) -> None:
     results = {"command": f"python -m experiments.tiny --name={options.name} --seeds={options.seeds}",
                "runs": [run(options, seed) for seed in range(options.seeds)]}
     folder = HERE / options.name
-    folder.mkdir(exist_ok=True)
-    (folder / "results.json.new").write_text(json.dumps(results, indent=1))
-    os.replace(folder / "results.json.new", folder / "results.json")
+    write_json(folder / "results.json", results)
     for picture in ("states.png", "curves.png"):
         shutil.copy(Path("out", f"{options.name}-0", picture), folder / picture)
     print(table(results))
@@ -92,11 +90,6 @@ def table(results: dict) -> str:
         if any(cells):
             lines.append(f"| `{row}`, {unit} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def cell(values: list[float]) -> str:
-    spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{spread}"
 
 
 if __name__ == "__main__":

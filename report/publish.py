@@ -15,8 +15,15 @@ def publish(out: Path, numbers: dict, stories: dict) -> None:
         print(f"\n{name}: {trace.coloured(story, colour and name != 'ar')}")
     if colour:
         print("\n" + trace.legend(stories["after"].block))
-    (out / "summary.json.new").write_text(json.dumps(numbers, indent=1))
-    os.replace(out / "summary.json.new", out / "summary.json")
+    write_json(out / "summary.json", numbers)
     curves.draw(out / "log.jsonl", out / "curves.png")
     trace.picture(stories["after"], out / "states.png")
     print(f"\nleft in {out}: ar/ opdlm/ log.jsonl summary.json curves.png states.png")
+
+
+def write_json(path: Path, value) -> None:
+    """A file that appears whole or not at all, and its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f"{path.name}.{os.getpid()}.new")
+    new.write_text(json.dumps(value, indent=1))
+    os.replace(new, path)

@@ -127,10 +127,10 @@ def test_the_ar_model_is_block_1(run, capsys):
     """Whatever rule is asked for: one slot is one slot."""
     net, ids = network(0), [TOK.eot]
     u = opdlm.uniforms(0, 0, range(1), (6, 1))
-    text = opdlm.rollout(Denoiser(net, AR), torch.tensor([ids]), 5, reveal.parse("static:1"), u, TOK.eot)
-    wanted = sample.trace.visible(TOK.decode(text.tokens[0].tolist())) + "\n\n"
     for rule in ("static:1", "threshold:0.5"):
-        assert said(capsys, run, "--mode=ar", "--length=5", f"--reveal={rule}")[0] == wanted
+        text = opdlm.rollout(Denoiser(net, AR), torch.tensor([ids]), 5, reveal.parse(rule), u, TOK.eot)
+        wanted = sample.trace.visible(TOK.decode(text.tokens[0].tolist())) + "\n\n"
+        assert said(capsys, run, "--mode=ar", "--length=5")[0] == wanted
 
 
 REFUSED = {
@@ -156,6 +156,20 @@ def test_a_mistake_is_one_sentence(run, capsys, flag):
         code = left.code
     out, err = capsys.readouterr()
     assert code == 2 and not out and REFUSED[flag] in err and err.count("\n") == 1
+
+
+def test_a_rule_means_nothing_to_the_ar_model(run, capsys):
+    with pytest.raises(SystemExit) as left:
+        sample.main([f"--ckpt={run}", "--mode=ar", "--reveal=static:1"])
+    assert left.value.code == 2 and "--reveal=static:1 means nothing to --mode=ar" in capsys.readouterr().err
+
+
+def test_an_unknown_confidence_is_named(tmp_path, capsys):
+    run = checkpoint(tmp_path)
+    path = run / "opdlm" / "config.json"
+    path.write_text(path.read_text().replace('"largest"', '"loudest"'))
+    assert cli.run(sample.main, [f"--ckpt={run}", "--device=cpu"]) == 2
+    assert "says confidence 'loudest': largest or drawn was wanted" in capsys.readouterr().err
 
 
 class Terminal:

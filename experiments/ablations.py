@@ -1,0 +1,135 @@
+"""What each choice of the conversion is worth: one thing changed at a time, same teachers, same number of updates.
+
+    python -m experiments.ablations             the story world, three seeds: about an hour and a half on two cores
+    python -m experiments.ablations --quick     the plumbing, a minute
+
+Text is compared at equal cost, 1.5 and 2 tokens a forward, by the rule a row is sampled with: leftmost, but where the
+row says otherwise. Leaves experiments/ablations/results.json (every seed, every number, the commit) and curves.png.
+"""
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from experiments import changes
+from experiments.conversion import Job
+from experiments.pool import run_all
+from experiments.results import at_cost, by_row, cell, finish
+from model.dist import facts
+from report import cli
+from report.cli import option
+from train_tiny import PAPER
+
+LEFTMOST = tuple(f"reveal=leftmost:{level}" for level in (0, 0.4, 0.7, 0.9, 0.98, 1))
+THRESHOLD = tuple(f"reveal=threshold:{level}" for level in (0, 0.4, 0.7, 0.9, 1))
+DRAWN = tuple(f"{look} confidence=drawn" for look in THRESHOLD)
+QUICK = {"pretrain_steps": 20, "layers": 1, "width": 64, "rows": 4}
+OWN = {"text": "student", "states": "visited", "target": "teacher", "weight": "first", "updates": 4}
+STORIES = {"text": "data", "states": "prefix", "target": "teacher", "weight": "first"}
+
+
+@dataclass
+class Options:
+    quick: bool = option(False, "tiny models, four updates: whether it runs at all")
+    seeds: int = option(3, "teachers, and conversions of each")
+    updates: int = option(160, "updates of 16 rows, of every row")
+
+
+PRESET = {k: v for k, v in PAPER.items() if k not in ("ramp", "warm_steps", "schedule", "batch")} | {"lr": 0.001}
+
+
+@dataclass
+class Row:
+    flags: dict
+    by: tuple = LEFTMOST                # the looks between whose levels it is compared
+    recipes: Callable | None = None
+    start: Callable | None = None
+    job: str | None = None              # rows of one job are one conversion, looked at in several ways
+
+
+def at_block(block: int) -> tuple:
+    return tuple(f"block={block} {look}" for look in LEFTMOST)
+
+
+ROWS = {
+    **{f"{states}, block {block}": Row(OWN | {"states": states, "block": block})
+       for block in (4, 8, 16) for states in ("visited", "random", "prefix")},
+    **{f"stories, block {block}": Row(STORIES | {"block": block}) for block in (4, 8, 16)},
+    **{f"paper's preset, block {block}": Row(PRESET | {"block": block}, DRAWN) for block in (4, 8, 16)},
+    **{f"stories, mixed blocks, at {block}": Row(STORIES, at_block(block), changes.mixed, job="mixed")
+       for block in (4, 8, 16)},
+    **{f"weight {weight}": Row(OWN | {"weight": weight}) for weight in ("mean", "1/t")},
+    "visited, by threshold": Row(OWN, THRESHOLD, job="visited, block 4"),
+    "trained by threshold": Row(OWN | {"reveal": "threshold:0.9"}, job="threshold"),
+    "trained and sampled by threshold": Row(OWN | {"reveal": "threshold:0.9"}, THRESHOLD, job="threshold"),
+    "trained one a step, by confidence": Row(OWN | {"reveal": "static:1"}, job="static"),
+    "the same, sampled by threshold": Row(OWN | {"reveal": "static:1"}, THRESHOLD, job="static"),
+    "drawn token's confidence": Row(OWN | {"reveal": "threshold:0.9", "confidence": "drawn"}, DRAWN, job="drawn"),
+    "the same, sampled by the largest": Row(OWN | {"reveal": "threshold:0.9", "confidence": "drawn"}, THRESHOLD,
+                                            job="drawn"),
+    "context block": Row(OWN | {"context": "block"}),
+    "reverse KL": Row(OWN, recipes=partial(changes.with_divergence, changes.reverse_kl)),
+    "Jensen-Shannon": Row(OWN, recipes=partial(changes.with_divergence, changes.jensen_shannon)),
+    "every state": Row(OWN, recipes=changes.every_state),
+    "zero as [MASK]": Row(OWN, start=changes.zero_mask), "end-of-text as [MASK]": Row(OWN, start=changes.end_mask),
+    **{f"{n} updates a rollout": Row(OWN | {"updates": n}) for n in (1, 16)},
+    **{f"{part} of it on stories": Row(OWN, recipes=partial(changes.stories_first, part)) for part in (0.25, 0.75)},
+}
+
+
+def jobs_of(options: Options) -> list[Job]:
+    """One a conversion and seed, with the looks of all rows that are made of it."""
+    looks = {}
+    for name, row in ROWS.items():
+        looks.setdefault(row.job or name, {}).update(dict.fromkeys(row.by))
+    first = {row.job or name: row for name, row in reversed(ROWS.items())}
+    extra = {"folder": "quick", "stories": 16, "pretrain": QUICK} if options.quick else {}
+    return [Job(name, seed, first[name].flags, (options.updates,), tuple(looks[name]), first[name].recipes,
+                first[name].start, **extra) for seed in range(options.seeds) for name in looks]
+
+
+def main(argv: list[str]) -> None:
+    options = cli.parse(Options, argv, __doc__)
+    if options.quick:
+        options = replace(options, seeds=1, updates=4)
+    results = {"command": "python -m experiments.ablations", **facts(torch.device("cpu")),
+               "runs": run_all(jobs_of(options))}
+    finish("ablations", results, draw, options.quick)
+    print(table(results))
+
+
+def table(results: dict) -> str:
+    """Markdown: a row a choice, `gen_nats`, `valid` and `distinct2` at equal cost."""
+    columns = [(number, cost) for cost in (1.5, 2) for number in ("gen_nats", "valid", "distinct2")]
+    lines = ["| | " + " | ".join(f"`{number}` at {cost}" for number, cost in columns) + " |", "|---|" + "---|" * 6]
+    runs = by_row(results["runs"])
+    for name, row in ROWS.items():
+        last = [run["points"][-1] for run in runs[row.job or name]]
+        cells = [cell([at_cost(p, number, cost, row.by) for p in last]) for number, cost in columns]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(results: dict, figure) -> None:
+    """What is lost against the teacher, by block: ours and the paper's preset."""
+    runs = by_row(results["runs"])
+    for axes, cost in zip(figure.subplots(1, 2, sharey=True), (1.5, 2)):
+        for kind in ("visited", "random", "prefix", "stories", "paper's preset"):
+            rows = [(f"{kind}, block {block}", block) for block in (4, 8, 16)]
+            lost = [[at_cost(run["points"][-1], "gen_nats", cost, ROWS[name].by) - run["teacher"]["gen_nats"]
+                     for run in runs[name]] for name, _ in rows]
+            axes.errorbar([block for _, block in rows], [statistics.mean(x) for x in lost],
+                          [[statistics.mean(x) - min(x) for x in lost], [max(x) - statistics.mean(x) for x in lost]],
+                          marker="o", capsize=3, label=kind)
+        axes.set(xlabel="block", title=f"{cost} tokens a forward", xscale="log", xticks=[4, 8, 16],
+                 xticklabels=["4", "8", "16"], yscale="log")
+        axes.grid(alpha=0.3)
+    axes.legend()
+    figure.axes[0].set_ylabel("nats per generated token above the teacher's")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

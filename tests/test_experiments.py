@@ -1,0 +1,123 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+import opdlm
+from experiments import ablations, changes, conversion, methods
+from experiments.conversion import Job
+from experiments.results import at_cost, gap, reached, tokens_cell
+from model import reveal
+from model.masks import Layout
+from report.publish import write_json
+
+
+def point(tokens, *looks):
+    return {"tokens": tokens} | {name: {"tok_per_fwd": cost, "gen_nats": nats} for name, cost, nats in looks}
+
+
+def test_a_target_is_reached_between_two_points():
+    points = [{"tokens": 100, "gap": 0.4}, {"tokens": 400, "gap": 0.2}, {"tokens": 800, "gap": 0.1}]
+    found, there = reached(points, lambda p: p["gap"], 0.3)
+    assert there and found == pytest.approx(200)                           # the middle, over the logarithm
+    assert reached(points, lambda p: p["gap"], 0.5) == (100, True)
+    assert reached(points, lambda p: p["gap"], 0.05) == (800, False)
+    assert reached(points, lambda p: p["gap"], 0.1)[0] == pytest.approx(800)
+
+
+def test_a_row_that_never_comes_there_is_a_lower_bound():
+    assert tokens_cell([(1000, True), (3000, True)]) == "2k (1 to 3)"
+    assert tokens_cell([(1000, True), (3000, False)]) == "> 2k"
+
+
+def test_numbers_at_equal_cost_lie_between_their_neighbours():
+    some = point(1, ("a", 1.0, 0.3), ("b", 2.0, 0.5), ("c", 4.0, 0.9), ("other", 1.5, 9.0))
+    assert at_cost(some, "gen_nats", 1.5, ("c", "b", "a")) == pytest.approx(0.4)
+    assert at_cost(some, "gen_nats", 2.0, ("a", "b", "c")) == 0.5
+    assert at_cost(some, "gen_nats", 9.0, ("a", "b")) == 0.5 and at_cost(some, "gen_nats", 0.5, ("b", "a")) == 0.3
+    assert gap({"teacher": {"gen_nats": 0.1}}, "gen_nats", 1.5, ("a", "b"))(some) == pytest.approx(0.3)
+
+
+def test_the_mean_of_weights_is_the_weighted_mean():
+    """Of n updates the k-th has about the weight 10 (k / n)^9 / n: the power mean's."""
+    net, mean, n = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1), 400
+    for step in range(1, n + 1):
+        torch.nn.init.constant_(net.weight, step / n)
+        conversion.take_in(mean, net, step)
+    assert mean.weight.item() == pytest.approx(10 / 11, abs=2e-3)          # the integral of 10 x^9 x
+    conversion.take_in(mean, net, 1)
+    assert mean.weight.item() == net.weight.item()                         # the first update replaces what was there
+
+
+@pytest.mark.parametrize("divergence", [changes.reverse_kl, changes.jensen_shannon])
+def test_divergences_by_hand(divergence):
+    q, p = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0.25, 0.5, 0.25]])
+    middle = (p + q) / 2
+    def kl(a, b):
+        return (a * (a / b).log()).sum().item()
+    want = kl(p, q) if divergence is changes.reverse_kl else (kl(p, middle) + kl(q, middle)) / 2
+    assert divergence(q, p.log() + 3).item() == pytest.approx(want, rel=1e-5)
+    assert divergence(q, q.log()).item() == pytest.approx(0, abs=1e-6)
+    assert divergence(torch.tensor([[1.0, 0, 0]]), p.log()).isfinite().all()
+
+
+def recipe(**more):
+    return opdlm.Recipe(opdlm.student_text, opdlm.visited, opdlm.teacher_probs, opdlm.mean_of_masked, Layout(3), 10,
+                        reveal.parse("static:1"), batch=2, prompt=2, **more)
+
+
+def test_every_state_of_every_text(tiny):
+    """Each text K times; its copies mask the slots of step k and later, k = 0 .. K - 1: the union of all states."""
+    made, net = changes.every_state(recipe(), 1)[0], tiny()
+    rows = torch.randint(0, 10, (6, 12), generator=torch.Generator().manual_seed(0))
+    text = made.text(net, net, rows, 2, 9, opdlm.uniforms(0, 1, range(6), (11, 1)), made)
+    assert made.batch == 6 and len(text.tokens) == 6
+    assert torch.equal(text.tokens[0], text.tokens[2]) and not torch.equal(text.tokens[2], text.tokens[3])
+    masked = made.states(text.order[:, 2:], text.kept[:, 2:], None, 3)
+    order = text.order[:, 2:]
+    for row in range(6):
+        assert torch.equal(masked[row], order[row] >= row % 3)
+
+
+def test_part_of_the_rollouts_on_stories():
+    made = changes.stories_first(0.25, recipe(), 8)
+    assert [r.text is opdlm.data_text for r in made] == [True] * 2 + [False] * 6
+    assert made[0].states is opdlm.prefix
+
+
+def test_recipes_take_turns(tiny, monkeypatch):
+    seen, net = [], tiny()
+    monkeypatch.setattr(opdlm, "train", lambda *a: seen.append((a[3].layout.block, list(a[6]))) or
+                        iter([{"step": step + 1} for step in a[6]]))
+    options = conversion.options_of(Job("", 0, {"updates": 2}, (7,)))
+    class corpus:                                                          # not looked at
+        pass
+    list(conversion.updates(net, net, corpus, [recipe(updates=2), changes.mixed(recipe(updates=2), 4)[1]], options))
+    assert seen == [(3, [0, 1]), (8, [2, 3]), (3, [4, 5]), (8, [6])]
+
+
+def test_a_finished_conversion_is_read_and_another_is_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(conversion, "WORK", tmp_path)
+    job = Job("a, b", 1, {"lr": 0.1}, (1,), recipes=changes.mixed)
+    write_json(job.file, {"settings": job.settings, "x": 1})
+    assert conversion.run(job)["x"] == 1 and [p.name for p in job.file.parent.iterdir()] == ["a,b-1.json"]
+    monkeypatch.setattr(conversion, "opened", lambda job: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        conversion.run(replace(job, flags={"lr": 0.2}))
+
+
+def test_every_row_of_the_ablations_is_looked_at_as_it_is_compared():
+    jobs = {job.name: job for job in ablations.jobs_of(ablations.Options())}
+    for name, row in ablations.ROWS.items():
+        assert set(row.by) <= set(jobs[row.job or name].looks)
+        assert {**jobs[row.job or name].flags, "block": 0} == {**row.flags, "block": 0}
+    files = [job.file for job in ablations.jobs_of(ablations.Options())]
+    assert len(files) == len(set(files)) == 3 * len(jobs)
+
+
+@pytest.mark.parametrize("name", list(methods.jobs_of(methods.Options())))
+def test_every_row_of_the_methods_is_flags_of_the_command(name):
+    flags = methods.jobs_of(methods.Options())[name]
+    options = conversion.options_of(Job(name, 0, flags, (4,)), "reveal=leftmost:0.5 block=8")
+    assert options.block == 8 and options.reveal == "leftmost:0.5" and options.warm_steps == 0
+    assert [getattr(options, dial) for dial in methods.DIALS] == [flags[dial] for dial in methods.DIALS]
