@@ -2,9 +2,10 @@
 
     python -m experiments.methods               the story world, block 4, three seeds: about two hours on two cores
     python -m experiments.methods --quick       the plumbing, a minute
+    python -m experiments.methods --name=methods_text --data=FILE.txt --val_data=FILE.txt --rows=opdlm,sft,sdar
 
 First every row is tried, one seed, at each learning rate of one grid; then it runs at its best. Leaves
-experiments/methods/results.json (every seed, every point, the commit) and curves.png.
+experiments/NAME/results.json (every seed, every point, the commit) and curves.png.
 """
 import statistics
 import sys
@@ -35,17 +36,27 @@ QUICK = {"pretrain_steps": 20, "layers": 1, "width": 64, "rows": 4}
 
 @dataclass
 class Options:
+    name: str = option("methods", "of the results: experiments/NAME")
+    data: str = option("toy", "--data of train_tiny.py")
+    val_data: str | None = option(None, "--val_data of train_tiny.py")
+    rows: str = option(",".join(ROWS), "methods, apart by commas")
     quick: bool = option(False, "tiny models, four updates: whether it runs at all")
     seeds: int = option(3, "teachers, and conversions of each")
     updates: int = option(240, "updates of 16 rows, of every row of the table")
     long: int = option(2400, "updates of the SDAR-style row as published")
 
+    def __post_init__(self):
+        if not set(self.rows.split(",")) <= set(ROWS):
+            raise ValueError(f"--rows={self.rows}: wanted are some of {','.join(ROWS)}")
+
 
 def jobs_of(options: Options) -> dict[str, dict]:
     """Flags of every row, before its learning rate."""
-    rows = {f"{name}, {align}": dials | {"align": align, "updates": 4 if dials["text"] != "data" else 1}
-            for align in ("ar", "paper") for name, dials in ROWS.items()}
-    return rows | {"sdar, published": PUBLISHED}
+    wanted = {name: ROWS[name] for name in options.rows.split(",")}
+    text = {} if options.data == "toy" else {"data": options.data, "val_data": options.val_data}
+    rows = {f"{name}, {align}": dials | {"align": align, "updates": 4 if dials["text"] != "data" else 1} | text
+            for align in ("ar", "paper") for name, dials in wanted.items()}
+    return rows | {"sdar, published": PUBLISHED | text}
 
 
 def points(last: int, first: int) -> tuple:
@@ -53,14 +64,10 @@ def points(last: int, first: int) -> tuple:
     return tuple(sorted({last >> k for k in range(12) if last >> k >= first}))
 
 
-def trial(name: str, flags: dict, lr: float, options: Options) -> Job:
-    short = max(options.updates // 4, 1)
-    return Job(f"{name}, lr {lr}", 0, flags | {"lr": lr}, (short,), LOOKS, stories=128)
-
-
 def best_rates(rows: dict, options: Options) -> tuple[dict, list]:
     """The learning rate of each row at which its text is nearest to its teacher's, and all the trials."""
-    tried = [trial(name, flags, lr, options) for name, flags in rows.items() for lr in RATES]
+    tried = [Job(f"{name}, lr {lr}", 0, flags | {"lr": lr}, (max(options.updates // 4, 1),), LOOKS, stories=128)
+             for name, flags in rows.items() for lr in RATES]
     made = run_all([quick(job) if options.quick else job for job in tried])
     nats = {job.name: at_cost(result["points"][-1], "gen_nats", COST, LOOKS) for job, result in zip(tried, made)}
     return {name: min(RATES, key=lambda lr: nats[f"{name}, lr {lr}"]) for name in rows}, made
@@ -80,22 +87,25 @@ def main(argv: list[str]) -> None:
                 points(options.long if "published" in name else options.updates, max(options.updates // 16, 1)),
                 LOOKS + PAPERS, stories=192) for seed in range(options.seeds) for name, flags in rows.items()]
     made = run_all([quick(job) if options.quick else job for job in jobs])
-    results = {"command": "python -m experiments.methods", **facts(torch.device("cpu")), "rates": rates,
-               "trials": trials, "runs": made}
-    finish("methods", results, draw, options.quick)
+    for run in trials + made:
+        run["settings"]["flags"] = {k: v for k, v in run["settings"]["flags"].items() if "data" not in k}   # no paths
+    results = {"command": f"python -m experiments.methods --name={options.name}", **facts(torch.device("cpu")),
+               "rates": rates, "trials": trials, "runs": made}
+    finish(options.name, results, draw, options.quick)
     print(table(results), *(f"{name}: {value}" for name, value in ratios(results, 0.1).items()), sep="\n")
 
 
 def table(results: dict) -> str:
-    """Markdown: a row a method."""
-    lines = ["| method, alignment | rate | " + " | ".join(f"within {n}" for n in NATS) + " | `valid` within 0.05 | "
-             "`gen_nats` | `valid` | `gen_nats` at 1 | `valid` at 1 |", "|---|---|" + "---|" * (len(NATS) + 5)]
+    """Markdown: a row a method; tokens to come near to the teacher, and where the last point is."""
+    numbers = [n for n in ("gen_nats", "valid") if n in results["runs"][0]["teacher"]]
+    bounds = [*(("gen_nats", n) for n in NATS), ("valid", 0.05)]
+    bounds, last = [b for b in bounds if b[0] in numbers], [(n, cost) for cost in (COST, 1) for n in numbers]
+    lines = ["| method, alignment | rate | " + " | ".join([f"`{n}` within {b}" for n, b in bounds] + [
+             f"`{n}` at {cost}" for n, cost in last]) + " |", "|---|---|" + "---|" * len(bounds + last)]
     for name, runs in by_row(results["runs"]).items():
-        spent = [tokens_cell([reached(r["points"], gap(r, what, COST, LOOKS), bound) for r in runs])
-                 for what, bound in (*(("gen_nats", n) for n in NATS), ("valid", 0.05))]
-        numbers = [cell([at_cost(r["points"][-1], what, cost, LOOKS) for r in runs], digits)
-                   for cost in (COST, 1) for what, digits in (("gen_nats", 3), ("valid", 2))]
-        lines.append(f"| {name} | {results['rates'][name]} | {' | '.join(spent + numbers)} |")
+        spent = [tokens_cell([reached(r["points"], gap(r, n, COST, LOOKS), b) for r in runs]) for n, b in bounds]
+        cells = [cell([at_cost(r["points"][-1], n, cost, LOOKS) for r in runs]) for n, cost in last]
+        lines.append(f"| {name} | {results['rates'][name]} | {' | '.join(spent + cells)} |")
     return "\n".join(lines)
 
 
@@ -106,6 +116,7 @@ def ratios(results: dict, bound: float) -> dict[str, str]:
               key=lambda name: statistics.mean(at_cost(r["points"][-1], "gen_nats", COST, LOOKS) for r in rows[name]))
     pairs = {"whole recipe": ("ours, ar", "sdar, published"), "alignment alone": ("opdlm, ar", "opdlm, paper"),
              "on-policy alone": ("opdlm, ar", off)}
+    pairs = {what: pair for what, pair in pairs.items() if set(pair) <= set(rows)}
     return {f"{what}: {b} / {a}": times([reached(r["points"], gap(r, "gen_nats", COST, LOOKS), bound) for r in rows[a]],
                                         [reached(r["points"], gap(r, "gen_nats", COST, LOOKS), bound) for r in rows[b]])
             for what, (a, b) in pairs.items()}
