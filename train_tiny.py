@@ -15,7 +15,6 @@ import time
 import zlib
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -93,7 +92,7 @@ STATE = "state.safetensors"     # what a conversion needs to go on
 
 def settled(options: Options, corpus: Corpus) -> Options:
     """The options with the open ones filled in, checked against each other."""
-    sizes = {**SIZES["toy" if corpus.name == "toy" else "text"], "data": corpus.name}
+    sizes = SIZES["toy" if corpus.name == "toy" else "text"] | {"data": corpus.name}
     if options.init != "scratch":
         config = hub.load(Path(options.init))[0].config
         options = replace(options, pretrain_steps=0, layers=config.layers, width=config.width, length=config.context)
@@ -184,14 +183,14 @@ def distil(student, teacher, corpus: Corpus, recipe: opdlm.Recipe, options: Opti
 
     # a student that can't write yet learns little from its own text: first a stretch of distillation on stories
     warm, turn = replace(recipe, text=opdlm.data_text, states=opdlm.prefix, updates=1), min(options.warm_steps, total)
-    stretches = (warm, range(done, turn)), (recipe, range(max(done, turn), total))
     rate(done)
     begun = time.perf_counter()
-    for record in chain.from_iterable(opdlm.train(student, teacher, data, dials, optimizer, length, steps)
-                                      for dials, steps in stretches):
-        yield {**record, "seconds": time.perf_counter() - begun, "flops": measure.distill_flops(student.config, record)}
-        begun = time.perf_counter()
-        rate(record["step"])
+    for dials, steps in (warm, range(done, turn)), (recipe, range(max(done, turn), total)):
+        for record in opdlm.train(student, teacher, data, dials, optimizer, length, steps):
+            record["seconds"] = time.perf_counter() - begun
+            yield {**record, "flops": measure.distill_flops(student.config, record)}
+            begun = time.perf_counter()
+            rate(record["step"])
 
 
 def convert(student, teacher, corpus: Corpus, recipe: opdlm.Recipe, options: Options, log: Log, held: list) -> int:

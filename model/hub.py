@@ -1,4 +1,4 @@
-"""Checkpoints, in and out: a folder of config.json and model.safetensors. Never pickle.
+"""Checkpoints, in and out: a folder of config.json and safetensors, which hold numbers and no code.
 
 A student's [MASK] vector stands in a file of its own, mask.safetensors, and its config says how it is wired, under
 "student".
