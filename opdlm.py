@@ -12,6 +12,7 @@ Letters: B rows, T positions, P prompt, R = T - P response, K block, V vocabular
 """
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -229,6 +230,8 @@ class Recipe:
     confidence: Callable = reveal.largest
     redraws: int = 1                            # numbers a slot has: 1, or K to draw anew each step (paper)
     batch: int = 32                             # rows of one update, over all processes
+    share: Callable = lambda numbers: numbers   # those of a range of rows that are worked on in this process
+    passes: int = 1                             # forwards and backwards, one after the other, that an update is made of
     updates: int = 1                            # updates per rollout (paper: 16)
     prompt: int = 16                            # longest prompt, tokens; a batch's is drawn from 1 .. this
     seed: int = 0
@@ -262,22 +265,24 @@ def train_step(student, teacher, text: Text, P: int, u: Tensor, recipe: Recipe, 
 
 
 def train(student, teacher, data: Callable, recipe: Recipe, optimizer, length: Callable, steps: range) -> Iterator:
-    """Roll out, then update; yields each step's record. `data(rows)` gives (B, T) tokens of training stories by their
+    """Roll out, then update; yields each pass's record. `data(rows)` gives (B, T) tokens of training stories by their
     global row numbers, `length(step)` the longest response, tokens."""
     for first in range(steps.start, steps.stop, recipe.updates):
-        numbers = range(first * recipe.batch, (first + recipe.updates) * recipe.batch)
+        rows = [recipe.share(range(step * recipe.batch, (step + 1) * recipe.batch))
+                for step in range(first, min(first + recipe.updates, steps.stop))]       # of each update
+        numbers, B = list(chain.from_iterable(rows)), len(rows[0]) // recipe.passes
         stories = data(numbers)                                                          # (B * updates, T)
         P = 1 + int(uniforms(recipe.seed, PROMPT, range(first, first + 1), (1,)) * recipe.prompt)
         R = min(length(first), stories.size(1) - P)
         draws = uniforms(recipe.seed, ROLLOUT, numbers, (P + R, recipe.redraws)).to(stories.device)
         text = recipe.text(student, teacher, stories, P, R, draws, recipe)
         picks = uniforms(recipe.seed, STATE, numbers, (P + R, 2)).to(stories.device)
-        for i in range(min(recipe.updates, steps.stop - first)):
-            part = slice(i * recipe.batch, (i + 1) * recipe.batch)
+        for i in range(len(rows) * recipe.passes):
+            part = slice(i * B, (i + 1) * B)
             some = rows_of(text, part, P, recipe.layout.block)
             record = train_step(student, teacher, some, P, picks[part, :some.tokens.size(1)], recipe, optimizer)
             cost = {"forwards": int(some.forwards.sum()), "positions": int(some.positions.sum())}
-            yield {"step": first + i + 1, **record, **cost}
+            yield {"step": first + i // recipe.passes + 1, **record, **cost}
 
 
 def rows_of(text: Text, part: slice, P: int, block: int) -> Text:

@@ -26,10 +26,26 @@ from data import tinystories, tokenizer, toy
 from data.corpus import Corpus, open_corpus, windows
 from model import hub
 from model import reveal as rules
-from model.dist import Log, device_named, facts, load_state, save_state, writable
+from model.dist import (
+    Careful,
+    Log,
+    Stop,
+    compiled,
+    count,
+    facts,
+    first,
+    from_all,
+    merged,
+    place,
+    share,
+    start,
+    whole_state,
+    writable,
+)
 from model.gpt import GPT, GPTConfig
 from model.masks import ALIGN, AR, Layout
 from model.muon import SHAPES, Muon, optimizer_named, schedule
+from model.state import begin_states, found, load_state, save_state
 from report import cli, measure, trace
 from report.cli import option
 from report.publish import publish
@@ -64,7 +80,8 @@ class Options:
     distill_steps: int | None = option(None, "updates of distillation; none: 580 on toy, 246 on text")
     warm_steps: int | None = option(None, "the first of these learn on training stories, the left part of each block "
                                     "shown (paper: 0); none: 540 on toy, 230 on text")
-    batch: int = option(16, "rows of one distillation update (paper: 8)")
+    batch: int = option(16, "rows of one distillation update, in all processes (paper: 8)")
+    passes: int = option(1, "parts of an update that go through the network one after the other: less memory")
     lr: float | None = option(None, "peak learning rate of distillation; none: 0.02 for muon, 0.001 for adamw")
     layers: int = option(4, "blocks of the network")
     width: int | None = option(None, "channels, a multiple of 64; none: 128 on toy, 192 on text")
@@ -73,6 +90,7 @@ class Options:
     seed: int = option(0, "of everything that is drawn")
     device: str = option("auto", "auto: cuda, else mps, else cpu", ("auto", "cpu", "cuda", "mps"))
     compile: bool = option(False, "torch.compile the blocks")
+    every: int = option(40, "updates between two saves, and between two looks at the held-out text")
     resume: bool = option(False, "go on to --distill_steps from where the run in --out stopped")
 
 
@@ -86,7 +104,6 @@ PAPER = {"block": 4, "align": "paper", "context": "block", "reveal": "threshold:
 SIZES = {
     "toy": dict(pretrain_steps=480, rows=32, distill_steps=580, warm_steps=540, width=128, length=96),
     "text": dict(pretrain_steps=640, rows=16, distill_steps=246, warm_steps=230, width=192, length=256)}
-EVERY = 40                      # updates between two saves, and between two looks at the held-out text
 STATE = "state.safetensors"     # what a conversion needs to go on
 
 
@@ -100,8 +117,13 @@ def settled(options: Options, corpus: Corpus) -> Options:
     if not 1 <= options.block <= options.length - 16:
         raise ValueError(f"--block={options.block} has no room behind a prompt of 16 in {options.length} positions: "
                          f"take 1 to {options.length - 16}")
-    if options.width % 64 or min(options.layers, options.batch, options.updates, options.distill_steps) < 1:
-        raise ValueError("--width is a multiple of 64; --layers, --batch, --updates and --distill_steps are at least 1")
+    least = (options.layers, options.batch, options.passes, options.updates, options.every, options.distill_steps)
+    if options.width % 64 or min(least) < 1:
+        raise ValueError("--width is a multiple of 64; --layers, --batch, --passes, --updates, --every and "
+                         "--distill_steps are at least 1")
+    if options.batch % (options.passes * count()) or options.rows % count():
+        raise ValueError(f"--batch={options.batch} and --rows={options.rows} can't be parted evenly among {count()} "
+                         f"processes and --passes={options.passes}: make --batch a multiple of both, --rows of the one")
     return options
 
 
@@ -126,24 +148,24 @@ def ar_model(options: Options, corpus: Corpus, device) -> tuple[GPT, dict | None
 def pretrain(net: GPT, corpus: Corpus, options: Options, log: Log) -> None:
     """Next-token prediction, in full. A window holds several stories: each sees itself alone, from position 0."""
     T, eot, rows = options.length, corpus.tokenizer.eot, options.rows
-    device, optimizer = net.wte.weight.device, Muon(net)
+    device, optimizer = net.wte.weight.device, Careful(Muon(net))
     rate = schedule(optimizer, "trapezoid", options.pretrain_steps)
     for step in range(options.pretrain_steps):
         begun = time.perf_counter()
         rate(step)
-        window = draw(corpus, range(step * rows, (step + 1) * rows), T + 1, options.seed, device)
+        window = draw(corpus, share(range(step * rows, (step + 1) * rows)), T + 1, options.seed, device)
         tokens, following = window[:, :-1], window[:, 1:]                               # (B, T)
         mask, position = apart(tokens, eot)
-        loss = F.cross_entropy(net(tokens, mask, position), following.flatten())
+        loss = F.cross_entropy(net(tokens, mask, position), following.flatten(), reduction="sum") / (rows * T)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        seconds, count = time.perf_counter() - begun, tokens.numel()
-        keys = position.float().mean().item() + 1
-        work = 3 * count * (measure.body_flops(net.config, keys) + measure.head_flops(net.config))
-        log.step({"phase": "pretrain", "step": step + 1, "tokens": (step + 1) * count, "loss": loss.item(),
+        loss, keys = sum(from_all(loss.item())), position.float().mean().item() + 1
+        work = 3 * rows * T * (measure.body_flops(net.config, keys) + measure.head_flops(net.config))
+        seconds = time.perf_counter() - begun
+        log.step({"phase": "pretrain", "step": step + 1, "tokens": (step + 1) * rows * T, "loss": loss,
                   "seconds": seconds, "flops": work}, options.pretrain_steps,
-                 f"loss {loss.item():.3f} nats | {count / seconds / 1e3:.1f}k tok/s | {seconds * 1e3:.0f} ms")
+                 f"loss {loss:.3f} nats | {rows * T / seconds / 1e3:.1f}k tok/s | {seconds * 1e3:.0f} ms")
 
 
 def apart(tokens: Tensor, eot: int) -> tuple[Tensor, Tensor]:
@@ -169,7 +191,7 @@ def recipe_of(options: Options, eot: int, show=repr) -> opdlm.Recipe:
              opdlm.WEIGHTS[options.weight])
     return opdlm.Recipe(*dials, layout, eot, rules.parse(options.reveal), rules.CONFIDENCE[options.confidence],
                         redraws=layout.block if options.confidence == "drawn" else 1, batch=options.batch,
-                        updates=options.updates, seed=options.seed, show=show)
+                        share=share, passes=options.passes, updates=options.updates, seed=options.seed, show=show)
 
 
 def distil(student, teacher, corpus: Corpus, recipe: opdlm.Recipe, options: Options, optimizer, done: int = 0):
@@ -186,28 +208,38 @@ def distil(student, teacher, corpus: Corpus, recipe: opdlm.Recipe, options: Opti
     rate(done)
     begun = time.perf_counter()
     for dials, steps in (warm, range(done, turn)), (recipe, range(max(done, turn), total)):
-        for record in opdlm.train(student, teacher, data, dials, optimizer, length, steps):
+        for record in merged(opdlm.train(student, teacher, data, dials, optimizer, length, steps), options.passes):
             record["seconds"] = time.perf_counter() - begun
             yield {**record, "flops": measure.distill_flops(student.config, record)}
             begun = time.perf_counter()
             rate(record["step"])
 
 
-def convert(student, teacher, corpus: Corpus, recipe: opdlm.Recipe, options: Options, log: Log, held: list) -> int:
-    """`distil`, with its log, its looks at the held-out text and its state to resume from. The tokens trained on."""
-    optimizer, state = optimizer_named(options.optimizer, student, options.lr), Path(options.out, STATE)
-    done, tokens = load_state(state, student, optimizer) if options.resume else (0, 0)
-    every, total = -(-EVERY // recipe.updates) * recipe.updates, options.distill_steps
-    for record in distil(student, teacher, corpus, recipe, options, optimizer, done):
+def convert(student, teacher, corpus, recipe: opdlm.Recipe, options: Options, log: Log, held: list, save) -> int:
+    """`distil`, with its log, its looks at the held-out text and what is saved of it: the state to resume from, and by
+    `save("best")` the student that the held-out text was likeliest to. The tokens trained on."""
+    optimizer = Careful(optimizer_named(options.optimizer, student, options.lr), options.passes)
+    state, settings = Path(options.out, STATE), {**asdict(options), "resume": None, "processes": count()}
+    noted = load_state(state, student, optimizer, settings) if options.resume else begin_states(state, settings)
+    each, total, stop, tokens = recipe.updates, options.distill_steps, Stop(), noted["tokens"]
+    for record in distil(student, teacher, corpus, recipe, options, optimizer, noted["step"]):
         step, tokens, seconds = record["step"], tokens + record["tokens"], record["seconds"]
         log.step({"phase": "distil", **record, "tokens": tokens}, total,
                  f"kl {record['kl']:.3f} nats | masked {record['masked']:.2f} | len {record['len']:.0f} | "
                  f"gen {record['gen_nats']:.2f} nats | {record['tokens'] / seconds / 1e3:.1f}k tok/s | "
                  f"{seconds * 1e3:.0f} ms")
-        if (step - options.warm_steps) % every == 0 or step == total:                   # never amid a rollout's updates
-            save_state(state, student, optimizer, step, tokens)
+        own = step - options.warm_steps
+        amid, due = own > 0 and own % each, own % (-(-options.every // each) * each) == 0
+        if step == total or not amid and (stop or due):                                 # never amid a rollout's updates
+            noted |= {"step": step, "tokens": tokens}
+            save_state(state, student, optimizer, noted)
+            if stop:
+                sys.exit(143)
             numbers = measure.likelihood(student, held[:32], recipe.layout, corpus.tokenizer)
             log.write({"phase": "eval", "of": "student", "tokens": tokens, **numbers})
+            if numbers["val_nats"] < noted["best"]:
+                noted["best"] = numbers["val_nats"]
+                save("best")
     return tokens
 
 
@@ -216,25 +248,25 @@ def convert(student, teacher, corpus: Corpus, recipe: opdlm.Recipe, options: Opt
 def main(argv: list[str]) -> None:
     options = cli.parse(Options, argv, __doc__, {"paper": PAPER})
     recipe_of(options, 0)                                             # refuses what can't be, before any work is done
-    device = device_named(options.device)
+    device = start(options.device)
     own = None if options.init == "scratch" else tokenizer.load(options.init)
     corpus = open_corpus(options.data, options.val_data, options.vocab, own)
     options = settled(options, corpus)
     out = writable(Path(options.out))
-    if options.resume and not (out / STATE).exists():
+    if options.resume and not found(out / STATE):
         raise ValueError(f"there is nothing to resume in {out}: it has no {STATE}; run without --resume")
     recipe = recipe_of(options, corpus.tokenizer.eot, partial(trace.show, corpus.tokenizer))
     teacher, untrained = ar_model(options, corpus, device)
     header = {"config": asdict(options), **facts(device), "matmul_flops": measure.matmul_rate(device),
               "parameters": sum(p.numel() for p in teacher.parameters())}
     log = Log(out / "log.jsonl", header, options.resume)
-    for block in teacher.h if options.compile else ():
-        block.compile()
     if untrained:
-        pretrain(teacher, corpus, options, log)
+        net = place(copy.deepcopy(teacher), options.compile)
+        pretrain(net, corpus, options, log)
+        teacher.load_state_dict(whole_state(net))
         hub.save(out / "ar", teacher, corpus.tokenizer, trained=untrained)
-    teacher.requires_grad_(False)
-    student = copy.deepcopy(teacher).init_mask().requires_grad_(True)
+    student = place(copy.deepcopy(teacher).init_mask(), options.compile)
+    teacher = compiled(teacher.requires_grad_(False), options.compile)
     how = {"confidence": recipe.confidence, "redraws": recipe.redraws}
     check, count = (toy.check, 512) if corpus.name == "toy" else (None, 128)
     held = measure.held_out(corpus.val, tinystories.stories(corpus.val, recipe.eot), count, options.length)
@@ -248,12 +280,17 @@ def main(argv: list[str]) -> None:
     look("ar", teacher, AR, rules.parse("static:1"))
     tokens = 0
     look("before", student, recipe.layout, recipe.rule, **how)
-    tokens = convert(student, teacher, corpus, recipe, options, log, held)
-    said = {"reveal": options.reveal, "confidence": options.confidence}
-    hub.save(out / "opdlm", student, corpus.tokenizer, recipe.layout, **said)
+
+    def save(name):
+        said = {"reveal": options.reveal, "confidence": options.confidence}
+        hub.save(out / name, student, corpus.tokenizer, recipe.layout, **said)
+
+    tokens = convert(student, teacher, corpus, recipe, options, log, held, save)
+    save("opdlm")
     look("after", student, recipe.layout, recipe.rule, **how)
     numbers["after"]["train_tokens"] = tokens
-    publish(out, numbers, stories)
+    if first():
+        publish(out, numbers, stories)
 
 
 if __name__ == "__main__":

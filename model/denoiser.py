@@ -22,12 +22,10 @@ class Denoiser:
 
     def open(self, prompt: Tensor, end: Tensor) -> None:
         """Begin with new rows. `prompt`, `end` (B,): where a row's response begins and where it must stop."""
-        weight, B = self.net.wte.weight, len(prompt)
-        self.prompt, self.end = prompt, end
-        self.cache = Cache(self.net.config, B, int(end.max()), weight)
-        self.rows = torch.arange(B, device=prompt.device)                               # (n,) whose text it holds
+        self.prompt, self.end, self.logits = prompt, end, None
+        self.cache = Cache(self.net.config.layers, int(end.max()))
+        self.rows = torch.arange(len(prompt), device=prompt.device)                     # (n,) whose text it holds
         self.written = torch.zeros_like(prompt)                                         # (B,) how much of it
-        self.logits = weight.new_zeros(B, self.layout.block, self.net.config.vocab)     # (B, K, V)
         self.forwards, self.positions = torch.zeros_like(prompt), torch.zeros_like(prompt)
 
     def __call__(self, tokens: Tensor, start: Tensor) -> Tensor:
@@ -44,7 +42,10 @@ class Denoiser:
         if wanted.any():
             self.drop(masked.any(1))
             r = self.rows
-            self.logits[wanted] = self.forward(tokens[r], here[r], late[r], wanted[r], r)
+            made = self.forward(tokens[r], here[r], late[r], wanted[r], r)               # (N, V)
+            if self.logits is None:
+                self.logits = made.new_zeros(*here.shape, made.size(-1))                # (B, K, V)
+            self.logits[wanted] = made
             self.written = self.written + late
         return self.logits
 

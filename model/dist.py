@@ -1,15 +1,172 @@
-"""Around a run: where it computes, what it says and writes down, how it is stopped and goes on."""
+"""Around a run: where it computes, how it is stopped, what it says and writes down.
+
+Everything that knows of several processes is here. Under torchrun each works on its share of an update's rows, with its
+shards of the student (FSDP2); the teacher is whole everywhere. Without torchrun all of this does nothing.
+"""
+import atexit
 import json
 import os
 import platform
+import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
+from torch import Tensor
 from tqdm import tqdm
 
+# 1. processes ---------------------------------------------------------------------------------------------------------
+
+def start(name: str) -> torch.device:
+    """The device called `name` (auto, cuda, mps, cpu) of this process; under torchrun its group too, in which a silent
+    process is waited for 10 minutes and only the first one speaks."""
+    device = device_named(name)
+    if "RANK" in os.environ and not dist.is_initialized():
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+        atexit.register(dist.destroy_process_group)
+        if not first():
+            sys.stdout = open(os.devnull, "w")
+    return device
+
+
+def count() -> int:
+    """Processes of this run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def first() -> bool:
+    """Is this the process that writes files?"""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def share(numbers: range) -> range:
+    """The rows of an update that this process works on: as many as the others."""
+    if len(numbers) % count():
+        raise ValueError(f"{len(numbers)} rows can't be shared evenly by {count()} processes: make them a multiple")
+    part = len(numbers) // count()
+    return numbers[dist.get_rank() * part:][:part] if dist.is_initialized() else numbers
+
+
+def compiled(net, wanted: bool):
+    """The network, its blocks compiled in place if that is wanted, which leaves their names alone."""
+    for block in net.h if wanted else ():
+        block.compile()
+    return net
+
+
+def place(net, compile: bool = False):
+    """The network as it trains: compiled, then sharded, in bf16 on a GPU.
+
+    Parameters stay whole from the first forward to the end of the backward pass, so a rollout gathers them once, and
+    processes may take different numbers of forwards in it.
+    """
+    compiled(net, compile)
+    if dist.is_initialized():
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        cuda = net.wte.weight.device.type == "cuda"
+        precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if cuda else MixedPrecisionPolicy()
+        for module in (*net.h, net):
+            fully_shard(module, mp_policy=precision, reshard_after_forward=False)
+    return net
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A parameter, or a part of the optimizer's state, put together of its shards; all processes have to ask."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def whole_state(net) -> dict[str, Tensor]:
+    """`net.state_dict()` on the CPU; all processes have to ask."""
+    return {name: whole(p.detach()).cpu().contiguous() for name, p in net.state_dict().items()}
+
+
+def sharded(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor parted as another one is."""
+    if not hasattr(like, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+
+
+def from_all(value) -> list:
+    """The values of all processes."""
+    values = [value] * count()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def merged(records: Iterator[dict], passes: int) -> Iterator[dict]:
+    """One record an update: of its `passes`, in all processes."""
+    while part := list(islice(records, passes)):
+        parts = [record for some in from_all(part) for record in some]
+        total = {name: sum(record[name] for record in parts)
+                 for name in ("loss", "tokens", "places", "forwards", "positions") if name in part[0]}
+        mean = {name: sum(record[name] * record["places"] for record in parts) / max(total["places"], 1)
+                for name in ("kl", "gen_nats")}
+        yield part[0] if len(parts) == 1 else {
+            **part[0], **total, **mean, "masked": total["places"] / total["tokens"],
+            "len": sum(record["len"] for record in parts) / len(parts)}
+
+
+class Careful:
+    """An optimizer whose step sums the gradients of `passes` backward passes, leaves a step out where they are not
+    finite, and after ten such in a row stops the run.
+
+    FSDP takes the mean over processes; a loss is divided by the rows of all, so it is the sum that is wanted.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, passes: int = 1):
+        self.optimizer, self.passes, self.done, self.skipped, self.in_a_row = optimizer, passes, 0, 0, 0
+
+    def __getattr__(self, name):
+        return getattr(self.optimizer, name)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        if self.done % self.passes == 0:
+            self.optimizer.zero_grad(set_to_none)
+
+    def step(self) -> None:
+        self.done += 1
+        if self.done % self.passes:
+            return
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for grad in grads if count() > 1 else ():
+            grad.mul_(count())
+        if whole(torch.nn.utils.get_total_norm(grads)).isfinite():
+            self.in_a_row = 0
+            return self.optimizer.step()
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        print(f"a gradient is not finite: this step is left out, the {self.skipped}. so far", flush=True)
+        if self.in_a_row == 10:
+            raise ValueError("the gradients of ten steps in a row were not finite: lower --lr, or look at the data")
+
+
+class Stop:
+    """SIGTERM, noted until somebody asks: from then on a run is stopped where it can go on from."""
+
+    def __init__(self):
+        self.asked = False
+        signal.signal(signal.SIGTERM, self.note)
+
+    def note(self, *_) -> None:
+        self.asked = True
+
+    def __bool__(self) -> bool:
+        """Has any process got it? All have to ask, so that they stop at the same step."""
+        return any(from_all(self.asked))
+
+
+# 2. device, facts, log ------------------------------------------------------------------------------------------------
 
 def device_named(name: str) -> torch.device:
     """auto is cuda, else mps, else cpu; a device that is not there is refused."""
@@ -22,24 +179,22 @@ def device_named(name: str) -> torch.device:
 
 
 def facts(device: torch.device) -> dict:
-    """What a number depends on besides the settings: commit, versions, device, threads."""
+    """What a number depends on besides the settings: commit, versions, device, threads, processes."""
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False,
-                         cwd=Path(__file__).parent) if _has_git() else None
+                         cwd=Path(__file__).parent) if shutil.which("git") else None
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     return {"commit": (git and git.stdout.strip()) or "unknown", "torch": torch.__version__,
-            "python": platform.python_version(), "device": f"{device} ({name})", "threads": torch.get_num_threads()}
-
-
-def _has_git() -> bool:
-    return any((Path(folder) / name).exists() for folder in os.get_exec_path() for name in ("git", "git.exe"))
+            "python": platform.python_version(), "device": f"{device} ({name})", "threads": torch.get_num_threads(),
+            "processes": count()}
 
 
 def writable(folder: Path) -> Path:
     """The folder, made if need be; refused now, not after the training, if nothing can be written there."""
+    trial = folder / f".try{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".try").write_text("")
-        (folder / ".try").unlink()
+        trial.write_text("")
+        trial.unlink()
     except OSError as error:
         raise ValueError(f"--out={folder} can't be written ({error.strerror}): name another folder") from None
     return folder
@@ -49,9 +204,10 @@ class Log:
     """log.jsonl, a record a line, and a line a step for people: a progress bar on a terminal, plain lines in a pipe."""
 
     def __init__(self, path: Path, header: dict, go_on: bool):
-        if go_on and path.exists():              # a killed run may have left half a line
-            whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-            path.write_text(whole + "\n", encoding="utf-8")
+        path = path if first() else Path(os.devnull)
+        if go_on and path.is_file():             # a killed run may have left half a line
+            rest, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+            path.write_text(rest + "\n", encoding="utf-8")
         self.file = open(path, "a" if go_on else "w", encoding="utf-8")
         self.bar = None
         if not go_on:
@@ -64,7 +220,7 @@ class Log:
         """Note a step, the `record["step"]`-th of `total`."""
         self.write(record)
         name, n = record["phase"], record["step"]
-        if not sys.stderr.isatty():
+        if not (sys.stderr.isatty() and first()):
             print(f"{name:8} {n:4}/{total} | {line}", flush=True)
             return
         if self.bar is None or n <= self.bar.n:
@@ -74,27 +230,3 @@ class Log:
         self.bar.update(n - self.bar.n)
         if n == total:
             self.bar.close()
-
-
-def save_state(path: Path, net, optimizer, step: int, tokens: int) -> None:
-    """All that a conversion needs to go on, in one file that appears whole or not at all."""
-    tensors = {f"net.{name}": p.detach().cpu().contiguous() for name, p in net.state_dict().items()}
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{key}": value.detach().cpu().contiguous() for key, value in state.items()}
-    save_file(tensors, f"{path}.new", {"step": str(step), "tokens": str(tokens)})
-    os.replace(f"{path}.new", path)
-
-
-def load_state(path: Path, net, optimizer) -> tuple[int, int]:
-    """The steps done and tokens seen; `net` and `optimizer` take up what `save_state` wrote."""
-    from safetensors import safe_open
-    tensors, states = load_file(path), {}
-    with safe_open(path, "pt") as file:
-        meta = file.metadata()
-    net.load_state_dict({name[4:]: value for name, value in tensors.items() if name.startswith("net.")})
-    for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, i, key = name.split(".", 2)
-            states.setdefault(int(i), {})[key] = value
-    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
-    return int(meta["step"]), int(meta["tokens"])

@@ -32,20 +32,22 @@ class GPTConfig:
 class Cache:
     """Keys and values of finished text, one slot a position, allocated once. The last slot is a dump for padding."""
 
-    def __init__(self, config: GPTConfig, rows: int, slots: int, like: Tensor):
-        shape = (config.layers, rows, slots + 1, config.heads, config.width // config.heads)
-        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)           # (layers, B, S+1, H, D)
-        self.dump = slots
+    def __init__(self, layers: int, slots: int):
+        self.layers, self.dump, self.keys, self.values = layers, slots, None, None
 
     def write(self, layer: int, k: Tensor, v: Tensor, at: Tensor, upto: int) -> tuple[Tensor, Tensor]:
         """Store k, v (B, T, H, D) at the slots `at` (B, T); the slots to attend to, (B, upto, H, D)."""
+        if self.keys is None:                        # rows, heads and number format are those of the first that come
+            shape = (self.layers, k.size(0), self.dump + 1, *k.shape[2:])
+            self.keys, self.values = k.new_zeros(shape), v.new_zeros(shape)             # (layers, B, S+1, H, D)
         rows = torch.arange(at.size(0), device=at.device)[:, None]
         self.keys[layer][rows, at], self.values[layer][rows, at] = k, v
         return self.keys[layer][:, :upto], self.values[layer][:, :upto]
 
     def keep(self, rows: Tensor) -> None:
         """Forget all rows but these (a bool or index tensor)."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        if self.keys is not None:
+            self.keys, self.values = self.keys[:, rows], self.values[:, rows]
 
 
 class Attention(nn.Module):

@@ -12,6 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from model.dist import first, whole_state
 from model.gpt import GPT, GPTConfig
 from model.masks import Layout
 
@@ -20,11 +21,12 @@ MASK = "mask_vector"
 
 def save(folder: Path, net: GPT, tokenizer, layout: Layout | None = None, **extra) -> None:
     """Write a checkpoint, whole or not at all: into a new folder, which then takes the old one's place."""
-    folder = Path(folder)
+    state, folder = whole_state(net), Path(folder)
+    if not first():
+        return
     fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    state = {name: p.detach().cpu().contiguous() for name, p in net.state_dict().items()}
     mask = state.pop(MASK)
     save_file(state, fresh / "model.safetensors")
     if layout is not None:

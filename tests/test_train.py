@@ -21,15 +21,15 @@ from model.masks import AR
 from report import cli, measure
 
 ROOT = Path(__file__).parents[1]
-SMALL = ["--data=toy", "--pretrain_steps=2", "--warm_steps=1", "--layers=1", "--width=64", "--batch=2", "--device=cpu"]
+SMALL = ["--data=toy", "--pretrain_steps=2", "--warm_steps=1", "--layers=1", "--width=64", "--batch=2", "--every=2",
+         "--device=cpu"]
 
 
 @pytest.fixture(autouse=True)
 def little(monkeypatch, tmp_path):
-    """A small world, few stories to be judged by, a save after each second step; and nothing lands in the checkout."""
+    """A small world, few stories to be judged by; and nothing lands in the checkout."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train_tiny, "open_corpus", lambda *_: story_world(stories=200, held_out=20))
-    monkeypatch.setattr(train_tiny, "EVERY", 2)
 
 
 def train(*flags):
@@ -49,7 +49,8 @@ def test_end_to_end(capsys):
     assert train("--distill_steps=3", "--out=run") == 0
     said = capsys.readouterr().out
     assert {p.name for p in Path("run").iterdir()} == {
-        "ar", "opdlm", "log.jsonl", "summary.json", "curves.png", "states.png", "state.safetensors"}
+        "ar", "opdlm", "best", "log.jsonl", "summary.json", "curves.png", "states.png", "state.safetensors",
+        "before-state.safetensors"}
     numbers = json.loads(Path("run/summary.json").read_text())
     for name in ("ar", "before", "after"):
         assert set(measure.ROWS) <= set(numbers[name]) and all(map(math.isfinite, numbers[name].values()))
