@@ -10,7 +10,6 @@ log.jsonl, summary.json, curves.png, states.png.
 """
 import copy
 import math
-import sys
 import time
 import zlib
 from dataclasses import asdict, dataclass, replace
@@ -24,24 +23,8 @@ from torch import Tensor
 import opdlm
 from data import tinystories, tokenizer, toy
 from data.corpus import Corpus, open_corpus, windows
-from model import hub
+from model import dist, hub
 from model import reveal as rules
-from model.dist import (
-    Careful,
-    Log,
-    Stop,
-    compiled,
-    count,
-    facts,
-    first,
-    from_all,
-    merged,
-    place,
-    share,
-    start,
-    whole_state,
-    writable,
-)
 from model.gpt import GPT, GPTConfig
 from model.masks import ALIGN, AR, Layout
 from model.muon import SHAPES, Muon, optimizer_named, schedule
@@ -121,8 +104,8 @@ def settled(options: Options, corpus: Corpus) -> Options:
     if options.width % 64 or min(least) < 1:
         raise ValueError("--width is a multiple of 64; --layers, --batch, --passes, --updates, --every and "
                          "--distill_steps are at least 1")
-    if options.batch % (options.passes * count()) or options.rows % count():
-        raise ValueError(f"--batch={options.batch} and --rows={options.rows} can't be parted evenly among {count()} "
+    if options.batch % (options.passes * dist.count()) or options.rows % dist.count():
+        raise ValueError(f"--batch={options.batch}, --rows={options.rows} can't be parted evenly in {dist.count()} "
                          f"processes and --passes={options.passes}: make --batch a multiple of both, --rows of the one")
     return options
 
@@ -145,22 +128,22 @@ def ar_model(options: Options, corpus: Corpus, device) -> tuple[GPT, dict | None
     return GPT(config).init_weights(torch.Generator().manual_seed(options.seed)).to(device), settings
 
 
-def pretrain(net: GPT, corpus: Corpus, options: Options, log: Log) -> None:
+def pretrain(net: GPT, corpus: Corpus, options: Options, log: dist.Log) -> None:
     """Next-token prediction, in full. A window holds several stories: each sees itself alone, from position 0."""
     T, eot, rows = options.length, corpus.tokenizer.eot, options.rows
-    device, optimizer = net.wte.weight.device, Careful(Muon(net))
+    device, optimizer = net.wte.weight.device, dist.Careful(Muon(net))
     rate = schedule(optimizer, "trapezoid", options.pretrain_steps)
     for step in range(options.pretrain_steps):
         begun = time.perf_counter()
         rate(step)
-        window = draw(corpus, share(range(step * rows, (step + 1) * rows)), T + 1, options.seed, device)
+        window = draw(corpus, dist.share(range(step * rows, (step + 1) * rows)), T + 1, options.seed, device)
         tokens, following = window[:, :-1], window[:, 1:]                               # (B, T)
         mask, position = apart(tokens, eot)
         loss = F.cross_entropy(net(tokens, mask, position), following.flatten(), reduction="sum") / (rows * T)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        loss, keys = sum(from_all(loss.item())), position.float().mean().item() + 1
+        loss, keys = sum(dist.from_all(loss.item())), position.float().mean().item() + 1
         work = 3 * rows * T * (measure.body_flops(net.config, keys) + measure.head_flops(net.config))
         seconds = time.perf_counter() - begun
         log.step({"phase": "pretrain", "step": step + 1, "tokens": (step + 1) * rows * T, "loss": loss,
@@ -191,7 +174,7 @@ def recipe_of(options: Options, eot: int, show=repr) -> opdlm.Recipe:
              opdlm.WEIGHTS[options.weight])
     return opdlm.Recipe(*dials, layout, eot, rules.parse(options.reveal), rules.CONFIDENCE[options.confidence],
                         redraws=layout.block if options.confidence == "drawn" else 1, batch=options.batch,
-                        share=share, passes=options.passes, updates=options.updates, seed=options.seed, show=show)
+                        share=dist.share, passes=options.passes, updates=options.updates, seed=options.seed, show=show)
 
 
 def distil(student, teacher, corpus: Corpus, recipe: opdlm.Recipe, options: Options, optimizer, done: int = 0):
@@ -208,20 +191,20 @@ def distil(student, teacher, corpus: Corpus, recipe: opdlm.Recipe, options: Opti
     rate(done)
     begun = time.perf_counter()
     for dials, steps in (warm, range(done, turn)), (recipe, range(max(done, turn), total)):
-        for record in merged(opdlm.train(student, teacher, data, dials, optimizer, length, steps), options.passes):
+        for record in dist.merged(opdlm.train(student, teacher, data, dials, optimizer, length, steps), options.passes):
             record["seconds"] = time.perf_counter() - begun
             yield {**record, "flops": measure.distill_flops(student.config, record)}
             begun = time.perf_counter()
             rate(record["step"])
 
 
-def convert(student, teacher, corpus, recipe: opdlm.Recipe, options: Options, log: Log, held: list, save) -> int:
+def convert(student, teacher, corpus, recipe: opdlm.Recipe, options: Options, log: dist.Log, held: list, save) -> int:
     """`distil`, with its log, its looks at the held-out text and what is saved of it: the state to resume from, and by
     `save("best")` the student that the held-out text was likeliest to. The tokens trained on."""
-    optimizer = Careful(optimizer_named(options.optimizer, student, options.lr), options.passes)
-    state, settings = Path(options.out, STATE), {**asdict(options), "resume": None, "processes": count()}
+    optimizer = dist.Careful(optimizer_named(options.optimizer, student, options.lr), options.passes)
+    state, settings = Path(options.out, STATE), {**asdict(options), "resume": None, "processes": dist.count()}
     noted = load_state(state, student, optimizer, settings) if options.resume else begin_states(state, settings)
-    each, total, stop, tokens = recipe.updates, options.distill_steps, Stop(), noted["tokens"]
+    each, total, stop, tokens = recipe.updates, options.distill_steps, dist.Stop(), noted["tokens"]
     for record in distil(student, teacher, corpus, recipe, options, optimizer, noted["step"]):
         step, tokens, seconds = record["step"], tokens + record["tokens"], record["seconds"]
         log.step({"phase": "distil", **record, "tokens": tokens}, total,
@@ -234,12 +217,13 @@ def convert(student, teacher, corpus, recipe: opdlm.Recipe, options: Options, lo
             noted |= {"step": step, "tokens": tokens}
             save_state(state, student, optimizer, noted)
             if stop:
-                sys.exit(143)
+                dist.end(143)
             numbers = measure.likelihood(student, held[:32], recipe.layout, corpus.tokenizer)
             log.write({"phase": "eval", "of": "student", "tokens": tokens, **numbers})
             if numbers["val_nats"] < noted["best"]:
                 noted["best"] = numbers["val_nats"]
                 save("best")
+    stop.over()
     return tokens
 
 
@@ -248,25 +232,25 @@ def convert(student, teacher, corpus, recipe: opdlm.Recipe, options: Options, lo
 def main(argv: list[str]) -> None:
     options = cli.parse(Options, argv, __doc__, {"paper": PAPER})
     recipe_of(options, 0)                                             # refuses what can't be, before any work is done
-    device = start(options.device)
+    device = dist.start(options.device)
     own = None if options.init == "scratch" else tokenizer.load(options.init)
     corpus = open_corpus(options.data, options.val_data, options.vocab, own)
     options = settled(options, corpus)
-    out = writable(Path(options.out))
+    out = dist.writable(Path(options.out))
     if options.resume and not found(out / STATE):
         raise ValueError(f"there is nothing to resume in {out}: it has no {STATE}; run without --resume")
     recipe = recipe_of(options, corpus.tokenizer.eot, partial(trace.show, corpus.tokenizer))
     teacher, untrained = ar_model(options, corpus, device)
-    header = {"config": asdict(options), **facts(device), "matmul_flops": measure.matmul_rate(device),
+    header = {"config": asdict(options), **dist.facts(device), "matmul_flops": measure.matmul_rate(device),
               "parameters": sum(p.numel() for p in teacher.parameters())}
-    log = Log(out / "log.jsonl", header, options.resume)
+    log = dist.Log(out / "log.jsonl", header, options.resume)
     if untrained:
-        net = place(copy.deepcopy(teacher), options.compile)
+        net = dist.place(copy.deepcopy(teacher), options.compile)
         pretrain(net, corpus, options, log)
-        teacher.load_state_dict(whole_state(net))
+        teacher.load_state_dict(dist.whole_state(net))
         hub.save(out / "ar", teacher, corpus.tokenizer, trained=untrained)
-    student = place(copy.deepcopy(teacher).init_mask(), options.compile)
-    teacher = compiled(teacher.requires_grad_(False), options.compile)
+    student = dist.place(copy.deepcopy(teacher).init_mask(), options.compile)
+    teacher = dist.compiled(teacher.requires_grad_(False), options.compile)
     how = {"confidence": recipe.confidence, "redraws": recipe.redraws}
     check, count = (toy.check, 512) if corpus.name == "toy" else (None, 128)
     held = measure.held_out(corpus.val, tinystories.stories(corpus.val, recipe.eot), count, options.length)
@@ -289,9 +273,9 @@ def main(argv: list[str]) -> None:
     save("opdlm")
     look("after", student, recipe.layout, recipe.rule, **how)
     numbers["after"]["train_tokens"] = tokens
-    if first():
+    if dist.first():
         publish(out, numbers, stories)
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    dist.end(cli.run(main))

@@ -3,7 +3,6 @@
 Everything that knows of several processes is here. Under torchrun each works on its share of an update's rows, with its
 shards of the student (FSDP2); the teacher is whole everywhere. Without torchrun all of this does nothing.
 """
-import atexit
 import json
 import os
 import platform
@@ -32,10 +31,21 @@ def start(name: str) -> torch.device:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
-        atexit.register(dist.destroy_process_group)
         if not first():
             sys.stdout = open(os.devnull, "w")
     return device
+
+
+def end(code: int = 0) -> None:
+    """The last thing a process does, with its exit code. In a group all go together, and at once: gloo's threads, which
+    live on, now and then abort an interpreter that ends in its own way."""
+    if dist.is_initialized():
+        if code == 0:                            # who has failed does not wait for the others
+            dist.barrier()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def count() -> int:
@@ -155,11 +165,14 @@ class Stop:
     """SIGTERM, noted until somebody asks: from then on a run is stopped where it can go on from."""
 
     def __init__(self):
-        self.asked = False
-        signal.signal(signal.SIGTERM, self.note)
+        self.asked, self.before = False, signal.signal(signal.SIGTERM, self.note)
 
     def note(self, *_) -> None:
         self.asked = True
+
+    def over(self) -> None:
+        """From now on SIGTERM does what it did before."""
+        signal.signal(signal.SIGTERM, self.before)
 
     def __bool__(self) -> bool:
         """Has any process got it? All have to ask, so that they stop at the same step."""

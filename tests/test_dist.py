@@ -1,10 +1,18 @@
 import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import worker
 
-from model.dist import Log, device_named, writable
+from model.dist import Careful, Log, device_named, writable
 from model.muon import SHAPES, schedule
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_a_resumed_log_drops_the_half_line_that_a_kill_left(tmp_path):
@@ -54,3 +62,118 @@ def test_schedules(shape, half, last):
     assert at(0) == pytest.approx(0.1 * SHAPES[shape](0)) and at(4) == pytest.approx(0.5 * SHAPES[shape](0.04))
     assert at(50) == pytest.approx(half) and at(99) == pytest.approx(last, abs=2e-3)
     assert all(at(i) >= at(i + 1) for i in range(10, 99))
+
+
+# several processes ----------------------------------------------------------------------------------------------------
+
+def torchrun(processes, script, *args, **how):
+    """The finished run of a script in so many processes of this machine."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               f"--nproc_per_node={processes}", script]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run([*map(str, command), *map(str, args)], capture_output=True, text=True, env=env, **how)
+
+
+def converted(folder, passes=1, start=0, stop=4):
+    folder.mkdir(exist_ok=True)
+    run = torchrun(2, ROOT / "tests/worker.py", folder, passes, start, stop, timeout=120)
+    assert run.returncode == 0, run.stderr
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return converted(tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return worker.convert(tmp_path_factory.mktemp("one"))
+
+
+def assert_same(a, b):
+    for x, y in zip(a["records"], b["records"], strict=True):
+        assert x == pytest.approx(y, rel=1e-5)
+    for name, grad in a["grads"].items():
+        assert torch.allclose(torch.tensor(grad), torch.tensor(b["grads"][name]), atol=1e-6, rtol=1e-4), name
+
+
+def test_two_processes_are_one(one, two):
+    """The same texts, losses and gradients; and their rollouts did take different numbers of forwards."""
+    assert_same(one, two)
+    (alone,), (left, right) = one["processes"], two["processes"]
+    for rows, a, b in zip(alone, left, right, strict=True):          # of two updates: each process has half of each
+        both = [a["tokens"][:2], b["tokens"][:2], a["tokens"][2:], b["tokens"][2:]]
+        assert [row for part in both for row in part] == rows["tokens"]
+    assert any(a["calls"] != b["calls"] for a, b in zip(left, right))
+
+
+def test_passes_do_not_matter(one, tmp_path):
+    assert_same(one, worker.convert(tmp_path, passes=2))
+    assert_same(one, worker.convert(tmp_path, passes=4))
+
+
+def test_passes_in_two_processes(one, tmp_path):
+    assert_same(one, converted(tmp_path, passes=2))
+
+
+def test_a_state_of_two_processes_is_gone_on_from_in_one_and_in_two(one, tmp_path):
+    converted(tmp_path, stop=2)
+    shutil.copytree(tmp_path, tmp_path / "b")
+    assert_same(worker.convert(tmp_path, steps=range(2, 4)), {**one, "records": one["records"][2:]})
+    assert_same(converted(tmp_path / "b", start=2), {**one, "records": one["records"][2:]})
+
+
+def test_a_process_that_dies_ends_the_run(tmp_path):
+    """With a message, and soon: nobody waits for it."""
+    script = tmp_path / "dies.py"
+    script.write_text("import os, signal, torch, torch.distributed as d\nfrom model import dist\ndist.start('cpu')\n"
+                      "if not dist.first():\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+                      "dist.from_all(1)\nprint('went on')\n")
+    run = torchrun(2, script, timeout=60)
+    assert run.returncode and "went on" not in run.stdout and "SIGKILL" in run.stderr
+
+
+def test_rows_that_can_t_be_shared(tmp_path):
+    script = tmp_path / "shares.py"
+    script.write_text("from model import dist\ndist.start('cpu')\ndist.share(range(3))\n")
+    assert "3 rows can't be shared evenly by 2 processes" in torchrun(2, script, timeout=60).stderr
+
+
+# gradients ------------------------------------------------------------------------------------------------------------
+
+def careful(passes=1):
+    p = torch.nn.Parameter(torch.zeros(2))
+    return p, Careful(torch.optim.SGD([p], 1.0), passes)
+
+
+def backward(p, optimizer, gradient):
+    optimizer.zero_grad()
+    (p * torch.tensor(gradient)).sum().backward()
+    optimizer.step()
+
+
+def test_a_gradient_that_is_not_finite_is_left_out(capsys):
+    p, optimizer = careful()
+    for gradient in ([1.0, 2.0], [float("nan"), 1.0], [1.0, float("inf")], [1.0, 1.0]):
+        backward(p, optimizer, gradient)
+    assert p.tolist() == [-2.0, -3.0] and optimizer.skipped == 2
+    assert capsys.readouterr().out.count("not finite") == 2
+
+
+def test_ten_in_a_row_stop_the_run():
+    p, optimizer = careful()
+    for _ in range(2):
+        for _ in range(9):
+            backward(p, optimizer, [float("nan"), 0.0])
+        if optimizer.skipped == 9:
+            backward(p, optimizer, [0.0, 0.0])                       # one that is finite begins the count anew
+    with pytest.raises(ValueError, match="ten steps in a row"):
+        backward(p, optimizer, [float("nan"), 0.0])
+
+
+def test_passes_are_summed():
+    p, optimizer = careful(passes=3)
+    for gradient in ([1.0, 0.0], [2.0, 0.0], [0.0, 5.0], [1.0, 1.0]):
+        backward(p, optimizer, gradient)
+    assert p.tolist() == [-3.0, -5.0]
