@@ -88,7 +88,7 @@ def jobs_of(options: Options) -> list[Job]:
     first = {row.job or name: row for name, row in reversed(ROWS.items())}
     extra = {"folder": "quick", "stories": 16, "pretrain": QUICK} if options.quick else {}
     return [Job(name, seed, first[name].flags, (options.updates,), tuple(looks[name]), first[name].recipes,
-                first[name].start, **extra) for seed in range(options.seeds) for name in looks]
+                first[name].start, **{"stories": 128, **extra}) for seed in range(options.seeds) for name in looks]
 
 
 def main(argv: list[str]) -> None:

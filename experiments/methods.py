@@ -28,7 +28,6 @@ ROWS = {name: dict(zip(DIALS, dials)) for name, dials in opdlm.METHODS.items()} 
 PUBLISHED = ROWS["sdar"] | {"align": "paper", "context": "block"}       # SDAR-style, as its paper has it
 RATES = (0.005, 0.01, 0.02)
 LOOKS = tuple(f"reveal=leftmost:{level}" for level in (0, 0.7, 0.9, 0.98, 1))
-PAPERS = ("reveal=threshold:0.9 confidence=drawn",)
 COST = 1.5                      # tokens a forward, at which text is compared
 NATS = (0.25, 0.1, 0.05)        # how near to the teacher's gen_nats; and 0.05 of its `valid`
 QUICK = {"pretrain_steps": 20, "layers": 1, "width": 64, "rows": 4}
@@ -85,7 +84,7 @@ def main(argv: list[str]) -> None:
     rates, trials = best_rates(rows, options)
     jobs = [Job(name, seed, flags | {"lr": rates[name]},
                 points(options.long if "published" in name else options.updates, max(options.updates // 16, 1)),
-                LOOKS + PAPERS, stories=192) for seed in range(options.seeds) for name, flags in rows.items()]
+                LOOKS, stories=128) for seed in range(options.seeds) for name, flags in rows.items()]
     made = run_all([quick(job) if options.quick else job for job in jobs])
     for run in trials + made:
         run["settings"]["flags"] = {k: v for k, v in run["settings"]["flags"].items() if "data" not in k}   # no paths

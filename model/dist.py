@@ -219,8 +219,7 @@ class Log:
     def __init__(self, path: Path, header: dict, go_on: bool):
         path = path if first() else Path(os.devnull)
         if go_on and path.is_file():             # a killed run may have left half a line
-            rest, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-            path.write_text(rest + "\n", encoding="utf-8")
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
         self.file = open(path, "a" if go_on else "w", encoding="utf-8")
         self.bar = None
         if not go_on:
