@@ -198,10 +198,9 @@ def distil(student, teacher, corpus: Corpus, recipe: opdlm.Recipe, options: Opti
             rate(record["step"])
 
 
-def convert(student, teacher, corpus, recipe: opdlm.Recipe, options: Options, log: dist.Log, held: list, save) -> int:
+def convert(student, teacher, corpus, recipe, options: Options, optimizer, log: dist.Log, held: list, save) -> int:
     """`distil`, with its log, its looks at the held-out text and what is saved of it: the state to resume from, and by
     `save("best")` the student that the held-out text was likeliest to. The tokens trained on."""
-    optimizer = dist.Careful(optimizer_named(options.optimizer, student, options.lr), options.passes)
     state, settings = Path(options.out, STATE), {**asdict(options), "resume": None, "processes": dist.count()}
     noted = load_state(state, student, optimizer, settings) if options.resume else begin_states(state, settings)
     each, total, stop, tokens = recipe.updates, options.distill_steps, dist.Stop(), noted["tokens"]
@@ -250,6 +249,7 @@ def main(argv: list[str]) -> None:
         teacher.load_state_dict(dist.whole_state(net))
         hub.save(out / "ar", teacher, corpus.tokenizer, trained=untrained)
     student = dist.place(copy.deepcopy(teacher).init_mask(), options.compile)
+    optimizer = dist.Careful(optimizer_named(options.optimizer, student, options.lr), options.passes)
     teacher = dist.compiled(teacher.requires_grad_(False), options.compile)
     how = {"confidence": recipe.confidence, "redraws": recipe.redraws}
     check, count = (toy.check, 512) if corpus.name == "toy" else (None, 128)
@@ -269,7 +269,7 @@ def main(argv: list[str]) -> None:
         said = {"reveal": options.reveal, "confidence": options.confidence}
         hub.save(out / name, student, corpus.tokenizer, recipe.layout, **said)
 
-    tokens = convert(student, teacher, corpus, recipe, options, log, held, save)
+    tokens = convert(student, teacher, corpus, recipe, options, optimizer, log, held, save)
     save("opdlm")
     look("after", student, recipe.layout, recipe.rule, **how)
     numbers["after"]["train_tokens"] = tokens

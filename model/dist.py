@@ -94,9 +94,18 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def state_of(net) -> dict[str, Tensor]:
+    """Its parameters by name, shards if it has any: after a forward the network holds whole copies instead, and what is
+    done to those is lost."""
+    for module in net.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+    return net.state_dict()
+
+
 def whole_state(net) -> dict[str, Tensor]:
-    """`net.state_dict()` on the CPU; all processes have to ask."""
-    return {name: whole(p.detach()).cpu().contiguous() for name, p in net.state_dict().items()}
+    """That, put together, on the CPU; all processes have to ask."""
+    return {name: whole(p.detach()).cpu().contiguous() for name, p in state_of(net).items()}
 
 
 def sharded(tensor: Tensor, like: Tensor) -> Tensor:
@@ -150,6 +159,7 @@ class Careful:
         if self.done % self.passes:
             return
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        assert grads, "no gradient came: was the optimizer made after a forward of a sharded network?"
         for grad in grads if count() > 1 else ():
             grad.mul_(count())
         if whole(torch.nn.utils.get_total_norm(grads)).isfinite():

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model.dist import first, from_all, sharded, whole, whole_state
+from model.dist import first, from_all, sharded, state_of, whole, whole_state
 
 
 def save_state(path: Path, net, optimizer, noted: dict) -> None:
@@ -83,7 +83,7 @@ def load_state(path: Path, net, optimizer, settings: dict) -> dict:
     damaged or of another network. Says which settings are others now."""
     path = found(path)
     tensors, noted = read_state(path)
-    here = {f"net.{name}": p for name, p in net.state_dict().items()}
+    here = {f"net.{name}": p for name, p in state_of(net).items()}
     for name in sorted({name for name in tensors if name.startswith("net.")} ^ set(here)):
         raise ValueError(f"{path} is of another network, {name[4:]} is not in both: give the sizes it was made with")
     for name, p in here.items():

@@ -1,14 +1,17 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import worker
 
+from data import toy
 from model.dist import Careful, Log, device_named, writable
 from model.muon import SHAPES, schedule
 
@@ -66,12 +69,19 @@ def test_schedules(shape, half, last):
 
 # several processes ----------------------------------------------------------------------------------------------------
 
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def command(processes, script):
+    """What runs a script in so many processes of this machine."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*torchrun, str(script)] if processes > 1 else [sys.executable, str(script)]
+
+
 def torchrun(processes, script, *args, **how):
-    """The finished run of a script in so many processes of this machine."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               f"--nproc_per_node={processes}", script]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([*map(str, command), *map(str, args)], capture_output=True, text=True, env=env, **how)
+    """The finished run."""
+    run = [*command(processes, script), *map(str, args)]
+    return subprocess.run(run, capture_output=True, text=True, env=ENV, **how)
 
 
 def converted(folder, passes=1, start=0, stop=4):
@@ -122,6 +132,40 @@ def test_a_state_of_two_processes_is_gone_on_from_in_one_and_in_two(one, tmp_pat
     shutil.copytree(tmp_path, tmp_path / "b")
     assert_same(worker.convert(tmp_path, steps=range(2, 4)), {**one, "records": one["records"][2:]})
     assert_same(converted(tmp_path / "b", start=2), {**one, "records": one["records"][2:]})
+
+
+SHORT = ("--data=stories.txt", "--vocab=300", "--pretrain_steps=30", "--rows=4", "--warm_steps=4", "--updates=2",
+         "--layers=1", "--width=64", "--length=64", "--batch=4", "--every=2", "--distill_steps=40", "--device=cpu")
+
+
+def distilled(folder):
+    """The log's records, without a half line at its end."""
+    log = folder / "log.jsonl"
+    lines = log.read_text().split("\n")[:-1] if log.exists() else []
+    return [record for record in map(json.loads, lines) if record.get("phase") == "distil"]
+
+
+def test_the_whole_command_in_two_processes(tmp_path):
+    """One of them is killed; gone on with, it has learnt what one process learns, and what it leaves can be sampled."""
+    (tmp_path / "stories.txt").write_text("<|endoftext|>".join(toy.story(seed) for seed in range(300)))
+    alone, both = ([*command(n, ROOT / "train_tiny.py"), *SHORT, f"--out={n}"] for n in (1, 2))
+    how = {"cwd": tmp_path, "env": ENV, "capture_output": True, "text": True, "timeout": 200}
+    assert subprocess.run(alone, **how).returncode == 0
+    run = subprocess.Popen(both, cwd=tmp_path, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while run.poll() is None and len(distilled(tmp_path / "2")) < 9:
+        time.sleep(0.05)
+    children = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    assert "SIGKILL" in run.communicate(timeout=60)[1] and run.returncode
+    again = subprocess.run([*both, "--resume"], **how)
+    assert again.returncode == 0 and "going on from step" in again.stdout
+    one, two = ({r["step"]: r["loss"] for r in distilled(tmp_path / name)} for name in "12")
+    assert one.keys() == two.keys() == set(range(1, 41)) and two == pytest.approx(one, rel=0.01)
+    one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in "12")
+    assert two["after"]["val_nats"] == pytest.approx(one["after"]["val_nats"], abs=1e-3)
+    assert abs(one["after"]["val_nats"] - one["before"]["val_nats"]) > 0.01              # something was learnt
+    said = subprocess.run([sys.executable, ROOT / "sample.py", "--ckpt=2", "--prompt=One day", "--length=8"], **how)
+    assert said.returncode == 0 and said.stdout.startswith("One day")
 
 
 def test_a_process_that_dies_ends_the_run(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import dist
+from model import state
 from model.muon import Muon, orthogonal
 
 
@@ -119,9 +119,9 @@ def test_stopped_and_resumed_to_the_last_bit(tiny, tmp_path, make):
     net, path = copy.deepcopy(start), tmp_path / "state.safetensors"
     optimizer = make(net)
     first = descend(net, optimizer, range(4))
-    dist.save_state(path, net, optimizer, 4, 176)
+    state.save_state(path, net, optimizer, {"step": 4, "settings": {}})
     net = tiny(seed=9).float()
     optimizer = make(net)
-    assert dist.load_state(path, net, optimizer) == (4, 176)
+    assert state.load_state(path, net, optimizer, {})["step"] == 4
     assert first + descend(net, optimizer, range(4, 8)) == whole
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
