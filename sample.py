@@ -75,9 +75,7 @@ def load(options: Options) -> tuple:
         layout = AR
     elif options.block:
         layout = Layout(options.block, options.block if layout.clean_block > 1 else 1, layout.shift)
-    tok = tokenizer.load(folder)
-    hub.check_ids(folder, net.config, tok)
-    return net.to(device_named(options.device)), layout, tok, rules.parse(rule), confidence
+    return net.to(device_named(options.device)), layout, tokenizer.load(folder), rules.parse(rule), confidence
 
 
 def room(options: Options, prompt: int, context: int) -> int:

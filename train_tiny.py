@@ -94,7 +94,7 @@ def settled(options: Options, corpus: Corpus) -> Options:
     """The options with the open ones filled in, checked against each other."""
     sizes = SIZES["toy" if corpus.name == "toy" else "text"] | {"data": corpus.name}
     if options.init != "scratch":
-        options = replace(options, **hub.fitted(options.init, options.length, sizes["length"], corpus.tokenizer))
+        options = replace(options, **hub.fitted(options.init, options.length, sizes["length"]))
     options = replace(options, **{name: value for name, value in sizes.items() if getattr(options, name) is None})
     if not 1 <= options.block <= options.length - 16:
         raise ValueError(f"--block={options.block} has no room behind a prompt of 16 in {options.length} positions: "

@@ -150,19 +150,30 @@ def sentence_piece(token: str) -> bytes:
 def load(folder: str | Path) -> Tokenizer:
     """A folder's tokenizer: its bpe.json or tokenizer.json, or GPT-2's if its config.json has GPT-2's 50,257 ids."""
     folder = Path(folder)
-    path, config = folder / "tokenizer.json", record(folder / "config.json")
+    config = record(folder / "config.json")
+    most = config.get("vocab_size")
     if (folder / "bpe.json").is_file():
-        return load_bpe(folder / "bpe.json")
-    if path.is_file():
-        try:
-            tok = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        except Exception as error:  # the package has no class of its own for them
-            raise ValueError(f"{path} is no tokenizer file ({error}): copy it again") from error
-        return HubTokenizer(tok, end_of_text(tok, config, folder))
-    if (config.get("model_type"), config.get("vocab_size")) == ("gpt2", 50257):
-        return gpt2()
-    raise ValueError(f"{folder / 'bpe.json'} is missing, and so is tokenizer.json: without one ids are no text; copy "
-                     "it from where the model was trained")
+        tok = load_bpe(folder / "bpe.json")
+    elif (folder / "tokenizer.json").is_file():
+        tok = load_hub(folder, config)
+    elif (config.get("model_type"), most) == ("gpt2", 50257):
+        tok = gpt2()
+    else:
+        raise ValueError(f"{folder / 'bpe.json'} is missing, and so is tokenizer.json: without one ids are no text; "
+                         "copy it from where the model was trained")
+    if isinstance(most, int) and tok.vocab_size > most:
+        raise ValueError(f"the tokenizer in {folder} has {tok.vocab_size} ids and the network there {most}: give it "
+                         "its own")
+    return tok
+
+
+def load_hub(folder: Path, config: dict) -> HubTokenizer:
+    path = folder / "tokenizer.json"
+    try:
+        tok = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # the package has no class of its own for them
+        raise ValueError(f"{path} is no tokenizer file ({error}): copy it again") from error
+    return HubTokenizer(tok, end_of_text(tok, config, folder))
 
 
 def end_of_text(tok: tokenizers.Tokenizer, config: dict, folder: Path) -> int:
@@ -181,7 +192,8 @@ def end_of_text(tok: tokenizers.Tokenizer, config: dict, folder: Path) -> int:
 def record(path: Path) -> dict:
     """A file of JSON; nothing if there is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return found if isinstance(found, dict) else {}
     except ValueError as error:
         raise ValueError(f"{path} is no JSON ({error}): copy it again") from error
 

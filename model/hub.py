@@ -118,21 +118,13 @@ def ar_folder(name: str) -> Path:
     return fetch(name)
 
 
-def fitted(name: str, length: int | None, usual: int, tokenizer) -> dict:
+def fitted(name: str, length: int | None, usual: int) -> dict:
     """What a conversion takes from checkpoint `name`: `length` positions, by default the `usual` or all that it has."""
     config = described(name)[0]
     if length and length > config.context:
         raise ValueError(f"--length={length} is more than the {config.context} positions of --init={name}")
-    check_ids(name, config, tokenizer)
     return {"pretrain_steps": 0, "layers": config.layers, "width": config.width,
             "length": length or min(usual, config.context)}
-
-
-def check_ids(name: str | Path, config: GPTConfig | LlamaConfig, tokenizer) -> None:
-    """Refuses a tokenizer with more ids than the network has."""
-    if tokenizer.vocab_size > config.vocab:
-        raise ValueError(f"the tokenizer of {name} has {tokenizer.vocab_size} ids and its network {config.vocab}: give "
-                         "it its own")
 
 
 # 3. in ----------------------------------------------------------------------------------------------------------------

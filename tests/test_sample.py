@@ -193,7 +193,7 @@ def test_another_block_is_the_layout_of_that_block(tmp_path, capsys, clean):
 def test_a_tokenizer_with_more_ids_than_the_network_is_refused(tmp_path, capsys):
     hub.save(tmp_path / "net", network(0), tokenizer.word_level(["One", " day", " a", " ball", ".", " more"]))
     assert cli.run(sample.main, [f"--ckpt={tmp_path / 'net'}", "--mode=ar", "--device=cpu"]) == 2
-    assert f"ids and its network {TOK.vocab_size}: give it its own" in capsys.readouterr().err
+    assert f"ids and the network there {TOK.vocab_size}: give it its own" in capsys.readouterr().err
 
 
 def test_a_text_of_nobody_s_length_has_an_end(run, monkeypatch, capsys):

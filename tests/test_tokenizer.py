@@ -228,7 +228,7 @@ def test_a_saved_tokenizer_of_others_is_the_same_tokenizer(others, tmp_path):
 
 
 ENDS = {        # what a text begins with; where none is named, what it ends with
-    "the config's first": ({"bos_token_id": 1, "eos_token_id": 0}, {"bos_token": "<s>"}, 1),
+    "the config's first": ({"bos_token_id": 1, "eos_token_id": 0, "vocab_size": 320}, {"bos_token": "<s>"}, 1),
     "the tokenizer's": ({"eos_token_id": 1}, {"bos_token": "<s>"}, 0),
     "an end": ({"bos_token_id": None, "eos_token_id": [1, 0]}, {"bos_token": None}, 1),
     "the tokenizer's end": ({}, {"eos_token": "</s>"}, 1),
