@@ -97,6 +97,16 @@ def test_shared_keys_and_values_are_copies_of_their_own():
     assert torch.allclose(own(tokens), shared(tokens), atol=1e-10, rtol=0)
 
 
+def test_a_head_of_its_own_that_is_the_embedding_is_a_tied_one():
+    """And one that is not is another."""
+    own, tied = llama(), llama(tied=True)
+    tied.load_state_dict({name: x for name, x in own.state_dict().items() if name != "lm_head.weight"})
+    tokens = test_gpt.tokens_of(own)
+    assert (own(tokens) - tied(tokens)).abs().max() > 0.1
+    own.lm_head.load_state_dict(own.wte.state_dict())
+    assert torch.equal(own(tokens), tied(tokens))
+
+
 def test_norms_by_hand():
     norm = RMSNorm(2, 1e-6).double()
     out = norm(torch.tensor([3.0, 4.0]).double()).tolist()
