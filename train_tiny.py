@@ -3,7 +3,6 @@
     python train_tiny.py                                TinyStories; without a network, the embedded story world
     python train_tiny.py --data=toy                     the story world: every story can be checked by rule
     python train_tiny.py --data=stories.txt             any UTF-8 text, stories apart by <|endoftext|>
-    python train_tiny.py --init=hf:gpt2                 a checkpoint of the Hugging Face hub, or a folder
     python train_tiny.py --preset=paper                 the paper's choices instead of ours
 
 In order: data, the AR model, the conversion, the comparison. Left behind in --out: ar/ and opdlm/ (checkpoints),
