@@ -14,6 +14,7 @@ import huggingface_hub.constants
 import pytest
 import test_llama
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import sample
@@ -53,6 +54,8 @@ def test_a_student_comes_back_bit_for_bit(student):
     assert tokenizer.load(student).to_json() == TOK.to_json()
     assert list(load_file(student / "mask.safetensors")) == ["mask_vector"]
     assert "mask_vector" not in load_file(student / "model.safetensors")
+    with safe_open(student / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}                          # older transformers refuse a file without
 
 
 def test_an_ar_model_comes_back_and_has_no_mask(tmp_path):
