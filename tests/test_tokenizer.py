@@ -220,7 +220,7 @@ def test_a_piece_in_the_midst_keeps_its_space(others):
 
 
 def test_a_saved_tokenizer_of_others_is_the_same_tokenizer(others, tmp_path):
-    tok = tokenizer.load(others)
+    tok = tokenizer.HubTokenizer(tokenizer.load(others).tok, eot=2)               # not the one that the folder names
     tok.save(tmp_path / "new" / "folder")
     again = tokenizer.load(tmp_path / "new" / "folder")
     assert (again.eot, again.vocab_size, again.to_json()) == (tok.eot, tok.vocab_size, tok.to_json())
