@@ -3,6 +3,8 @@
     python sample.py --prompt "Once upon a time"             block by block, coloured by the step that revealed a token
     python sample.py --mode=ar --prompt "Once upon a time"   the autoregressive model that it was made of
     python sample.py --reveal=static:1 --n 4                 another rule, four texts
+    python sample.py --ckpt=hf:gpt2 --mode=ar                a checkpoint of the Hugging Face hub
+    python sample.py --export=FOLDER                         no text: the checkpoint itself, for `transformers` to read
 
 The last line is the cost: tokens, tokens per forward (all forwards counted), positions per token, tokens per second.
 """
@@ -23,31 +25,37 @@ from model.masks import AR, Layout
 from report import cli, trace
 from report.cli import option
 
+MOST = 1024         # tokens of a response that nobody gave a length
+
 
 @dataclass
 class Options:
-    ckpt: str = option("out/tiny", "a run's folder, or a checkpoint's")
+    ckpt: str = option("out/tiny", "a run's folder, a checkpoint's, or hf:NAME or hf:NAME@REVISION of the hub")
+    export: str | None = option(None, "a new folder to write the checkpoint to, instead of text")
     prompt: str = option("", "text to go on from")
     mode: str = option("diffusion", "diffusion: a block at a time; ar: a token at a time, by the AR model",
                        ("diffusion", "ar"))
     reveal: str | None = option(None, "which masks come off: static:COUNT, threshold:P, leftmost:P; "
                                 "none: the checkpoint's rule")
+    block: int | None = option(None, "tokens denoised together; none: the checkpoint's")
     temperature: float = option(1.0, "of the tokens drawn; 0 takes the likeliest")
-    length: int | None = option(None, "longest response, tokens; none: what the model has room for")
+    length: int | None = option(None, "longest response, tokens; none: what the model has room for, at most 1024")
     n: int = option(1, "texts")
     seed: int = option(0, "of the draws; text i of a seed is the same for any --n")
     device: str = option("auto", "auto: cuda, else mps, else cpu", ("auto", "cpu", "cuda", "mps"))
 
     def __post_init__(self):
-        if self.n < 1 or self.temperature < 0 or (self.length is not None and self.length < 1):
-            raise ValueError("--n and --length are at least 1, and --temperature at least 0")
-        if self.mode == "ar" and self.reveal:
-            raise ValueError(f"--reveal={self.reveal} means nothing to --mode=ar, a token at a time: leave it out")
+        if self.temperature < 0 or any(x is not None and x < 1 for x in (self.n, self.length, self.block)):
+            raise ValueError("--n and --length are at least 1, as is --block, and --temperature at least 0")
+        for name in ("reveal", "block") if self.mode == "ar" else ():
+            if getattr(self, name):
+                raise ValueError(f"--{name}={getattr(self, name)} means nothing to --mode=ar, a token at a time: "
+                                 "leave it out")
 
 
 def find(options: Options) -> Path:
     """The checkpoint's folder: of a run, the model that --mode asks for."""
-    folder = Path(options.ckpt)
+    folder = hub.fetch(options.ckpt)
     inner = folder / {"ar": "ar", "diffusion": "opdlm"}[options.mode]
     return inner if inner.is_dir() else folder
 
@@ -63,7 +71,10 @@ def load(options: Options) -> tuple:
     if confidence not in rules.CONFIDENCE:
         known = " or ".join(rules.CONFIDENCE)
         raise ValueError(f"{folder}/config.json says confidence {confidence!r}: {known} was wanted")
-    layout = AR if options.mode == "ar" else layout
+    if options.mode == "ar":
+        layout = AR
+    elif options.block:
+        layout = Layout(options.block, options.block if layout.clean_block > 1 else 1, layout.shift)
     return net.to(device_named(options.device)), layout, tokenizer.load(folder), rules.parse(rule), confidence
 
 
@@ -75,7 +86,7 @@ def room(options: Options, prompt: int, context: int) -> int:
     if options.length and prompt + options.length > context:
         raise ValueError(f"--length={options.length} and a prompt of {prompt} tokens are more than the model's "
                          f"{context} positions")
-    return options.length or context - prompt
+    return options.length or min(context - prompt, MOST)
 
 
 def write(options: Options, net, layout: Layout, tok, rule, confidence: str) -> tuple[opdlm.Text, float]:
@@ -92,8 +103,8 @@ def write(options: Options, net, layout: Layout, tok, rule, confidence: str) -> 
 
 
 def traces(text: opdlm.Text, prompt: str, tok, block: int) -> list[trace.Trace]:
-    """One for each row: what was written, and when."""
-    return [trace.from_order(prompt, tok.pieces(row[kept].tolist()), order[kept].tolist(), block)
+    """One for each row: what was written, and when. The token before it tells if a text begins."""
+    return [trace.from_order(prompt, tok.pieces(row[kept | kept.roll(-1)].tolist())[1:], order[kept].tolist(), block)
             for row, kept, order in zip(text.tokens.cpu(), text.kept.cpu(), text.order.cpu())]
 
 
@@ -107,6 +118,10 @@ def cost(text: opdlm.Text, seconds: float, net) -> str:
 
 def main(argv: list[str]) -> None:
     options = cli.parse(Options, argv, __doc__)
+    if options.export:
+        hub.export(find(options), options.export)
+        print(f"{find(options)} is now in {options.export}")
+        return
     net, layout, tok, rule, confidence = load(options)
     text, seconds = write(options, net, layout, tok, rule, confidence)
     colour = trace.wants_colour(sys.stdout) and layout.block > 1

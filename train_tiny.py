@@ -38,7 +38,7 @@ from report.publish import publish
 class Options:
     data: str | None = option(None, "tinystories, tinystories-full, toy, a UTF-8 text; none: tinystories, toy offline")
     val_data: str | None = option(None, "held-out text; none: every 20th story of --data")
-    init: str = option("scratch", "scratch: pretrain an AR model; FOLDER: take the AR checkpoint there")
+    init: str = option("scratch", "scratch: pretrain an AR model; FOLDER or hf:NAME[@REVISION]: take that checkpoint")
     out: str = option("out/tiny", "folder for checkpoints, log, summary and pictures")
     preset: str | None = option(None, "paper: all the paper's choices; flags given beside it win", ("paper",))
     block: int = option(4, "tokens denoised together (paper: 4)")
@@ -94,14 +94,13 @@ def settled(options: Options, corpus: Corpus) -> Options:
     """The options with the open ones filled in, checked against each other."""
     sizes = SIZES["toy" if corpus.name == "toy" else "text"] | {"data": corpus.name}
     if options.init != "scratch":
-        config = hub.load(Path(options.init))[0].config
-        options = replace(options, pretrain_steps=0, layers=config.layers, width=config.width, length=config.context)
+        options = replace(options, **hub.fitted(options.init, options.length, sizes["length"]))
     options = replace(options, **{name: value for name, value in sizes.items() if getattr(options, name) is None})
     if not 1 <= options.block <= options.length - 16:
         raise ValueError(f"--block={options.block} has no room behind a prompt of 16 in {options.length} positions: "
                          f"take 1 to {options.length - 16}")
     least = (options.layers, options.batch, options.passes, options.updates, options.every, options.distill_steps)
-    if options.width % 64 or min(least) < 1:
+    if options.init == "scratch" and options.width % 64 or min(least) < 1:
         raise ValueError("--width is a multiple of 64; --layers, --batch, --passes, --updates, --every and "
                          "--distill_steps are at least 1")
     if options.batch % (options.passes * dist.count()) or options.rows % dist.count():
@@ -116,7 +115,7 @@ def ar_model(options: Options, corpus: Corpus, device) -> tuple[GPT, dict | None
     """The teacher: that of --init, or one that a former run with the same settings left in --out; or a new network, and
     the settings under which it is still to be trained."""
     if options.init != "scratch":
-        return hub.load(Path(options.init))[0].to(device), None
+        return hub.load(options.init)[0].to(device), None
     names = ("data", "pretrain_steps", "rows", "layers", "width", "length", "seed")
     settings = {name: getattr(options, name) for name in names} | {
         "tokens": len(corpus.train), "tokenizer": zlib.crc32(corpus.tokenizer.to_json().encode())}
@@ -232,7 +231,7 @@ def main(argv: list[str]) -> None:
     options = cli.parse(Options, argv, __doc__, {"paper": PAPER})
     recipe_of(options, 0)                                             # refuses what can't be, before any work is done
     device = dist.start(options.device)
-    own = None if options.init == "scratch" else tokenizer.load(options.init)
+    own = None if options.init == "scratch" else tokenizer.load(hub.ar_folder(options.init))
     corpus = open_corpus(options.data, options.val_data, options.vocab, own)
     options = settled(options, corpus)
     out = dist.writable(Path(options.out))

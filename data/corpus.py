@@ -33,7 +33,7 @@ def story_world(own: tokenizer.Tokenizer | None = None, stories: int = 30_000, h
 
     def stream(seeds):
         ids = tok.encode_batch([toy.story(seed) for seed in seeds])
-        return np.array([i for story in ids for i in (tok.eot, *story)] + [tok.eot], dtype=np.uint16)
+        return np.array([i for story in ids for i in (tok.eot, *story)] + [tok.eot], dtype=tinystories.id_type(tok))
     return Corpus(stream(range(stories)), stream(range(10 ** 9, 10 ** 9 + held_out)), tok, "toy")
 
 

@@ -3,7 +3,7 @@
     train_bpe    learns a vocabulary from texts
     word_level   takes a vocabulary as given, each of its tokens one id
     gpt2         GPT-2's own, for checkpoints that were trained with it
-    load         what `Tokenizer.save` wrote
+    load         a folder's: what `save` wrote, or the `tokenizer.json` of a checkpoint of others
 
 The end of a text is one special token, `<|endoftext|>`. It enters a sequence as the id `eot`, never by way of text.
 """
@@ -12,10 +12,13 @@ import base64
 import codecs
 import json
 import os
+import re
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
 import tiktoken
+import tokenizers
 
 EOT = "<|endoftext|>"
 BYTES = [bytes([value]) for value in range(256)]
@@ -68,17 +71,141 @@ class Tokenizer:
         return [b"" if i == self.eot else self.encoding.decode_single_token_bytes(i) for i in ids]
 
 
+class HubTokenizer(Tokenizer):
+    """A `tokenizer.json` for raw text: no template, nothing added; `eot`, which a text begins and ends with, is given.
+
+    Byte-level BPE and SentencePiece's kinds. Those of SentencePiece put a space before a text; it is taken off again.
+    """
+
+    def __init__(self, tok: tokenizers.Tokenizer, eot: int):
+        tok.no_padding()
+        tok.no_truncation()
+        tok.encode_special_tokens = True            # "<s>" in a text is three characters
+        self.tok, self.eot, self.table = tok, eot, bytes_by_id(tok)
+        self.vocab_size = max(self.table) + 1
+
+    def encode(self, text: str) -> list[int]:
+        return self.tok.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [made.ids for made in self.tok.encode_batch(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return b"".join(self._token_bytes([self.eot, *ids])).decode("utf-8", "replace")
+
+    def to_json(self) -> str:
+        """tokenizer.json, and the end of text, which is not in it."""
+        return json.dumps({"eot": self.eot, **json.loads(self.tok.to_str())})
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `folder`/tokenizer.json, and a tokenizer_config.json that names the end of text."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        eot = self.tok.id_to_token(self.eot)
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": eot, "eos_token": eot}
+        Path(folder, "tokenizer_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+        Path(folder, "tokenizer.json").write_text(self.tok.to_str(), encoding="utf-8")
+
+    @cached_property
+    def opens(self) -> bytes:
+        """What `encode` puts before a text: nothing, or a space."""
+        return b" " if b"".join(self.table[i] for i in self.encode("a")) == b" a" else b""
+
+    def _token_bytes(self, ids: Iterable[int]) -> list[bytes]:
+        """Of ids in the midst of a text, until an `eot` begins another; a table of vectors may have ids to spare."""
+        found, opens = [], b""
+        for i in ids:
+            token = self.table.get(int(i), b"")
+            found.append(token.removeprefix(opens))
+            opens = self.opens if i == self.eot else opens if not token else b""
+        return found
+
+
+def bytes_by_id(tok: tokenizers.Tokenizer) -> dict[int, bytes]:
+    """The bytes of each id; special tokens show as nothing."""
+    decoder = json.dumps(json.loads(tok.to_str())["decoder"])
+    known = {"ByteLevel": byte_level, "ByteFallback": sentence_piece, "Metaspace": sentence_piece}
+    read = next((read for kind, read in known.items() if f'"{kind}"' in decoder), None)
+    if read is None:
+        raise ValueError(f"a tokenizer.json with the decoder {decoder}: one of {', '.join(known)} was wanted")
+    added = tok.get_added_tokens_decoder().items()
+    return {i: read(token) for token, i in tok.get_vocab().items()} | {
+        i: b"" if token.special else token.content.encode() for i, token in added}
+
+
+def byte_level(token: str) -> bytes:
+    """The bytes of a token of GPT-2's alphabet, in which a byte that can't be seen is a character from 256 on."""
+    return b"".join(BYTES[ALPHABET[c]] if c in ALPHABET else c.encode() for c in token)
+
+
+SEEN = [*range(33, 127), *range(161, 173), *range(174, 256)]
+ALPHABET = {chr(c): c for c in SEEN} | {chr(256 + n): c for n, c in enumerate(sorted({*range(256)} - {*SEEN}))}
+
+
+def sentence_piece(token: str) -> bytes:
+    """A space is the character U+2581, and a byte without a token of its own is written <0x0A>."""
+    lone = re.fullmatch("<0x([0-9A-F]{2})>", token)
+    return bytes.fromhex(lone[1]) if lone else token.replace("\u2581", " ").encode()
+
+
 def load(folder: str | Path) -> Tokenizer:
-    """The tokenizer that `save` wrote to `folder`."""
-    path = Path(folder, "bpe.json")
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: without it ids are no text; copy it from where the model was trained")
+    """A folder's tokenizer: its bpe.json or tokenizer.json, or GPT-2's if its config.json has GPT-2's 50,257 ids."""
+    folder = Path(folder)
+    config = record(folder / "config.json")
+    most = config.get("vocab_size")
+    if (folder / "bpe.json").is_file():
+        tok = load_bpe(folder / "bpe.json")
+    elif (folder / "tokenizer.json").is_file():
+        tok = load_hub(folder, config)
+    elif (config.get("model_type"), most) == ("gpt2", 50257):
+        tok = gpt2()
+    else:
+        raise ValueError(f"{folder / 'bpe.json'} is missing, and so is tokenizer.json: without one ids are no text; "
+                         "copy it from where the model was trained")
+    if isinstance(most, int) and tok.vocab_size > most:
+        raise ValueError(f"the tokenizer in {folder} has {tok.vocab_size} ids and the network there {most}: give it "
+                         "its own")
+    return tok
+
+
+def load_hub(folder: Path, config: dict) -> HubTokenizer:
+    path = folder / "tokenizer.json"
     try:
-        record = json.loads(path.read_bytes())
-        tokens = [base64.b64decode(token, validate=True) for token in record["tokens"]]
-        if not len(tokens) == len(set(tokens)) == record["eot"] or not set(BYTES) <= set(tokens):
+        tok = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # the package has no class of its own for them
+        raise ValueError(f"{path} is no tokenizer file ({error}): copy it again") from error
+    return HubTokenizer(tok, end_of_text(tok, config, folder))
+
+
+def end_of_text(tok: tokenizers.Tokenizer, config: dict, folder: Path) -> int:
+    """The token that a text begins with, or if none is named, that it ends with: then all begin with it here."""
+    said = record(folder / "tokenizer_config.json")
+    for value in (config.get("bos_token_id"), said.get("bos_token"),
+                  config.get("eos_token_id"), said.get("eos_token"), EOT):
+        value = value[0] if isinstance(value, list) and value else value
+        value = value.get("content") if isinstance(value, dict) else value
+        found = tok.token_to_id(value) if isinstance(value, str) else value
+        if isinstance(found, int) and tok.id_to_token(found) is not None:
+            return found
+    raise ValueError(f"{folder} names no token that texts begin or end with: write bos_token_id to its config.json")
+
+
+def record(path: Path) -> dict:
+    """A file of JSON; nothing if there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return found if isinstance(found, dict) else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}): copy it again") from error
+
+
+def load_bpe(path: Path) -> Tokenizer:
+    """The tokenizer that `Tokenizer.save` wrote."""
+    try:
+        stored = json.loads(path.read_bytes())
+        tokens = [base64.b64decode(token, validate=True) for token in stored["tokens"]]
+        if not len(tokens) == len(set(tokens)) == stored["eot"] or not set(BYTES) <= set(tokens):
             raise ValueError("a token is missing or stands twice")
-        return _build(record["pattern"], tokens)
+        return _build(stored["pattern"], tokens)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no tokenizer file ({type(error).__name__}: {error}): copy it again") from error
 

@@ -4,7 +4,8 @@ Differs from nanoGPT in four places only: `mask` (who may look at whom, model/ma
 a training pass share their positions), `read` (logits are made only where somebody looks at them), `cache`. Parameter
 names are GPT-2's.
 
-Letters: B rows, T positions of this forward, C width, H heads, D = C / H, V vocabulary, S cache slots, N places read.
+Letters: B rows, T positions of this forward, C width, H heads, D = C / H, V vocabulary, S cache slots, N places read,
+G heads of keys and values: H here, fewer in model/llama.py.
 """
 import math
 from dataclasses import dataclass
@@ -13,6 +14,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+
+# config.json: our sizes by its names, and what this network can't vary; where the file is silent, the first is meant
+NAMES = {"vocab": "vocab_size", "context": "n_positions", "layers": "n_layer", "heads": "n_head", "width": "n_embd"}
+FIXED = {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "layer_norm_epsilon": (1e-5,), "n_inner": (None,),
+         "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
+         "tie_word_embeddings": (True,)}
 
 
 @dataclass
@@ -28,6 +35,37 @@ class GPTConfig:
         if self.width % self.heads:
             raise ValueError(f"a width of {self.width} can't be shared by {self.heads} heads: make it a multiple")
 
+    @property
+    def head_size(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def matrices(self) -> int:
+        """Weights of one block's matrices."""
+        return 12 * self.width ** 2
+
+
+def check_fixed(said: dict, fixed: dict) -> None:
+    """Names what this network can't do and config.json asks for."""
+    for key, values in fixed.items():
+        if said.get(key, values[0]) not in values:
+            raise ValueError(f"{key} is {said[key]!r} in its config.json: {values[0]!r} was wanted")
+
+
+def sizes(said: dict, names: dict) -> dict:
+    """The whole numbers of config.json by our names."""
+    for key in names.values():
+        if type(said.get(key)) is not int or said[key] < 1:
+            raise ValueError(f"{key} is {said.get(key)!r} in its config.json: a whole number was wanted")
+    return {ours: said[key] for ours, key in names.items()}
+
+
+def config_of(said: dict) -> GPTConfig:
+    """The sizes of a config.json, of which everything else must be as it is here."""
+    inner = said.get("n_inner")
+    check_fixed({**said, "n_inner": None if inner == 4 * said["n_embd"] else inner}, FIXED)
+    return GPTConfig(**sizes(said, NAMES))
+
 
 class Cache:
     """Keys and values of finished text, one slot a position, allocated once. The last slot is a dump for padding."""
@@ -36,10 +74,10 @@ class Cache:
         self.layers, self.dump, self.keys, self.values = layers, slots, None, None
 
     def write(self, layer: int, k: Tensor, v: Tensor, at: Tensor, upto: int) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, T, H, D) at the slots `at` (B, T); the slots to attend to, (B, upto, H, D)."""
+        """Store k, v (B, T, G, D) at the slots `at` (B, T); the slots to attend to, (B, upto, G, D)."""
         if self.keys is None:                        # rows, heads and number format are those of the first that come
             shape = (self.layers, k.size(0), self.dump + 1, *k.shape[2:])
-            self.keys, self.values = k.new_zeros(shape), v.new_zeros(shape)             # (layers, B, S+1, H, D)
+            self.keys, self.values = k.new_zeros(shape), v.new_zeros(shape)             # (layers, B, S+1, G, D)
         rows = torch.arange(at.size(0), device=at.device)[:, None]
         self.keys[layer][rows, at], self.values[layer][rows, at] = k, v
         return self.keys[layer][:, :upto], self.values[layer][:, :upto]

@@ -24,7 +24,7 @@ class Muon(torch.optim.Optimizer):
     `lr * adam`."""
 
     def __init__(self, net, lr: float = 0.02, momentum: float = 0.95, adam: float = 0.5, betas=(0.9, 0.95), eps=1e-10):
-        matrices = [p for name, p in net.named_parameters() if p.dim() == 2 and ".h." in f".{name}"]
+        matrices = [p for p in net.h.parameters() if p.dim() == 2]
         chosen = {id(p) for p in matrices}
         others = [p for p in net.parameters() if id(p) not in chosen]
         groups = [{"params": matrices, "lr": lr, "muon": True}, {"params": others, "lr": lr * adam, "muon": False}]

@@ -121,7 +121,7 @@ def nats_of(teacher, text: opdlm.Text) -> float:
 
 def body_flops(config, keys: float) -> float:
     """FLOPs of one position forward through the blocks, attending to `keys` positions; a multiply-add is 2."""
-    return config.layers * (24 * config.width ** 2 + 4 * keys * config.width)
+    return config.layers * (2 * config.matrices + 4 * keys * config.heads * config.head_size)
 
 
 def head_flops(config) -> float:
@@ -156,7 +156,7 @@ def evaluate(net, teacher, layout: Layout, rule, stories: list[Tensor], tokenize
     numbers = likelihood(net, stories, layout, tokenizer) | generated(teacher, texts, seconds, tokenizer, check)
     text, lens = texts[0]
     kept, row = text.kept[0].cpu(), text.tokens[0].cpu()
-    pieces, order = tokenizer.pieces(row[kept].tolist()), text.order[0].cpu()[kept].tolist()
+    pieces, order = tokenizer.pieces(row[kept | kept.roll(-1)].tolist())[1:], text.order[0].cpu()[kept].tolist()
     return numbers, trace.from_order(tokenizer.decode(row[:lens[0]].tolist()), pieces, order, layout.block)
 
 

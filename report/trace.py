@@ -65,7 +65,7 @@ def state_text(pieces: list[str], masked) -> str:
 
 def show(tokenizer, ids) -> str:
     """Any row of ids as text; [MASK] is the id that the tokenizer has not got."""
-    masked = [int(i) == tokenizer.vocab_size for i in ids]
+    masked = [int(i) >= tokenizer.vocab_size for i in ids]
     pieces = iter(tokenizer.pieces([int(i) for i, hidden in zip(ids, masked) if not hidden]))
     return state_text(["" if hidden else next(pieces) for hidden in masked], masked)
 

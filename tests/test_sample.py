@@ -142,6 +142,8 @@ REFUSED = {
     "--ckpt={run}/ar": "ar holds an AR model: use --mode=ar",
     "--n=0": "--n and --length are at least 1",
     "--length=0": "--n and --length are at least 1",
+    "--block=0": "as is --block",
+    "--export={run}": "is there already: name a new folder",
     "--temperature=-1": "--temperature at least 0",
     "--mode=fast": "--mode is 'fast'",
     "--sead=1": "did you mean --seed?",
@@ -170,6 +172,33 @@ def test_an_unknown_confidence_is_named(tmp_path, capsys):
     path.write_text(path.read_text().replace('"largest"', '"loudest"'))
     assert cli.run(sample.main, [f"--ckpt={run}", "--device=cpu"]) == 2
     assert "says confidence 'loudest': largest or drawn was wanted" in capsys.readouterr().err
+
+
+def test_a_block_means_nothing_to_the_ar_model(run, capsys):
+    with pytest.raises(SystemExit) as left:
+        sample.main([f"--ckpt={run}", "--mode=ar", "--block=2"])
+    assert left.value.code == 2 and "--block=2 means nothing to --mode=ar" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("clean", [1, 4])
+def test_another_block_is_the_layout_of_that_block(tmp_path, capsys, clean):
+    hub.save(tmp_path / "opdlm", network(1), TOK, Layout(4, clean, 1))
+    text = said(capsys, tmp_path, "--block=3", "--length=9")[0]
+    hub.save(tmp_path / "opdlm", network(1), TOK, Layout(3, min(clean, 3), 1))
+    assert text == said(capsys, tmp_path, "--length=9")[0]
+    hub.save(tmp_path / "opdlm", network(1), TOK, Layout(4, clean, 1))
+    assert text != said(capsys, tmp_path, "--length=9")[0]
+
+
+def test_a_tokenizer_with_more_ids_than_the_network_is_refused(tmp_path, capsys):
+    hub.save(tmp_path / "net", network(0), tokenizer.word_level(["One", " day", " a", " ball", ".", " more"]))
+    assert cli.run(sample.main, [f"--ckpt={tmp_path / 'net'}", "--mode=ar", "--device=cpu"]) == 2
+    assert f"ids and the network there {TOK.vocab_size}: give it its own" in capsys.readouterr().err
+
+
+def test_a_text_of_nobody_s_length_has_an_end(run, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "MOST", 5)
+    assert numbers(said(capsys, run)[1])[0] == 5
 
 
 class Terminal:

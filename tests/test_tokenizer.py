@@ -3,9 +3,12 @@
 import json
 import os
 import random
+import struct
 from pathlib import Path
 
 import pytest
+from conftest import sentence_pieces
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from data import tokenizer
 
@@ -165,3 +168,119 @@ def test_gpt2_without_network_says_what_to_do(monkeypatch):
     monkeypatch.setattr(tokenizer.tiktoken, "get_encoding", offline)
     with pytest.raises(ValueError, match="can't be fetched.*connect once, or point TIKTOKEN_CACHE_DIR"):
         tokenizer.gpt2()
+
+
+# tokenizer.json of others --------------------------------------------------------------------------------------------
+
+def byte_level() -> Tokenizer:
+    """As GPT-2, Llama 3 and Qwen have it, learned from a few sentences."""
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tok.train_from_iterator(CORPUS, trainers.BpeTrainer(
+        vocab_size=320, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<s>", "</s>"]))
+    return tok
+
+
+def space_first(folder) -> Tokenizer:
+    """As Llama 2 has it: a space before each text, and bytes for what is no token."""
+    tokens = ["<unk>", "\n<s>\n", "\n</s>\n", *(f"<0x{i:02X}>" for i in range(256)), "he", " t", " the", *" thea"]
+    packed = (struct.pack("<fi", -float(i), len(token.encode())) + token.encode() for i, token in enumerate(tokens))
+    (folder / "tok.bin").write_bytes(struct.pack("<i", 9) + b"".join(packed))
+    return sentence_pieces(folder / "tok.bin")
+
+
+@pytest.fixture(params=["byte level", "SentencePiece"])
+def others(request, tmp_path):
+    """A folder with a tokenizer.json that would also cut, pad and put a token before a text."""
+    tok = byte_level() if request.param == "byte level" else space_first(tmp_path)
+    tok.enable_truncation(4)
+    tok.enable_padding(length=9)
+    tok.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", tok.token_to_id("<s>"))])
+    tok.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": "<s>"}, "eos_token": "</s>"}))
+    return tmp_path
+
+
+def test_every_text_comes_back_from_others(others):
+    tok = tokenizer.load(others)
+    texts = [*ODD, "<s> and </s>", " the hat", "the  the", *random_texts(200)]
+    assert tok.encode_batch(texts) == [tok.encode(text) for text in texts]
+    for text in texts:
+        ids = tok.encode(text)
+        assert tok.decode(ids) == tok.decode([tok.eot, *ids, tok.eot]) == text
+        assert all(0 <= i < tok.vocab_size and i != tok.eot for i in ids), f"{text!r} became {ids}"
+        assert "".join(tok.pieces([tok.eot, *ids])) == text
+
+
+def test_a_piece_in_the_midst_keeps_its_space(others):
+    tok = tokenizer.load(others)
+    ids = tok.encode("the hat the")
+    assert "".join(tok.pieces([tok.eot, *ids])[3:]).endswith(" the")
+    assert tok.pieces(tok.encode("the"))[0].strip(" ") and tok.pieces([tok.vocab_size, tok.vocab_size + 9]) == ["", ""]
+
+
+def test_a_saved_tokenizer_of_others_is_the_same_tokenizer(others, tmp_path):
+    tok = tokenizer.HubTokenizer(tokenizer.load(others).tok, eot=2)               # not the one that the folder names
+    tok.save(tmp_path / "new" / "folder")
+    again = tokenizer.load(tmp_path / "new" / "folder")
+    assert (again.eot, again.vocab_size, again.to_json()) == (tok.eot, tok.vocab_size, tok.to_json())
+    assert again.encode_batch(ODD) == tok.encode_batch(ODD)
+
+
+ENDS = {        # what a text begins with; where none is named, what it ends with
+    "the config's first": ({"bos_token_id": 1, "eos_token_id": 0, "vocab_size": 320}, {"bos_token": "<s>"}, 1),
+    "the tokenizer's": ({"eos_token_id": 1}, {"bos_token": "<s>"}, 0),
+    "an end": ({"bos_token_id": None, "eos_token_id": [1, 0]}, {"bos_token": None}, 1),
+    "the tokenizer's end": ({}, {"eos_token": "</s>"}, 1),
+    "not one that is not there": ({"bos_token_id": 50256, "eos_token_id": 1}, {}, 1),
+}
+
+
+@pytest.mark.parametrize("said", ENDS)
+def test_texts_begin_with_what_the_checkpoint_says(tmp_path, said):
+    config, named, wanted = ENDS[said]
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    for name, content in (("config.json", config), ("tokenizer_config.json", named)):
+        (tmp_path / name).write_text(json.dumps(content))
+    assert tokenizer.load(tmp_path).eot == wanted
+
+
+def test_others_that_can_not_be_used_are_refused(tmp_path):
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="names no token that texts begin or end with: write bos_token_id"):
+        tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"')
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json is no JSON .*copy it again"):
+        tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    pieces = byte_level()
+    pieces.decoder = decoders.WordPiece()
+    pieces.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="WordPiece.*one of ByteLevel, ByteFallback, Metaspace was wanted"):
+        tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"model": 5}')
+    with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer file .*copy it again"):
+        tokenizer.load(tmp_path)
+
+
+def test_gpt2_s_tokenizer_json_is_gpt2(gpt2, tmp_path):
+    """Two ways to one vocabulary; and a folder of GPT-2's size without a file of its own has GPT-2's."""
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 50257, "bos_token_id": 50256}')
+    assert tokenizer.load(tmp_path).to_json() == gpt2.to_json()
+    small, large = sorted((SHARED / "tiktoken_cache").iterdir(), key=lambda path: path.stat().st_size)
+    tok = Tokenizer(models.BPE.from_file(str(large), str(small)))
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tok.add_special_tokens(["<|endoftext|>"])
+    tok.save(str(tmp_path / "tokenizer.json"))
+    other = tokenizer.load(tmp_path)
+    assert (other.eot, other.vocab_size) == (gpt2.eot, gpt2.vocab_size)
+    for text in [*ODD, *random_texts(100)]:
+        ids = gpt2.encode(text)
+        assert other.encode(text) == ids and other.pieces(ids) == gpt2.pieces(ids)
+
+
+def test_the_real_tokenizer_s_ids(stories260k):
+    tok = tokenizer.load(stories260k)
+    assert (tok.eot, tok.vocab_size) == (1, 512)
+    assert tok.encode("Once upon a time") == [403, 407, 261, 378]                              # as llama2.c has them
+    assert tok.pieces([1, 403, 407, 261, 378]) == ["", "Once", " upon", " a", " time"]

@@ -3,19 +3,23 @@ import hashlib
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import test_llama
 import torch
 
 import opdlm
+import sample
 import train_tiny
-from data import corpus
+from data import corpus, tokenizer
 from data.corpus import story_world, windows
 from data.tinystories import NoNetwork, stories
+from model import hub
 from model.dist import Log
 from model.masks import AR
 from report import cli, measure
@@ -109,6 +113,35 @@ def test_init_takes_a_checkpoint(capsys):
     assert first == second and not steps("next", "pretrain")
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "real"])
+def test_init_takes_another_family(kind, monkeypatch, request):
+    """The data is read with the checkpoint's tokenizer; what is left behind is of its family."""
+    world, lines = story_world(stories=40, held_out=4), ["--distill_steps=2", "--length=60"]
+    if kind == "real":
+        init = request.getfixturevalue("stories260k")
+    else:
+        init = "net"
+        net = test_llama.llama(world.tokenizer.vocab_size, 64, family=kind).float()
+        hub.save(init, net, world.tokenizer)
+    monkeypatch.setattr(train_tiny, "open_corpus", lambda *given: story_world(given[3], stories=40, held_out=4))
+    assert train(*lines, f"--init={init}", "--out=run") == 0
+    (teacher, _), (student, layout) = hub.load(init), hub.load("run/opdlm")
+    assert student.config == teacher.config and layout.block == 4 and not steps("run", "pretrain")
+    assert not torch.equal(student.wte.weight, teacher.wte.weight)
+    assert tokenizer.load("run/opdlm").to_json() == tokenizer.load(init).to_json()
+    numbers = json.loads(Path("run/summary.json").read_text())
+    assert all(map(math.isfinite, numbers["after"].values()))
+    config = json.loads(Path("run/log.jsonl").read_text().splitlines()[0])["config"]
+    assert (config["length"], config["width"], config["layers"]) == (60, teacher.config.width, teacher.config.layers)
+
+
+def test_text_and_export_of_a_run(capsys, tmp_path):
+    assert train("--distill_steps=1", "--out=run") == 0
+    for mode, folder in (("ar", "ar"), ("diffusion", "opdlm")):
+        assert cli.run(sample.main, ["--ckpt=run", f"--mode={mode}", f"--export={mode}"]) == 0
+        assert contents(mode) == contents(f"run/{folder}")
+
+
 @pytest.mark.parametrize("flags", [
     ["--preset=paper", "--updates=2"], ["--block=3", "--context=block"], ["--block=80"],
     ["--text=data", "--states=random", "--target=onehot", "--weight=1/t", "--align=paper"],
@@ -134,12 +167,17 @@ def test_the_dials_reach_the_method(flags, monkeypatch):
 @pytest.mark.parametrize("flags, said", [
     (["--blok=3"], "did you mean --block"), (["--block=90"], "--block=90 has no room"), (["--block=0"], "--block=0"),
     (["--states=visited", "--text=data"], "needs text=student"), (["--reveal=best"], "no reveal rule 'best'"),
-    (["--init=nowhere"], "nowhere"), (["--align=left"], "--align"), (["--width=33"], "--width"),
+    (["--init=nowhere"], "nowhere is no checkpoint"), (["--init=run/opdlm"], "is a student already (block 4)"),
+    (["--init=run"], "of a run its ar or opdlm"), (["--init=bare"], "tokenizer.json: without one ids are no text"),
+    (["--init=run/ar", "--length=97"], "--length=97 is more than the 96 positions of --init=run/ar"),
+    (["--align=left"], "--align"), (["--width=33"], "--width"),
     (["--out=occupied/run"], "can't be written"), (["--resume", "--out=empty"], "nothing to resume"),
     (["--batch=0"], "at least 1")])
 def test_bad_input_is_one_sentence_and_costs_nothing(flags, said, capsys):
     Path("occupied").write_text("a file")
     assert train("--distill_steps=1", "--out=run") == 0
+    Path("bare").mkdir()
+    shutil.copy("run/ar/config.json", "bare")
     before, _ = contents("run"), capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         sys.exit(train("--distill_steps=1", "--out=run", *flags))
