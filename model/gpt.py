@@ -91,10 +91,10 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-def checkpointed(net: nn.Module) -> nn.Module:
-    """`net`, whose blocks `h` now keep only what they are given, and are run once more in the backward pass: the same
-    gradients with less memory, for a forward pass more. Passes without gradients are what they were."""
-    for block in net.h:
+def checkpointed(net: nn.Module, wanted: bool = True) -> nn.Module:
+    """The network; if wanted, its blocks keep only what they are given, and are run once more in the backward pass: the
+    same gradients with less memory, for one forward pass more. Passes without gradients are what they were."""
+    for block in net.h if wanted else ():
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)  # no dropout
     return net
 
