@@ -70,8 +70,8 @@ class Top(NamedTuple):
 
     def rows(self, places: slice, said: Tensor) -> Tensor:
         others = said.scatter(1, self.ids[places], -torch.inf)
-        share = others.logsumexp(1, keepdim=True).clamp(min=torch.finfo(said.dtype).min)  # K = V: there are no others
-        return others.add_(self.rest[places] - share).exp_().scatter_(1, self.ids[places], self.probs[places])
+        others += self.rest[places] - others.logsumexp(1, keepdim=True)                  # as the student spreads them
+        return others.exp_().scatter_(1, self.ids[places], self.probs[places])
 
     def gather(self, dim: int, ids: Tensor) -> Tensor:
         return self.logits.gather(dim, ids)
