@@ -70,7 +70,7 @@ def steps_of(config: GPTConfig) -> dict[tuple[str, bool], Callable]:
     u, made = opdlm.uniforms(0, opdlm.STATE, range(1), (T, 2)), {}
     for kept in (False, True):
         net = checkpointed(copy.deepcopy(student).init_mask(), kept)
-        optimizer = torch.optim.AdamW(net.parameters(), 1e-6)
+        optimizer = torch.optim.AdamW(net.parameters(), 0.0)        # all steps begin with the same weights
         for kind in ("none", *KINDS):
             parts = net, teacher.requires_grad_(False), text, PROMPT, u, recipe_of(kind, eot), optimizer
             made[kind, kept] = lambda parts=parts: (opdlm.train_step(*parts), parts[-1].zero_grad())[0]
