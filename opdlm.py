@@ -157,7 +157,8 @@ def one_hot(teacher, tokens: Tensor, rows: Tensor, at: Tensor) -> Tensor:
 
 # 4. loss --------------------------------------------------------------------------------------------------------------
 
-def student_logits(student, tokens: Tensor, noisy: Tensor, P: int, layout: Layout, rows: Tensor, at: Tensor) -> Tensor:
+def student_logits(student, tokens: Tensor, noisy: Tensor, P: int, layout: Layout, rows: Tensor, at: Tensor,
+                   head: Callable = F.linear) -> Tensor:
     """(N, V): the logits about positions `at` of `rows`, in one pass over [clean text | noisy response].
 
     Logits about a slot stand `shift` before it: in the noisy stream if that is in its block, else in the clean one.
@@ -168,7 +169,7 @@ def student_logits(student, tokens: Tensor, noisy: Tensor, P: int, layout: Layou
     source = at - layout.shift
     inside = masks.block_of(source, P, layout.block) == masks.block_of(at, P, layout.block)
     place = torch.where(inside, T + source - P, source)                                  # (N,)
-    return student(torch.cat([tokens, noisy], 1), mask, position, rows * len(position) + place)
+    return student(torch.cat([tokens, noisy], 1), mask, position, rows * len(position) + place, head=head)
 
 
 def distill_loss(target: Tensor, logits: Tensor) -> Tensor:
@@ -236,6 +237,8 @@ class Recipe:
     prompt: int = 16                            # longest prompt, tokens; a batch's is drawn from 1 .. this
     seed: int = 0
     divergence: Callable = distill_loss         # from target to student, at each place
+    head: Callable = F.linear                   # the student's last step; model/loss.py has target, divergence and head
+                                                # for vocabularies so large that no (N, V) should stand in memory
     show: Callable = repr                       # ids as text, for a debugger: p recipe.show(noisy[0])
 
     def __post_init__(self):
@@ -245,17 +248,17 @@ class Recipe:
 
 def train_step(student, teacher, text: Text, P: int, u: Tensor, recipe: Recipe, optimizer) -> dict:
     """One update on `text` (B, T), whose responses begin at P; `u` (B, T, 2) picks the states. The step's record."""
+    optimizer.zero_grad(set_to_none=True)                                 # here, to make room for the activations
     tokens, response = text.tokens, text.kept[:, P:]                                     # (B, T), (B, R)
     masked = recipe.states(text.order[:, P:], response, u[:, P:], recipe.layout.block)   # (B, R)
     noisy = tokens[:, P:].masked_fill(masked, student.mask_id)                           # (B, R) x_t
     loss_at = masked & response                                                          # (B, R)
     rows, slots = loss_at.nonzero(as_tuple=True)                                         # (N,) twice
     target = recipe.target(teacher, tokens, rows, slots + P)                             # (N, V)
-    logits = student_logits(student, tokens, noisy, P, recipe.layout, rows, slots + P)   # (N, V)
-    kl = recipe.divergence(target, logits)                                                 # (N,)
+    logits = student_logits(student, tokens, noisy, P, recipe.layout, rows, slots + P, recipe.head)      # (N, V)
+    kl = recipe.divergence(target, logits)                                               # (N,)
     weight = recipe.weight(masked, response, recipe.layout.block)[loss_at]                # (N,)
     loss = (kl * weight).sum() / recipe.batch
-    optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
     said = -target.gather(1, tokens[rows, slots + P][:, None]).log().mean()          # nats of the text, where masked

@@ -25,7 +25,8 @@ from data import tinystories, tokenizer, toy
 from data.corpus import Corpus, open_corpus, windows
 from model import dist, hub
 from model import reveal as rules
-from model.gpt import GPT, GPTConfig
+from model.gpt import GPT, GPTConfig, checkpointed
+from model.loss import VOCAB, lean
 from model.masks import ALIGN, AR, Layout
 from model.muon import SHAPES, Muon, optimizer_named, schedule
 from model.state import begin_states, found, load_state, save_state
@@ -53,6 +54,10 @@ class Options:
     target: str = option("teacher", "under a mask: the teacher's view (paper), or the text", tuple(opdlm.TARGETS))
     weight: str = option("first", "of losses: mean over the row (paper), a block's first masked slot counting 8 times, "
                          "or 1/t (BD3LM, SDAR)", tuple(opdlm.WEIGHTS))
+    kl: str | None = option(None, "plain: target and logits whole; full: the same in chunks; topk:K: the K likeliest "
+                            f"tokens and one bucket; none: full from a vocabulary of {VOCAB} on, else plain")
+    teacher: str = option("float32", "numbers that the frozen teacher is made of", ("float32", "bfloat16"))
+    checkpointing: bool = option(False, "run blocks twice rather than keep what their backward pass needs: less memory")
     updates: int = option(4, "updates per rollout (paper: 16)")
     ramp: int = option(0, "updates over which the response grows to its full length (paper: 1600)")
     optimizer: str = option("muon", "muon on the blocks' matrices, or adamw on all (paper)", ("muon", "adamw"))
@@ -166,14 +171,15 @@ def draw(corpus: Corpus, numbers: range, length: int, seed: int, device) -> Tens
 
 # 2. the conversion ----------------------------------------------------------------------------------------------------
 
-def recipe_of(options: Options, eot: int, show=repr) -> opdlm.Recipe:
+def recipe_of(options: Options, eot: int, show=repr, vocab: int = 0) -> opdlm.Recipe:
     """The dials as values."""
     layout = Layout.of(options.block, options.align, options.context)
     dials = (opdlm.TEXTS[options.text], opdlm.STATES[options.states], opdlm.TARGETS[options.target],
              opdlm.WEIGHTS[options.weight])
-    return opdlm.Recipe(*dials, layout, eot, rules.parse(options.reveal), rules.CONFIDENCE[options.confidence],
+    made = opdlm.Recipe(*dials, layout, eot, rules.parse(options.reveal), rules.CONFIDENCE[options.confidence],
                         redraws=layout.block if options.confidence == "drawn" else 1, batch=options.batch,
                         share=dist.share, passes=options.passes, updates=options.updates, seed=options.seed, show=show)
+    return replace(made, **lean(options.kl, options.target, vocab))
 
 
 def distil(student, teacher, corpus: Corpus, recipe: opdlm.Recipe, options: Options, optimizer, done: int = 0):
@@ -237,8 +243,10 @@ def main(argv: list[str]) -> None:
     out = dist.writable(Path(options.out))
     if options.resume and not found(out / STATE):
         raise ValueError(f"there is nothing to resume in {out}: it has no {STATE}; run without --resume")
-    recipe = recipe_of(options, corpus.tokenizer.eot, partial(trace.show, corpus.tokenizer))
+    show, vocab = partial(trace.show, corpus.tokenizer), corpus.tokenizer.vocab_size
+    recipe = recipe_of(options, corpus.tokenizer.eot, show, vocab)
     teacher, untrained = ar_model(options, corpus, device)
+    checkpointed(teacher, options.checkpointing)                      # and so its copies
     header = {"config": asdict(options), **dist.facts(device), "matmul_flops": measure.matmul_rate(device),
               "parameters": sum(p.numel() for p in teacher.parameters())}
     log = dist.Log(out / "log.jsonl", header, options.resume)
@@ -249,7 +257,7 @@ def main(argv: list[str]) -> None:
         hub.save(out / "ar", teacher, corpus.tokenizer, trained=untrained)
     student = dist.place(copy.deepcopy(teacher).init_mask(), options.compile)
     optimizer = dist.Careful(optimizer_named(options.optimizer, student, options.lr), options.passes)
-    teacher = dist.compiled(teacher.requires_grad_(False), options.compile)
+    teacher = dist.compiled(teacher.requires_grad_(False).to(getattr(torch, options.teacher)), options.compile)
     how = {"confidence": recipe.confidence, "redraws": recipe.redraws}
     check, count = (toy.check, 512) if corpus.name == "toy" else (None, 128)
     held = measure.held_out(corpus.val, tinystories.stories(corpus.val, recipe.eot), count, options.length)

@@ -1,19 +1,22 @@
 """GPT-2, with the attention mask as an argument, a [MASK] vector, and a KV cache that is written to, not returned.
 
-Differs from nanoGPT in four places only: `mask` (who may look at whom, model/masks.py), `position` (the two streams of
-a training pass share their positions), `read` (logits are made only where somebody looks at them), `cache`. Parameter
-names are GPT-2's.
+Differs from nanoGPT in these places only: `mask` (who may look at whom, model/masks.py), `position` (the two streams of
+a training pass share their positions), `read` and `head` (logits are made only where somebody looks at them), `cache`.
+Parameter names are GPT-2's.
 
 Letters: B rows, T positions of this forward, C width, H heads, D = C / H, V vocabulary, S cache slots, N places read,
 G heads of keys and values: H here, fewer in model/llama.py.
 """
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 # config.json: our sizes by its names, and what this network can't vary; where the file is silent, the first is meant
 NAMES = {"vocab": "vocab_size", "context": "n_positions", "layers": "n_layer", "heads": "n_head", "width": "n_embd"}
@@ -126,6 +129,14 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+def checkpointed(net: nn.Module, wanted: bool = True) -> nn.Module:
+    """The network; if wanted, its blocks keep only what they are given, and are run once more in the backward pass: the
+    same gradients with less memory, for one forward pass more. Passes without gradients are what they were."""
+    for block in net.h if wanted else ():
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)  # no dropout
+    return net
+
+
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -141,11 +152,13 @@ class GPT(nn.Module):
         return self.config.vocab
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None, position: Tensor | None = None,
-                read: Tensor | None = None, cache: Cache | None = None, at: Tensor | None = None) -> Tensor:
+                read: Tensor | None = None, cache: Cache | None = None, at: Tensor | None = None,
+                head: Callable = F.linear) -> Tensor:
         """(N, V) logits at the places `read`, flat indices into the (B, T) of `tokens`; without `read` at all B * T.
 
         `mask`: bool, broadcast to (B, 1, T, T), or (B, 1, T, S) with a cache; none is causal. `position`: (T,), (B, T).
         With `cache`, this forward's keys and values go to its slots `at` (B, T), and the first S slots are attended to.
+        Another `head` makes something else of the hidden states (N, C) and the table (V, C): model/loss.py.
         """
         if position is None:
             position = torch.arange(tokens.size(1), device=tokens.device)
@@ -154,7 +167,7 @@ class GPT(nn.Module):
             x = block(x, mask, layer, cache, at)
         x = x.flatten(0, 1)                                                             # (B * T, C)
         x = x if read is None else x[read]                                              # (N, C)
-        return F.linear(self.ln_f(x), self.wte.weight)                                  # (N, V)
+        return head(self.ln_f(x), self.wte.weight)                                      # (N, V)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(B, T, C): a token's row of the table, or the [MASK] vector."""

@@ -6,6 +6,7 @@ gated MLP (SwiGLU), keys and values that groups of heads share, and a head of it
 Letters: B rows, T positions of this forward, C width, H heads, G key-value heads, D head size, V vocabulary, S cache
 slots, N places read.
 """
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -172,7 +173,8 @@ class Llama(nn.Module):
         return self.config.vocab if self.config.mask is None else self.config.mask
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None, position: Tensor | None = None,
-                read: Tensor | None = None, cache: Cache | None = None, at: Tensor | None = None) -> Tensor:
+                read: Tensor | None = None, cache: Cache | None = None, at: Tensor | None = None,
+                head: Callable = F.linear) -> Tensor:
         """(N, V) logits; the arguments are those of `GPT.forward`."""
         if position is None:
             position = torch.arange(tokens.size(1), device=tokens.device)
@@ -182,10 +184,10 @@ class Llama(nn.Module):
             x = block(x, mask, turn, layer, cache, at)
         x = x.flatten(0, 1)                                                             # (B * T, C)
         x = x if read is None else x[read]                                              # (N, C)
-        logits = F.linear(self.model.norm(x), (self.lm_head or self.wte).weight)        # (N, V)
-        if self.config.mask is None:
-            return logits
-        return logits.index_fill(1, torch.tensor([self.config.mask], device=logits.device), NEVER)
+        x, table, bias = self.model.norm(x), (self.lm_head or self.wte).weight, None    # (N, C), (V, C)
+        if self.config.mask is not None:
+            bias = F.one_hot(torch.tensor(self.config.mask, device=x.device), len(table)).to(x.dtype) * NEVER   # (V,)
+        return head(x, table, bias)                                                     # (N, V)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(B, T, C): a token's row of the table, or the [MASK] vector."""

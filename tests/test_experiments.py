@@ -4,10 +4,11 @@ import pytest
 import torch
 
 import opdlm
-from experiments import ablations, changes, conversion, methods
+from experiments import ablations, changes, conversion, memory, methods
 from experiments.conversion import Job
 from experiments.results import at_cost, gap, reached, tokens_cell
 from model import reveal
+from model.gpt import GPTConfig
 from model.masks import Layout
 from report.publish import write_json
 
@@ -121,3 +122,26 @@ def test_every_row_of_the_methods_is_flags_of_the_command(name):
     options = conversion.options_of(Job(name, 0, flags, (4,)), "reveal=leftmost:0.5 block=8")
     assert options.block == 8 and options.reveal == "leftmost:0.5" and options.warm_steps == 0
     assert [getattr(options, dial) for dial in methods.DIALS] == [flags[dial] for dial in methods.DIALS]
+
+
+def test_a_peak_is_what_stood_at_once():
+    """Bytes, of two steps whose sums are the same."""
+    def apart():
+        for n in (1000, 3000):
+            torch.zeros(n)
+
+    def together():
+        kept = [torch.zeros(n) for n in (1000, 3000)]
+        del kept[0]
+        torch.zeros(500)
+    assert memory.peak(apart) == 12_000 and memory.peak(together) == 16_000
+
+
+def test_the_steps_compared_are_the_same_step():
+    """With the same text, states and weights; without head and KL there is the gradient of the table, of zeros."""
+    config = GPTConfig(vocab=300, context=48, layers=1, heads=1, width=16)
+    records = {key: step() for key, step in memory.steps_of(config).items()}
+    for kind, kept in records:
+        assert records[kind, kept]["places"] == records["plain", False]["places"] > 10
+    losses = [records[kind, kept]["kl"] for kind in ("plain", "full") for kept in (False, True)]
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-5) and losses[0] > 0

@@ -11,7 +11,7 @@ import pytest
 import opdlm
 import sample
 import train_tiny
-from experiments import tiny
+from experiments import memory, tiny
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -60,6 +60,15 @@ def test_the_debugger_s_tour(tmp_path):
 def test_the_tables_are_made_of_the_results(name):
     results = json.loads((ROOT / "experiments" / name / "results.json").read_text())
     assert tiny.table(results) in TEXT
+
+
+def test_the_table_of_memory_is_made_of_the_results():
+    results = json.loads((ROOT / "experiments/memory/results.json").read_text())
+    rows = {(row["kl"], row["checkpointing"]): row["peak"] for row in results["rows"]}
+    plain, full = (rows[kind, False] - rows["none", False] + results["table_gradient"] for kind in ("plain", "full"))
+    assert memory.table(results) in TEXT and f"full is {plain / full:.1f} times less" in TEXT
+    assert f"{results['rows'][0]['record']['places']} of them" in TEXT
+    assert f"({results['table_gradient'] / memory.MB:.0f} MB)" in TEXT
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="bash")

@@ -164,6 +164,16 @@ def test_the_dials_reach_the_method(flags, monkeypatch):
     assert recipe.updates == int(given.get("updates", 4))
 
 
+def test_what_saves_memory_changes_no_loss():
+    """But for bf16, which rounds the teacher."""
+    ways = {"plain": [], "lean": ["--kl=full", "--checkpointing"], "bf16": ["--teacher=bfloat16"]}
+    for out, flags in ways.items():
+        assert train("--distill_steps=2", f"--out={out}", *flags) == 0
+    losses = {out: [r["loss"] for phase in ("pretrain", "distil") for r in steps(out, phase)] for out in ways}
+    assert losses["lean"] == pytest.approx(losses["plain"], rel=1e-4)
+    assert losses["bf16"] == pytest.approx(losses["plain"], rel=0.05) and losses["bf16"] != losses["plain"]
+
+
 @pytest.mark.parametrize("flags, said", [
     (["--blok=3"], "did you mean --block"), (["--block=90"], "--block=90 has no room"), (["--block=0"], "--block=0"),
     (["--states=visited", "--text=data"], "needs text=student"), (["--reveal=best"], "no reveal rule 'best'"),
@@ -172,7 +182,7 @@ def test_the_dials_reach_the_method(flags, monkeypatch):
     (["--init=run/ar", "--length=97"], "--length=97 is more than the 96 positions of --init=run/ar"),
     (["--align=left"], "--align"), (["--width=33"], "--width"),
     (["--out=occupied/run"], "can't be written"), (["--resume", "--out=empty"], "nothing to resume"),
-    (["--batch=0"], "at least 1")])
+    (["--batch=0"], "at least 1"), (["--kl=top"], "--kl=top is not known"), (["--teacher=int8"], "--teacher")])
 def test_bad_input_is_one_sentence_and_costs_nothing(flags, said, capsys):
     Path("occupied").write_text("a file")
     assert train("--distill_steps=1", "--out=run") == 0
