@@ -21,18 +21,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import opdlm
-from data import tinystories, tokenizer, toy
+from data import tokenizer
 from data.corpus import Corpus, open_corpus, windows
 from model import dist, hub
 from model import reveal as rules
 from model.gpt import GPT, GPTConfig, checkpointed
 from model.loss import VOCAB, lean
 from model.masks import ALIGN, AR, Layout
-from model.muon import SHAPES, Muon, optimizer_named, schedule
-from model.state import begin_states, found, load_state, save_state
+from model.muon import RATES, SHAPES, Muon, optimizer_named, schedule
+from model.state import begin_states, found, load_state, save_state, writable
 from report import cli, measure, trace
 from report.cli import option
-from report.publish import publish
+from report.publish import Comparison
 
 
 @dataclass
@@ -70,7 +70,8 @@ class Options:
                                     "shown (paper: 0); none: 540 on toy, 230 on text")
     batch: int = option(16, "rows of one distillation update, in all processes (paper: 8)")
     passes: int = option(1, "parts of an update that go through the network one after the other: less memory")
-    lr: float | None = option(None, "peak learning rate of distillation; none: 0.02 for muon, 0.001 for adamw")
+    lr: float | None = option(None, "peak learning rate of distillation; none: 0.02 for muon, 0.001 for adamw, with "
+                              "--init a tenth of it")
     layers: int = option(4, "blocks of the network")
     width: int | None = option(None, "channels, a multiple of 64; none: 128 on toy, 192 on text")
     length: int | None = option(None, "positions of the network, tokens; none: 96 on toy, 256 on text")
@@ -97,9 +98,10 @@ STATE = "state.safetensors"     # what a conversion needs to go on
 
 def settled(options: Options, corpus: Corpus) -> Options:
     """The options with the open ones filled in, checked against each other."""
-    sizes = SIZES["toy" if corpus.name == "toy" else "text"] | {"data": corpus.name}
+    sizes = SIZES["toy" if corpus.name == "toy" else "text"] | {"data": corpus.name, "lr": RATES[options.optimizer]}
     if options.init != "scratch":
         options = replace(options, **hub.fitted(options.init, options.length, sizes["length"]))
+        sizes["lr"] = RATES[options.optimizer] / 10             # what was trained elsewhere bears less: README, Limits
     options = replace(options, **{name: value for name, value in sizes.items() if getattr(options, name) is None})
     if not 1 <= options.block <= options.length - 16:
         raise ValueError(f"--block={options.block} has no room behind a prompt of 16 in {options.length} positions: "
@@ -222,7 +224,7 @@ def convert(student, teacher, corpus, recipe, options: Options, optimizer, log: 
             save_state(state, student, optimizer, noted)
             if stop:
                 dist.end(143)
-            numbers = measure.likelihood(student, held[:32], recipe.layout, corpus.tokenizer)
+            numbers = measure.likelihood(student, held, recipe.layout, corpus.tokenizer)
             log.write({"phase": "eval", "of": "student", "tokens": tokens, **numbers})
             if numbers["val_nats"] < noted["best"]:
                 noted["best"] = numbers["val_nats"]
@@ -240,11 +242,11 @@ def main(argv: list[str]) -> None:
     own = None if options.init == "scratch" else tokenizer.load(hub.ar_folder(options.init))
     corpus = open_corpus(options.data, options.val_data, options.vocab, own)
     options = settled(options, corpus)
-    out = dist.writable(Path(options.out))
+    out = writable(Path(options.out))
     if options.resume and not found(out / STATE):
         raise ValueError(f"there is nothing to resume in {out}: it has no {STATE}; run without --resume")
-    show, vocab = partial(trace.show, corpus.tokenizer), corpus.tokenizer.vocab_size
-    recipe = recipe_of(options, corpus.tokenizer.eot, show, vocab)
+    tok = corpus.tokenizer
+    recipe = recipe_of(options, tok.eot, partial(trace.show, tok), tok.vocab_size)
     teacher, untrained = ar_model(options, corpus, device)
     checkpointed(teacher, options.checkpointing)                      # and so its copies
     header = {"config": asdict(options), **dist.facts(device), "matmul_flops": measure.matmul_rate(device),
@@ -254,34 +256,23 @@ def main(argv: list[str]) -> None:
         net = dist.place(copy.deepcopy(teacher), options.compile)
         pretrain(net, corpus, options, log)
         teacher.load_state_dict(dist.whole_state(net))
-        hub.save(out / "ar", teacher, corpus.tokenizer, trained=untrained)
+        hub.save(out / "ar", teacher, tok, trained=untrained)
     student = dist.place(copy.deepcopy(teacher).init_mask(), options.compile)
     optimizer = dist.Careful(optimizer_named(options.optimizer, student, options.lr), options.passes)
     teacher = dist.compiled(teacher.requires_grad_(False).to(getattr(torch, options.teacher)), options.compile)
+    compared = Comparison(teacher, corpus, options.length, options.seed, log)
+    compared.look("ar", teacher, AR, rules.parse("static:1"), options.pretrain_steps * options.rows * options.length)
     how = {"confidence": recipe.confidence, "redraws": recipe.redraws}
-    check, count = (toy.check, 512) if corpus.name == "toy" else (None, 128)
-    held = measure.held_out(corpus.val, tinystories.stories(corpus.val, recipe.eot), count, options.length)
-    numbers, stories, tokens = {}, {}, options.pretrain_steps * options.rows * options.length
-
-    def look(name, net, layout, rule, **how):
-        numbers[name], stories[name] = measure.evaluate(
-            net, teacher, layout, rule, held, corpus.tokenizer, options.length, options.seed, check, **how)
-        log.write({"phase": "eval", "of": "ar" if name == "ar" else "student", "tokens": tokens, **numbers[name]})
-
-    look("ar", teacher, AR, rules.parse("static:1"))
-    tokens = 0
-    look("before", student, recipe.layout, recipe.rule, **how)
+    compared.look("before", student, recipe.layout, recipe.rule, 0, **how)
 
     def save(name):
-        said = {"reveal": options.reveal, "confidence": options.confidence}
-        hub.save(out / name, student, corpus.tokenizer, recipe.layout, **said)
+        hub.save(out / name, student, tok, recipe.layout, reveal=options.reveal, confidence=options.confidence)
 
-    tokens = convert(student, teacher, corpus, recipe, options, optimizer, log, held, save)
+    tokens = convert(student, teacher, corpus, recipe, options, optimizer, log, compared.held[:32], save)
     save("opdlm")
-    look("after", student, recipe.layout, recipe.rule, **how)
-    numbers["after"]["train_tokens"] = tokens
+    compared.look("after", student, recipe.layout, recipe.rule, tokens, **how)
     if dist.first():
-        publish(out, numbers, stories)
+        compared.publish(out)
 
 
 if __name__ == "__main__":

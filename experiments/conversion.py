@@ -22,9 +22,10 @@ from data.corpus import open_corpus
 from data.tinystories import Corpus, stories
 from experiments.results import flops
 from model import hub
-from model.dist import Log, writable
+from model.dist import Log
 from model.masks import AR
 from model.muon import optimizer_named, schedule
+from model.state import writable
 from report import measure
 from report.publish import write_json
 

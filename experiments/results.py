@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 
 def flops(config, record: dict, recipe: opdlm.Recipe) -> float:
     """All of an update's arithmetic: every position of its rollout, the teacher if it is asked, the two streams."""
-    asked = recipe.target is opdlm.teacher_probs
+    asked = recipe.target is not opdlm.one_hot
     body, head = measure.body_flops(config, record["len"] / 2), measure.head_flops(config)
     return (body * (record["positions"] + (asked + 6) * record["tokens"])
             + head * (record["positions"] + (asked + 3) * record["places"]))

@@ -211,18 +211,6 @@ def facts(device: torch.device) -> dict:
             "processes": count()}
 
 
-def writable(folder: Path) -> Path:
-    """The folder, made if need be; refused now, not after the training, if nothing can be written there."""
-    trial = folder / f".try{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        trial.write_text("")
-        trial.unlink()
-    except OSError as error:
-        raise ValueError(f"--out={folder} can't be written ({error.strerror}): name another folder") from None
-    return folder
-
-
 class Log:
     """log.jsonl, a record a line, and a line a step for people: a progress bar on a terminal, plain lines in a pipe."""
 

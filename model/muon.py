@@ -66,11 +66,14 @@ class Muon(torch.optim.Optimizer):
             p.addcdiv_(state["mean"], scale, value=-group["lr"] / (1 - b1 ** n))
 
 
-def optimizer_named(name: str, net, lr: float | None) -> torch.optim.Optimizer:
-    """muon or adamw, for the fine-tuning of a network; without `lr` the rate that the small ones took to."""
+RATES = {"muon": 0.02, "adamw": 1e-3}       # learning rates that small networks take to
+
+
+def optimizer_named(name: str, net, lr: float | None = None) -> torch.optim.Optimizer:
+    """muon or adamw, for the distillation of a network."""
     if name == "muon":
-        return Muon(net, lr or 0.02)
-    return torch.optim.AdamW(net.parameters(), lr or 1e-3, weight_decay=0.0)
+        return Muon(net, lr or RATES[name])
+    return torch.optim.AdamW(net.parameters(), lr or RATES[name], weight_decay=0.0)
 
 
 SHAPES = {"linear": lambda done: 1 - done, "trapezoid": lambda done: min(1.0, 2 * (1 - done)),

@@ -1,4 +1,5 @@
-"""The state of a conversion, to go on from: network, optimizer and what is noted with them, in one file.
+"""The state of a conversion, in its run's folder, to go on from: network, optimizer and what is noted with them, in one
+file.
 
 Nothing else has to be kept: learning rates, rows and random numbers follow from the step.
 """
@@ -13,6 +14,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model.dist import first, from_all, sharded, state_of, whole, whole_state
+
+
+def writable(folder: Path) -> Path:
+    """The folder, made if need be; refused now, not after the training, if nothing can be written there."""
+    trial = folder / f".try{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        trial.write_text("")
+        trial.unlink()
+    except OSError as error:
+        raise ValueError(f"--out={folder} can't be written ({error.strerror}): name another folder") from None
+    return folder
 
 
 def save_state(path: Path, net, optimizer, noted: dict) -> None:

@@ -1,24 +1,43 @@
-"""The end of a run: the table and the stories on the terminal, the summary and the pictures in its folder."""
+"""What a run says of its models: numbers and a story of each; at its end the table, the summary and the pictures."""
 import json
 import os
 import sys
 from pathlib import Path
 
+from data import toy
+from data.tinystories import Corpus, stories
 from report import curves, measure, trace
 
 
-def publish(out: Path, numbers: dict, stories: dict) -> None:
-    """The table and the stories on the terminal; summary.json and the pictures in the run's folder."""
-    print("\n" + measure.table(numbers))
-    colour = trace.wants_colour(sys.stdout)
-    for name, story in stories.items():
-        print(f"\n{name}: {trace.coloured(story, colour and name != 'ar')}")
-    if colour:
-        print("\n" + trace.legend(stories["after"].block))
-    write_json(out / "summary.json", numbers)
-    curves.draw(out / "log.jsonl", out / "curves.png")
-    trace.picture(stories["after"], out / "states.png")
-    print(f"\nleft in {out}: ar/ opdlm/ log.jsonl summary.json curves.png states.png")
+class Comparison:
+    """Models looked at over the same held-out stories: 512 of the story world, which has a checker, 128 of a text."""
+
+    def __init__(self, teacher, corpus: Corpus, length: int, seed: int, log):
+        self.teacher, self.tokenizer, self.length, self.seed, self.log = teacher, corpus.tokenizer, length, seed, log
+        self.check, count = (toy.check, 512) if corpus.name == "toy" else (None, 128)
+        self.held = measure.held_out(corpus.val, stories(corpus.val, corpus.tokenizer.eot), count, length)
+        self.numbers, self.stories = {}, {}
+
+    def look(self, name: str, net, layout, rule, tokens: int, **how) -> None:
+        """At one that was trained on so many tokens: ar, before or after."""
+        self.numbers[name], self.stories[name] = measure.evaluate(
+            net, self.teacher, layout, rule, self.held, self.tokenizer, self.length, self.seed, self.check, **how)
+        self.numbers[name]["train_tokens"] = tokens
+        of = "ar" if name == "ar" else "student"
+        self.log.write({"phase": "eval", "of": of, "tokens": tokens, **self.numbers[name]})
+
+    def publish(self, out: Path) -> None:
+        """The table and the stories on the terminal; summary.json and the pictures in the run's folder."""
+        print("\n" + measure.table(self.numbers))
+        colour = trace.wants_colour(sys.stdout)
+        for name, story in self.stories.items():
+            print(f"\n{name}: {trace.coloured(story, colour and name != 'ar')}")
+        if colour:
+            print("\n" + trace.legend(self.stories["after"].block))
+        write_json(out / "summary.json", self.numbers)
+        curves.draw(out / "log.jsonl", out / "curves.png")
+        trace.picture(self.stories["after"], out / "states.png")
+        print(f"\nleft in {out}: " + " ".join(sorted(p.name + "/" * p.is_dir() for p in out.iterdir())))
 
 
 def write_json(path: Path, value) -> None:

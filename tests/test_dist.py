@@ -12,8 +12,9 @@ import torch
 import worker
 
 from data import toy
-from model.dist import Careful, Log, device_named, writable
+from model.dist import Careful, Log, device_named
 from model.muon import SHAPES, schedule
+from model.state import writable
 
 ROOT = Path(__file__).parents[1]
 

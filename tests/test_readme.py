@@ -7,11 +7,14 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
 import opdlm
 import sample
 import train_tiny
 from experiments import memory, tiny
+from model.gpt import GPT, GPTConfig
+from model.muon import Muon
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,7 +32,7 @@ def test_every_function_named_is_there():
 
 def test_every_flag_named_is_there():
     flags = {f.name for program in (train_tiny, sample, tiny) for f in fields(program.Options)}
-    named = set(re.findall(r"--(\w+)", re.sub(r"--index-url|--nproc_per_node", "", TEXT)))
+    named = set(re.findall(r"--(\w+)", re.sub(r"--index-url|--nproc_per_node|--nnodes|--rdzv_\w+", "", TEXT)))
     assert len(named) > 8 and named <= flags
 
 
@@ -60,6 +63,19 @@ def test_the_debugger_s_tour(tmp_path):
 def test_the_tables_are_made_of_the_results(name):
     results = json.loads((ROOT / "experiments" / name / "results.json").read_text())
     assert tiny.table(results) in TEXT
+
+
+def test_the_memory_of_gpt2_xl_adds_up():
+    with torch.device("meta"):
+        net = GPT(GPTConfig(50257, 1024, 48, 25, 1600))
+    count, matrices = (sum(p.numel() for p in some) for some in (net.parameters(), Muon(net).param_groups[0]["params"]))
+    assert f"{count / 1e6:,.0f}M parameters" in TEXT
+    parts = [[4 * count / n, 4 * count / n, (4 * matrices + 8 * (count - matrices)) / n, 2 * count, 2 * count]
+             for n in (1, 8, 16)]
+    for i, name in enumerate(("student, shards", "gradients", "Muon's", "student gathered", "teacher, bf16")):
+        cells = " | ".join(f"{part[i] / 1e9:.1f}" for part in parts)
+        assert re.search(rf"^\| {name}[^|]* \| {re.escape(cells)} \|$", TEXT, re.M), cells
+    assert "| sum | " + " | ".join(f"{sum(part) / 1e9:.1f}" for part in parts) + " |" in TEXT
 
 
 def test_the_table_of_memory_is_made_of_the_results():
