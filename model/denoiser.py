@@ -23,7 +23,8 @@ class Denoiser:
     def open(self, prompt: Tensor, end: Tensor) -> None:
         """Begin with new rows. `prompt`, `end` (B,): where a row's response begins and where it must stop."""
         self.prompt, self.end, self.logits = prompt, end, None
-        self.cache = Cache(self.net.config.layers, int(end.max()))
+        self.dump = int(end.max())                                                      # the cache's slot for padding
+        self.cache = [Cache(self.dump) for _ in self.net.h]
         self.rows = torch.arange(len(prompt), device=prompt.device)                     # (n,) whose text it holds
         self.written = torch.zeros_like(prompt)                                         # (B,) how much of it
         self.forwards, self.positions = torch.zeros_like(prompt), torch.zeros_like(prompt)
@@ -67,12 +68,13 @@ class Denoiser:
         mask = cached(position, denoised, self.prompt[r], self.end[r], self.layout, int(position.max()) + 1)
         place = torch.where(slot >= shift, width, late[:, None]) + slot - shift         # (n, K) where its logits stand
         read = (torch.arange(len(r), device=here.device)[:, None] * position.size(1) + place)[wanted]
-        at = torch.where(used, position, self.cache.dump)
+        at = torch.where(used, position, self.dump)
         return self.net(tokens.gather(1, position), mask, position, read, self.cache, at)
 
     def drop(self, working: Tensor) -> None:
         """Forget the rows that have finished, several at a time, since it copies the cache. `working` (B,)."""
         idle = ~working[self.rows]
         if idle.sum() * 4 >= len(idle):
-            self.cache.keep(~idle)
+            for cache in self.cache:
+                cache.keep(~idle)
             self.rows = self.rows[~idle]

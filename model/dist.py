@@ -67,9 +67,10 @@ def share(numbers: range) -> range:
 
 
 def compiled(net, wanted: bool):
-    """The network, its blocks compiled in place if that is wanted, which leaves their names alone."""
+    """The network, its blocks compiled in place if that is wanted, which leaves their names alone. They share what is
+    compiled; batches differ in rows and lengths."""
     for block in net.h if wanted else ():
-        block.compile()
+        block.compile(dynamic=True)
     return net
 
 

@@ -71,24 +71,25 @@ def config_of(said: dict) -> GPTConfig:
 
 
 class Cache:
-    """Keys and values of finished text, one slot a position, allocated once. The last slot is a dump for padding."""
+    """A block's keys and values of finished text, one slot a position, allocated once. One slot more, the last, is a
+    dump for padding."""
 
-    def __init__(self, layers: int, slots: int):
-        self.layers, self.dump, self.keys, self.values = layers, slots, None, None
+    def __init__(self, slots: int):
+        self.slots, self.keys, self.values = slots, None, None
 
-    def write(self, layer: int, k: Tensor, v: Tensor, at: Tensor, upto: int) -> tuple[Tensor, Tensor]:
+    def write(self, k: Tensor, v: Tensor, at: Tensor, upto: int) -> tuple[Tensor, Tensor]:
         """Store k, v (B, T, G, D) at the slots `at` (B, T); the slots to attend to, (B, upto, G, D)."""
         if self.keys is None:                        # rows, heads and number format are those of the first that come
-            shape = (self.layers, k.size(0), self.dump + 1, *k.shape[2:])
-            self.keys, self.values = k.new_zeros(shape), v.new_zeros(shape)             # (layers, B, S+1, G, D)
+            shape = (k.size(0), self.slots + 1, *k.shape[2:])
+            self.keys, self.values = k.new_zeros(shape), v.new_zeros(shape)             # (B, S+1, G, D)
         rows = torch.arange(at.size(0), device=at.device)[:, None]
-        self.keys[layer][rows, at], self.values[layer][rows, at] = k, v
-        return self.keys[layer][:, :upto], self.values[layer][:, :upto]
+        self.keys[rows, at], self.values[rows, at] = k, v
+        return self.keys[:, :upto], self.values[:, :upto]
 
     def keep(self, rows: Tensor) -> None:
         """Forget all rows but these (a bool or index tensor)."""
         if self.keys is not None:
-            self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+            self.keys, self.values = self.keys[rows], self.values[rows]
 
 
 class Attention(nn.Module):
@@ -98,11 +99,11 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.width, 3 * config.width)
         self.c_proj = nn.Linear(config.width, config.width)
 
-    def forward(self, x, mask, layer, cache, at):
+    def forward(self, x, mask, cache, at):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.heads, C // self.heads).unbind(2)   # (B, T, H, D) each
         if cache is not None:
-            k, v = cache.write(layer, k, v, at, mask.size(-1))                          # (B, S, H, D)
+            k, v = cache.write(k, v, at, mask.size(-1))                                 # (B, S, H, D)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)               # (B, H, T or S, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
@@ -124,8 +125,8 @@ class Block(nn.Module):
         self.ln_1, self.attn = nn.LayerNorm(config.width), Attention(config)
         self.ln_2, self.mlp = nn.LayerNorm(config.width), MLP(config)
 
-    def forward(self, x, mask, layer, cache, at):
-        x = x + self.attn(self.ln_1(x), mask, layer, cache, at)
+    def forward(self, x, mask, cache, at):
+        x = x + self.attn(self.ln_1(x), mask, cache, at)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -152,19 +153,19 @@ class GPT(nn.Module):
         return self.config.vocab
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None, position: Tensor | None = None,
-                read: Tensor | None = None, cache: Cache | None = None, at: Tensor | None = None,
+                read: Tensor | None = None, cache: list[Cache] | None = None, at: Tensor | None = None,
                 head: Callable = F.linear) -> Tensor:
         """(N, V) logits at the places `read`, flat indices into the (B, T) of `tokens`; without `read` at all B * T.
 
         `mask`: bool, broadcast to (B, 1, T, T), or (B, 1, T, S) with a cache; none is causal. `position`: (T,), (B, T).
-        With `cache`, this forward's keys and values go to its slots `at` (B, T), and the first S slots are attended to.
+        With `cache`, one a block, keys and values go to its slots `at` (B, T), and its first S slots are attended to.
         Another `head` makes something else of the hidden states (N, C) and the table (V, C): model/loss.py.
         """
         if position is None:
             position = torch.arange(tokens.size(1), device=tokens.device)
         x = self.embed(tokens) + self.wpe(position)                                     # (B, T, C)
-        for layer, block in enumerate(self.h):
-            x = block(x, mask, layer, cache, at)
+        for block, its_cache in zip(self.h, cache or [None] * len(self.h)):
+            x = block(x, mask, its_cache, at)
         x = x.flatten(0, 1)                                                             # (B * T, C)
         x = x if read is None else x[read]                                              # (N, C)
         return head(self.ln_f(x), self.wte.weight)                                      # (N, V)

@@ -116,11 +116,11 @@ class Attention(nn.Module):
         for name in ("q_norm", "k_norm"):
             self.add_module(name, RMSNorm(size, config.eps) if config.family == "qwen3" else nn.Identity())
 
-    def forward(self, x, mask, turn, layer, cache, at):
+    def forward(self, x, mask, turn, cache, at):
         q, k, v = (proj(x).unflatten(-1, (-1, self.size)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(self.q_norm(q), turn), rotate(self.k_norm(k), turn)               # (B, T, H, D), (B, T, G, D)
         if cache is not None:
-            k, v = cache.write(layer, k, v, at, mask.size(-1))                          # (B, S, G, D)
+            k, v = cache.write(k, v, at, mask.size(-1))                                 # (B, S, G, D)
         k, v = (y.repeat_interleave(q.size(2) // y.size(2), 2) for y in (k, v))         # (B, T or S, H, D)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)               # (B, H, T or S, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
@@ -144,8 +144,8 @@ class Block(nn.Module):
         self.input_layernorm, self.self_attn = RMSNorm(config.width, config.eps), Attention(config)
         self.post_attention_layernorm, self.mlp = RMSNorm(config.width, config.eps), MLP(config)
 
-    def forward(self, x, mask, turn, layer, cache, at):
-        x = x + self.self_attn(self.input_layernorm(x), mask, turn, layer, cache, at)
+    def forward(self, x, mask, turn, cache, at):
+        x = x + self.self_attn(self.input_layernorm(x), mask, turn, cache, at)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -173,15 +173,15 @@ class Llama(nn.Module):
         return self.config.vocab if self.config.mask is None else self.config.mask
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None, position: Tensor | None = None,
-                read: Tensor | None = None, cache: Cache | None = None, at: Tensor | None = None,
+                read: Tensor | None = None, cache: list[Cache] | None = None, at: Tensor | None = None,
                 head: Callable = F.linear) -> Tensor:
         """(N, V) logits; the arguments are those of `GPT.forward`."""
         if position is None:
             position = torch.arange(tokens.size(1), device=tokens.device)
         x = self.embed(tokens)                                                          # (B, T, C)
         turn = rotations(position, self.config, x.dtype)
-        for layer, block in enumerate(self.h):
-            x = block(x, mask, turn, layer, cache, at)
+        for block, its_cache in zip(self.h, cache or [None] * len(self.h)):
+            x = block(x, mask, turn, its_cache, at)
         x = x.flatten(0, 1)                                                             # (B * T, C)
         x = x if read is None else x[read]                                              # (N, C)
         x, table, bias = self.model.norm(x), (self.lm_head or self.wte).weight, None    # (N, C), (V, C)

@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import shutil
@@ -222,3 +223,22 @@ def test_passes_are_summed():
     for gradient in ([1.0, 0.0], [2.0, 0.0], [0.0, 5.0], [1.0, 1.0]):
         backward(p, optimizer, gradient)
     assert p.tolist() == [-3.0, -5.0]
+
+
+# compiled blocks ------------------------------------------------------------------------------------------------------
+
+def test_compiled_blocks_are_the_same_and_share_what_is_compiled(monkeypatch, tmp_path):
+    """However many there are. By the compiler's front end alone, which counts, and needs no C++."""
+    import torch._dynamo as dynamo
+    plain = worker.convert(tmp_path)["records"]
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    counts = []
+    for layers in (2, 12):
+        dynamo.reset()
+        dynamo.utils.counters.clear()
+        monkeypatch.setattr(worker, "LAYERS", layers)
+        made = worker.convert(tmp_path, compile=True)["records"]
+        counts.append(dynamo.utils.counters["stats"]["unique_graphs"])
+        if layers == 2:
+            assert all(a == pytest.approx(b, rel=1e-9) for a, b in zip(plain, made, strict=True))
+    assert max(counts) < 8, counts                                   # at 8 it gives up

@@ -19,7 +19,7 @@ def test_no_mask_is_the_causal_mask(tiny):
 def test_cache_in_pieces_is_one_pass(tiny, block):
     net, where = tiny(), torch.arange(12).expand(3, 12)
     tokens, mask = tokens_of(net), clean(12, 0, block)
-    cache, pieces = Cache(net.config.layers, 12), []
+    cache, pieces = [Cache(12) for _ in net.h], []
     for a, b in ((0, 4), (4, 8), (8, 12)):
         pieces.append(net(tokens[:, a:b], mask[a:b, :b][None, None], where[:, a:b], None, cache, where[:, a:b]))
     whole = net(tokens, mask).view(3, 12, -1)

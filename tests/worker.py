@@ -15,12 +15,12 @@ from model.muon import Muon
 from model.reveal import parse
 from model.state import begin_states, load_state, save_state
 
-EOT, BATCH = 10, 4
+EOT, BATCH, LAYERS = 10, 4, 2
 
 
 def teacher() -> GPT:
     generator = torch.Generator().manual_seed(0)
-    net = GPT(GPTConfig(11, 32, 2, 2, 16)).double().init_weights(generator)
+    net = GPT(GPTConfig(11, 32, LAYERS, 2, 16)).double().init_weights(generator)
     with torch.no_grad():
         for p in net.parameters():
             p += 0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
@@ -31,7 +31,7 @@ def stories(numbers) -> torch.Tensor:
     return torch.stack([torch.randint(0, EOT, (24,), generator=torch.Generator().manual_seed(n)) for n in numbers])
 
 
-def convert(folder: Path, passes: int = 1, steps: range = range(4)) -> dict:
+def convert(folder: Path, passes: int = 1, steps: range = range(4), compile: bool = False) -> dict:
     """Its texts, losses, gradients and states; a range that does not begin at 0 goes on from what is in `folder`."""
     frozen, said, net = teacher(), [], None
 
@@ -46,7 +46,8 @@ def convert(folder: Path, passes: int = 1, steps: range = range(4)) -> dict:
         said[-1]["tokens"] = made.tokens.tolist()
         return made
 
-    net = dist.place(copy.deepcopy(frozen).init_mask().requires_grad_(True))
+    net = dist.place(copy.deepcopy(frozen).init_mask().requires_grad_(True), compile)
+    frozen = dist.compiled(frozen, compile)
     optimizer = dist.Careful(Muon(net), passes)
     noted = (load_state(folder / "state.safetensors", net, optimizer, {}) if steps.start
              else begin_states(folder / "state.safetensors", {}))
