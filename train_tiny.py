@@ -9,7 +9,6 @@ In order: data, the AR model, the conversion, the comparison. Left behind in --o
 log.jsonl, summary.json, curves.png, states.png.
 """
 import copy
-import math
 import time
 import zlib
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +27,7 @@ from model import reveal as rules
 from model.gpt import GPT, GPTConfig, checkpointed
 from model.loss import VOCAB, lean
 from model.masks import ALIGN, AR, Layout
-from model.muon import RATES, SHAPES, Muon, optimizer_named, schedule
+from model.muon import RATES, SHAPES, Muon, optimizer_named, ramp, schedule
 from model.state import begin_states, found, load_state, save_state, writable
 from report import cli, measure, trace
 from report.cli import option
@@ -44,8 +43,7 @@ class Options:
     preset: str | None = option(None, "paper: all the paper's choices; flags given beside it win", ("paper",))
     block: int = option(4, "tokens denoised together (paper: 4)")
     align: str = option("ar", "ar: logits at i-1 are about token i, as the AR's; paper: those at i", tuple(ALIGN))
-    context: str = option("causal", "finished text attends to itself causally, or both ways in blocks (paper: block)",
-                          ("causal", "block"))
+    context: str = option("causal", "finished text sees itself: causal, or in blocks (paper)", ("causal", "block"))
     reveal: str = option("leftmost:0.98", "which masks come off: static:COUNT, threshold:P (paper: 0.9), leftmost:P")
     confidence: str = option("largest", "of a slot: the largest probability, or that of the token drawn, which is "
                              "drawn anew each step (paper)", tuple(rules.CONFIDENCE))
@@ -61,8 +59,7 @@ class Options:
     updates: int = option(4, "updates per rollout (paper: 16)")
     ramp: int = option(0, "updates over which the response grows to its full length (paper: 1600)")
     optimizer: str = option("muon", "muon on the blocks' matrices, or adamw on all (paper)", ("muon", "adamw"))
-    schedule: str = option("linear", "of the learning rate in distillation: linear to 0, or cosine to a tenth (paper)",
-                           tuple(SHAPES))
+    schedule: str = option("linear", "of distillation's rate: linear to 0, or cosine to a tenth (paper)", tuple(SHAPES))
     pretrain_steps: int | None = option(None, "updates of AR pretraining; none: 480 on toy, 640 on text, 0 with --init")
     rows: int | None = option(None, "windows of one update of AR pretraining; none: 32 on toy, 16 on text")
     distill_steps: int | None = option(None, "updates of distillation; none: 580 on toy, 246 on text")
@@ -70,8 +67,7 @@ class Options:
                                     "shown (paper: 0); none: 540 on toy, 230 on text")
     batch: int = option(16, "rows of one distillation update, in all processes (paper: 8)")
     passes: int = option(1, "parts of an update that go through the network one after the other: less memory")
-    lr: float | None = option(None, "peak learning rate of distillation; none: 0.02 for muon, 0.001 for adamw, with "
-                              "--init a tenth of it")
+    lr: float | None = option(None, "peak rate of distillation; none: 0.02 (muon), 0.001 (adamw), with --init a tenth")
     layers: int = option(4, "blocks of the network")
     width: int | None = option(None, "channels, a multiple of 64; none: 128 on toy, 192 on text")
     length: int | None = option(None, "positions of the network, tokens; none: 96 on toy, 256 on text")
@@ -151,9 +147,9 @@ def pretrain(net: GPT, corpus: Corpus, options: Options, log: dist.Log) -> None:
         optimizer.step()
         loss, keys = sum(dist.from_all(loss.item())), position.float().mean().item() + 1
         work = 3 * rows * T * (measure.body_flops(net.config, keys) + measure.head_flops(net.config))
-        seconds = time.perf_counter() - begun
-        log.step({"phase": "pretrain", "step": step + 1, "tokens": (step + 1) * rows * T, "loss": loss,
-                  "seconds": seconds, "flops": work}, options.pretrain_steps,
+        seconds, done = time.perf_counter() - begun, {"phase": "pretrain", "step": step + 1}
+        log.step({**done, "tokens": (step + 1) * rows * T, "loss": loss, "seconds": seconds, "flops": work},
+                 options.pretrain_steps,
                  f"loss {loss:.3f} nats | {rows * T / seconds / 1e3:.1f}k tok/s | {seconds * 1e3:.0f} ms")
 
 
@@ -188,11 +184,7 @@ def distil(student, teacher, corpus: Corpus, recipe: opdlm.Recipe, options: Opti
     """Drive `opdlm.train` from step `done` on: data, lengths, learning rate. Yields each step's record."""
     rate, total = schedule(optimizer, options.schedule, options.distill_steps), options.distill_steps
     data = partial(draw, corpus, length=options.length, seed=options.seed, device=student.wte.weight.device)
-
-    def length(step):
-        grown = 1 - math.cos(math.pi / 2 * min(1, step / options.ramp)) if options.ramp else 1
-        return max(options.block, round(options.length * grown))
-
+    length = ramp(options.block, options.length, options.ramp)
     # a student that can't write yet learns little from its own text: first a stretch of distillation on stories
     warm, turn = replace(recipe, text=opdlm.data_text, states=opdlm.prefix, updates=1), min(options.warm_steps, total)
     rate(done)
@@ -205,9 +197,9 @@ def distil(student, teacher, corpus: Corpus, recipe: opdlm.Recipe, options: Opti
             rate(record["step"])
 
 
-def convert(student, teacher, corpus, recipe, options: Options, optimizer, log: dist.Log, held: list, save) -> int:
-    """`distil`, with its log, its looks at the held-out text and what is saved of it: the state to resume from, and by
-    `save("best")` the student that the held-out text was likeliest to. The tokens trained on."""
+def convert(student, teacher, corpus, recipe, options: Options, optimizer, log: dist.Log, glance, save) -> int:
+    """`distil` with its log, a `glance` at held-out text now and then, and what is saved: the state to resume from, and
+    the student that this text was likeliest to. The tokens trained on."""
     state, settings = Path(options.out, STATE), {**asdict(options), "resume": None, "processes": dist.count()}
     noted = load_state(state, student, optimizer, settings) if options.resume else begin_states(state, settings)
     each, total, stop, tokens = recipe.updates, options.distill_steps, dist.Stop(), noted["tokens"]
@@ -224,10 +216,8 @@ def convert(student, teacher, corpus, recipe, options: Options, optimizer, log: 
             save_state(state, student, optimizer, noted)
             if stop:
                 dist.end(143)
-            numbers = measure.likelihood(student, held, recipe.layout, corpus.tokenizer)
-            log.write({"phase": "eval", "of": "student", "tokens": tokens, **numbers})
-            if numbers["val_nats"] < noted["best"]:
-                noted["best"] = numbers["val_nats"]
+            if (nats := glance(student, recipe.layout, tokens)) < noted["best"]:
+                noted["best"] = nats
                 save("best")
     stop.over()
     return tokens
@@ -268,7 +258,7 @@ def main(argv: list[str]) -> None:
     def save(name):
         hub.save(out / name, student, tok, recipe.layout, reveal=options.reveal, confidence=options.confidence)
 
-    tokens = convert(student, teacher, corpus, recipe, options, optimizer, log, compared.held[:32], save)
+    tokens = convert(student, teacher, corpus, recipe, options, optimizer, log, compared.glance, save)
     save("opdlm")
     compared.look("after", student, recipe.layout, recipe.rule, tokens, **how)
     if dist.first():

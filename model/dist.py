@@ -1,7 +1,7 @@
 """Around a run: where it computes, how it is stopped, what it says and writes down.
 
-Everything that knows of several processes is here. Under torchrun each works on its share of an update's rows, with its
-shards of the student (FSDP2); the teacher is whole everywhere. Without torchrun all of this does nothing.
+Everything that knows of several processes is here. Under torchrun each works on its share of an update's rows, with
+its shards of the student (FSDP2); the teacher is whole everywhere. Without torchrun all of this does nothing.
 """
 import json
 import os
@@ -42,8 +42,7 @@ def end(code: int = 0) -> None:
     if dist.is_initialized():
         if code == 0:                            # who has failed does not wait for the others
             dist.barrier()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        print(end="", flush=True)
         os._exit(code)
     sys.exit(code)
 
@@ -83,8 +82,7 @@ def place(net, compile: bool = False):
     compiled(net, compile)
     if dist.is_initialized():
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-        cuda = net.wte.weight.device.type == "cuda"
-        precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if cuda else MixedPrecisionPolicy()
+        precision = MixedPrecisionPolicy(*(torch.bfloat16, torch.float32) if net.wte.weight.is_cuda else ())
         for module in (*net.h, net):
             fully_shard(module, mp_policy=precision, reshard_after_forward=False)
     return net
@@ -173,7 +171,7 @@ class Careful:
 
 
 class Stop:
-    """SIGTERM, noted until somebody asks: from then on a run is stopped where it can go on from."""
+    """SIGTERM, noted until somebody asks."""
 
     def __init__(self):
         self.asked, self.before = False, signal.signal(signal.SIGTERM, self.note)
@@ -182,7 +180,7 @@ class Stop:
         self.asked = True
 
     def over(self) -> None:
-        """From now on SIGTERM does what it did before."""
+        """SIGTERM does again what it did."""
         signal.signal(signal.SIGTERM, self.before)
 
     def __bool__(self) -> bool:
@@ -219,8 +217,7 @@ class Log:
         path = path if first() else Path(os.devnull)
         if go_on and path.is_file():             # a killed run may have left half a line
             os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-        self.file = open(path, "a" if go_on else "w", encoding="utf-8")
-        self.bar = None
+        self.file, self.bar = open(path, "a" if go_on else "w", encoding="utf-8"), None
         if not go_on:
             self.write(header)
 

@@ -1,20 +1,10 @@
 """The memory-lean twin of the head and `opdlm.distill_loss`, for large vocabularies: no (N, V) tensor is ever whole.
 
-With a vocabulary of 50,000 to 150,000, the (N, V) tensors of teacher, student and loss are what runs out of memory.
-Here both sides of the loss stay what they are made of, hidden states (N, C) and a table (V, C), and are multiplied out
-for CHUNK places at a time; once more in the backward pass, which costs time and holds nothing. `lean` gives the dials
-of an `opdlm.Recipe` that do so:
-
-    full       the teacher's whole distribution: the same loss and gradient as the plain way
-    topk:K     the teacher's K likeliest tokens, and one bucket for all the others, on both sides: still a divergence,
-               and never above the full one. The teacher is multiplied out once where full does so twice.
-
-With q a target's row and p the student's, KL(q || p) has in the student's logits the gradient p - q. A bucket's has it
-too, if q spreads what is in it as p does: then each token outside contributes the same log(q / p), and a small change
-of the spread changes nothing.
-
-Under FSDP2 the student's table is used between its forward and its backward pass: don't reshard the root in between
-(by default it is not; model/gpt.py's blocks may be).
+Both sides of the loss stay what they are made of, hidden states (N, C) and a table (V, C), and are multiplied out for
+CHUNK places at a time; once more in the backward pass, which costs time and holds nothing. With q a target's row and p
+the student's, KL(q || p) has in the student's logits the gradient p - q. A bucket's has it too, if q spreads what is in
+it as p does: then all tokens in it contribute the same log(q / p), and a small change of the spread changes nothing.
+Under FSDP2 the table is used after the student's forward pass: the root must not be resharded before the backward one.
 
 Letters: N places with a loss, n of them at a time, C width, V vocabulary, K likeliest tokens.
 """
@@ -44,8 +34,7 @@ def chunks(places: int) -> Iterator[slice]:
 # are the probabilities of ids (N, 1), as a whole target's would be.
 
 class Late(NamedTuple):
-    """(N, V) logits, multiplied out where they are asked for: a `head`, and what that head returns. As a target, their
-    softmax."""
+    """(N, V) logits, multiplied out where asked for: a `head`, and what it returns. As a target, their softmax."""
     hidden: Tensor                  # (N, C)
     table: Tensor                   # (V, C)
     bias: Tensor | None = None      # (V,), not trained: what keeps a [MASK] inside the vocabulary from being said
@@ -147,7 +136,9 @@ def distill_loss(target: Late | Top | Text, logits: Late) -> Tensor:
 
 
 def lean(kl: str | None, target: str, vocab: int = 0) -> dict:
-    """The dials of an `opdlm.Recipe` for --kl, by the name of its target, "teacher" or "onehot"; plain needs none."""
+    """The dials of an `opdlm.Recipe` for --kl, by the name of its target, "teacher" or "onehot": plain needs none; full
+    is the same loss in chunks; topk:K, the teacher's K likeliest tokens and one bucket for all others on both sides, is
+    still a divergence, never above the full one, and multiplies the teacher out once where full does so twice."""
     name, _, count = (kl or ("plain" if vocab < VOCAB else "full")).partition(":")
     if (name, count) == ("plain", ""):
         return {}

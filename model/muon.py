@@ -89,3 +89,11 @@ def schedule(optimizer, shape: str, steps: int, warmup: int = 10):
         for group, peak in zip(optimizer.param_groups, peaks):
             group["lr"] = peak * min(1.0, (step + 1) / warmup) * SHAPES[shape](step / steps)
     return set_rates
+
+
+def ramp(shortest: int, longest: int, steps: int):
+    """A function that gives the tokens of a step's response: a quarter of a cosine up to the longest."""
+    def length(step: int) -> int:
+        grown = 1 - math.cos(math.pi / 2 * min(1, step / steps)) if steps else 1
+        return max(shortest, round(longest * grown))
+    return length

@@ -26,6 +26,12 @@ class Comparison:
         of = "ar" if name == "ar" else "student"
         self.log.write({"phase": "eval", "of": of, "tokens": tokens, **self.numbers[name]})
 
+    def glance(self, net, layout, tokens: int) -> float:
+        """val_nats of a few, noted in the log."""
+        numbers = measure.likelihood(net, self.held[:32], layout, self.tokenizer)
+        self.log.write({"phase": "eval", "of": "student", "tokens": tokens, **numbers})
+        return numbers["val_nats"]
+
     def publish(self, out: Path) -> None:
         """The table and the stories on the terminal; summary.json and the pictures in the run's folder."""
         print("\n" + measure.table(self.numbers))
