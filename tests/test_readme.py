@@ -1,6 +1,7 @@
 """What the README says of files, flags and the debugger is true."""
 import json
 import re
+import statistics
 import subprocess
 import sys
 from dataclasses import fields
@@ -76,6 +77,12 @@ def test_the_memory_of_gpt2_xl_adds_up():
         cells = " | ".join(f"{part[i] / 1e9:.1f}" for part in parts)
         assert re.search(rf"^\| {name}[^|]* \| {re.escape(cells)} \|$", TEXT, re.M), cells
     assert "| sum | " + " | ".join(f"{sum(part) / 1e9:.1f}" for part in parts) + " |" in TEXT
+
+
+def test_what_compiling_is_worth_is_in_the_results():
+    rows = json.loads((ROOT / "experiments/compiled/results.json").read_text())["rows"]
+    ratios = [statistics.median(b / a for a, b in zip(row["plain"], row["compiled"])) for row in rows]
+    assert f"take {min(ratios):.2f} to {max(ratios):.2f} of their time" in TEXT
 
 
 def test_the_table_of_memory_is_made_of_the_results():
