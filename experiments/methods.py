@@ -26,11 +26,11 @@ ROWS = {name: dict(zip(DIALS, dials)) for name, dials in opdlm.METHODS.items()} 
     "prefix": dict(zip(DIALS, ("student", "prefix", "teacher", "mean"))),
     "ours": dict(zip(DIALS, ("data", "prefix", "teacher", "first")))}
 PUBLISHED = ROWS["sdar"] | {"align": "paper", "context": "block"}       # SDAR-style, as its paper has it
-RATES = (0.005, 0.01, 0.02)
+RATES = (0.005, 0.01, 0.02)     # of one grid
 LOOKS = tuple(f"reveal=leftmost:{level}" for level in (0, 0.7, 0.9, 0.98, 1))
-COST = 1.5                      # tokens a forward, at which text is compared
-NATS = (0.25, 0.1, 0.05)        # how near to the teacher's gen_nats; and 0.05 of its `valid`
-QUICK = {"pretrain_steps": 20, "layers": 1, "width": 64, "rows": 4}
+COST, NATS = 1.5, (0.25, 0.1, 0.05)     # tokens a forward at which text is compared; how near to the teacher's nats
+SPENT = {"tokens": "response tokens trained on", "places": "positions that entered a loss",
+         "flops": "FLOPs, rollouts and teacher counted"}
 
 
 @dataclass
@@ -73,7 +73,7 @@ def best_rates(rows: dict, options: Options) -> tuple[dict, list]:
 
 
 def quick(job: Job) -> Job:
-    return replace(job, folder="quick", stories=16, pretrain=QUICK)
+    return replace(job, folder="quick", stories=16, pretrain=dict(pretrain_steps=20, layers=1, width=64, rows=4))
 
 
 def main(argv: list[str]) -> None:
@@ -115,10 +115,9 @@ def ratios(results: dict, bound: float) -> dict[str, str]:
               key=lambda name: statistics.mean(at_cost(r["points"][-1], "gen_nats", COST, LOOKS) for r in rows[name]))
     pairs = {"whole recipe": ("ours, ar", "sdar, published"), "alignment alone": ("opdlm, ar", "opdlm, paper"),
              "on-policy alone": ("opdlm, ar", off)}
-    pairs = {what: pair for what, pair in pairs.items() if set(pair) <= set(rows)}
     return {f"{what}: {b} / {a}": times([reached(r["points"], gap(r, "gen_nats", COST, LOOKS), bound) for r in rows[a]],
                                         [reached(r["points"], gap(r, "gen_nats", COST, LOOKS), bound) for r in rows[b]])
-            for what, (a, b) in pairs.items()}
+            for what, (a, b) in pairs.items() if {a, b} <= set(rows)}
 
 
 def times(ours: list, theirs: list) -> str:
@@ -130,19 +129,21 @@ def times(ours: list, theirs: list) -> str:
 
 
 def draw(results: dict, figure) -> None:
-    """gen_nats above the teacher's, 1.5 tokens a forward, against tokens: a line a row, a band of its seeds."""
-    for axes, align in zip(figure.subplots(1, 2, sharey=True), ("ar", "paper")):
-        for name, runs in by_row(results["runs"]).items():
-            if not name.endswith(align) and not (align == "paper" and "published" in name):
-                continue
-            gaps = [[max(gap(r, "gen_nats", COST, LOOKS)(p), 1e-3) for p in r["points"]] for r in runs]
-            tokens = [p["tokens"] for p in runs[0]["points"]]
-            axes.plot(tokens, [statistics.mean(x) for x in zip(*gaps)], marker=".", label=name.split(",")[0])
-            axes.fill_between(tokens, [min(x) for x in zip(*gaps)], [max(x) for x in zip(*gaps)], alpha=0.15)
-        axes.set(xscale="log", yscale="log", xlabel="response tokens trained on", title=f"--align={align}")
-        axes.legend(fontsize=8)
-        axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("nats per generated token above the teacher's")
+    """gen_nats above the teacher's, 1.5 tokens a forward, against what was spent: a line a row, a band of its seeds."""
+    figure.set_size_inches(14, 8.5)
+    for line, align in zip(figure.subplots(2, 3, sharex="col", sharey=True), ("ar", "paper")):
+        rows = {name: runs for name, runs in by_row(results["runs"]).items()
+                if name.endswith(align) or align == "paper" and "published" in name}
+        for axes, (spent, label) in zip(line, SPENT.items()):
+            for name, runs in rows.items():
+                gaps = [[max(gap(r, "gen_nats", COST, LOOKS)(p), 1e-3) for p in r["points"]] for r in runs]
+                x = [statistics.mean(p[spent] for p in points) for points in zip(*(r["points"] for r in runs))]
+                axes.plot(x, [statistics.mean(y) for y in zip(*gaps)], marker=".", label=name)
+                axes.fill_between(x, [min(y) for y in zip(*gaps)], [max(y) for y in zip(*gaps)], alpha=0.15)
+            axes.set(xscale="log", yscale="log", xlabel=label if align == "paper" else "")
+            axes.grid(alpha=0.3)
+        line[0].set_ylabel("nats per generated token above the teacher's")
+        line[-1].legend(fontsize=8)
 
 
 if __name__ == "__main__":
