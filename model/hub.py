@@ -111,8 +111,7 @@ def wiring(folder: Path, said: dict) -> tuple[Layout | None, int | None]:
 
 def ar_folder(name: str) -> Path:
     """The folder of the AR model `name`. A student is refused: its weights are not those of the model that teaches."""
-    layout = described(name)[1]
-    if layout:
+    if layout := described(name)[1]:
         raise ValueError(f"--init={name} is a student already (block {layout.block}): give the AR model that it was "
                          "made of, for example a run's ar folder")
     return fetch(name)
@@ -151,8 +150,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
         return load_file(folder / WEIGHTS)
     if not index.exists():
         raise ValueError(f"it has no {WEIGHTS}, and other kinds of weights are not read")
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    for name in names:
+    for name in (names := sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))):
         if Path(name).name != name or not (folder / name).is_file():
             raise ValueError(f"{index.name} names {name}, which is not there: fetch it again")
     return {key: x for name in names for key, x in load_file(folder / name).items()}
@@ -225,7 +223,11 @@ def replaced(folder: Path) -> Iterator[Path]:
     fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    yield fresh
+    try:
+        yield fresh
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise ValueError(f"{folder} can't be written ({error}): make room; what was there before still is") from None
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)                  # not before: after a kill right here it is the only one
         os.replace(folder, old)
@@ -244,8 +246,7 @@ def write(folder: Path, config: GPTConfig | LlamaConfig, state: dict, layout: La
     elif layout:
         save_file({MASK: mask}, folder / MASK_FILE, {"format": "pt"})
         own["mask_file"] = MASK_FILE
-    said = {**extra, **theirs(config), **own}
-    (folder / "config.json").write_text(json.dumps(said, indent=1), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps({**extra, **theirs(config), **own}, indent=1), encoding="utf-8")
 
 
 def theirs(config: GPTConfig | LlamaConfig) -> dict:

@@ -8,12 +8,14 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import train_tiny
 from data.corpus import story_world
+from model import hub
 from model.muon import Muon
 from model.state import before, begin_states, found, load_state, read_state, save_state
 from report import cli
@@ -93,23 +95,31 @@ def test_another_network_is_refused_by_name(tiny, tmp_path):
             load_state(path, other, Muon(other), {})
 
 
-def test_a_full_disk_costs_nothing(tiny, tmp_path):
+@pytest.mark.parametrize("what", ["state", "folder"])
+def test_a_full_disk_costs_nothing(tiny, tmp_path, what):
     """A limit on the size of files stands for it: the write really fails."""
-    path, (net, optimizer) = tmp_path / "state", trained(tiny)
-    save_state(path, net, optimizer, {"step": 3})
+    path, (net, optimizer) = tmp_path / what, trained(tiny)
+    words = SimpleNamespace(eot=0, save=lambda folder: None)
+
+    def save(step):
+        if what == "state":
+            save_state(path, net, optimizer, {"step": step})
+        else:
+            hub.save(path, net, words, step=step)
 
     def full():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
         try:
-            save_state(path, net, optimizer, {"step": 4})
+            save(4)
         except ValueError as error:
-            os._exit(7 if "can't be written" in str(error) and "--resume" in str(error) else 1)
+            os._exit(7 if "can't be written" in str(error) and "make room" in str(error) else 1)
+    save(3)
     child = FORK.Process(target=full)
     child.start()
     child.join(30)
-    assert child.exitcode == 7
-    assert read_state(path)[1]["step"] == 3 and [p.name for p in tmp_path.iterdir()] == ["state"]
+    assert child.exitcode == 7 and [p.name for p in tmp_path.iterdir()] == [what]
+    assert (read_state(path)[1] if what == "state" else hub.read_config(path))["step"] == 3
 
 
 # whole runs -----------------------------------------------------------------------------------------------------------
