@@ -30,6 +30,7 @@ from report import measure
 from report.publish import write_json
 
 WORK = Path("out/experiments")
+corpus_of = cache(open_corpus)      # once a process
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,6 @@ def options_of(job: Job, more: str = "") -> train_tiny.Options:
              "distill_steps": max(job.points)}
     given |= {name: int(value) if value.isdigit() else value for name, value in (x.split("=") for x in more.split())}
     return train_tiny.Options(**given)
-
-
-corpus_of = cache(open_corpus)      # once a process
 
 
 def opened(job: Job) -> tuple[train_tiny.Options, Corpus]:
