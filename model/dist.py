@@ -157,11 +157,11 @@ class Careful:
         self.done += 1
         if self.done % self.passes:
             return
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        assert grads, "no gradient came: was the optimizer made after a forward of a sharded network?"
-        for grad in grads if count() > 1 else ():
-            grad.mul_(count())
-        if whole(torch.nn.utils.get_total_norm(grads)).isfinite():
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        assert params, "no gradient came: was the optimizer made after a forward of a sharded network?"
+        for p in params if count() > 1 else ():
+            p.grad.mul_(count())
+        if whole(torch.nn.utils.clip_grad_norm_(params, torch.inf)).isfinite():          # which clips nothing
             self.in_a_row = 0
             return self.optimizer.step()
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
