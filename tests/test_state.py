@@ -129,6 +129,7 @@ def little(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     world = story_world(stories=100, held_out=4)
     monkeypatch.setattr(train_tiny, "open_corpus", lambda *_: world)
+    monkeypatch.setattr(train_tiny.measure, "matmul_rate", lambda _: 1.0)              # a second, each time
 
 
 def child(*flags):

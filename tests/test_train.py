@@ -34,6 +34,7 @@ def little(monkeypatch, tmp_path):
     """A small world, few stories to be judged by; and nothing lands in the checkout."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train_tiny, "open_corpus", lambda *_: story_world(stories=200, held_out=20))
+    monkeypatch.setattr(measure, "matmul_rate", lambda _: 1.0)                             # a second, each time
 
 
 def train(*flags):
