@@ -113,5 +113,5 @@ def load_state(path: Path, net, optimizer, settings: dict) -> dict:
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
     other = [f"{name} was {old} and is {settings.get(name)}" for name, old in noted["settings"].items()
              if old != settings.get(name)]
-    print(f"going on from step {noted['step']}; settings " + ("as they were" if not other else ": " + ", ".join(other)))
+    print(f"going on from step {noted['step']}; " + (", ".join(other) or "settings as they were"))
     return noted | {"settings": settings}
