@@ -213,12 +213,12 @@ def convert(student, teacher, corpus, recipe, options: Options, optimizer, log: 
         amid, due = own > 0 and own % each, own % (-(-options.every // each) * each) == 0
         if step == total or not amid and (stop or due):                                 # never amid a rollout's updates
             noted |= {"step": step, "tokens": tokens}
+            if not stop and (nats := glance(student, recipe.layout, tokens)) < noted["best"]:
+                noted["best"] = nats
+                save("best")
             save_state(state, student, optimizer, noted)
             if stop:
                 dist.end(143)
-            if (nats := glance(student, recipe.layout, tokens)) < noted["best"]:
-                noted["best"] = nats
-                save("best")
     stop.over()
     return tokens
 

@@ -196,3 +196,15 @@ def test_sigterm_saves_and_is_143(little):
     run.join(60)
     assert run.exitcode == 143
     assert read_state(Path("run/state.safetensors"))[1]["step"] == max(losses("run")) < 60
+
+
+def test_a_state_knows_the_best_look_so_far(little):
+    """Its own included, or what goes on from it could put a worse student in the best one's place."""
+    run = child("--out=run", "--distill_steps=2")
+    run.join(120)
+    assert run.exitcode == 0
+    looks = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines() if '"of": "student"' in line]
+    looks = [look for look in looks if "gen_nats" not in look]                           # of the conversion itself
+    for path in (Path("run/state.safetensors"), before(Path("run/state.safetensors"))):
+        noted = read_state(path)[1]
+        assert noted["best"] == min(look["val_nats"] for look in looks if look["tokens"] <= noted["tokens"])
