@@ -200,7 +200,7 @@ def test_sigterm_saves_and_is_143(little):
 
 def test_a_state_knows_the_best_look_so_far(little):
     """Its own included, or what goes on from it could put a worse student in the best one's place."""
-    run = child("--out=run", "--distill_steps=2")
+    run = child("--out=run", "--distill_steps=4")
     run.join(120)
     assert run.exitcode == 0
     looks = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines() if '"of": "student"' in line]
