@@ -20,7 +20,7 @@ from torch import Tensor
 
 from model import masks, reveal
 from model.denoiser import Denoiser
-from model.draw import inverse_cdf, tempered, uniforms
+from model.draw import Warp, inverse_cdf, uniforms
 from model.masks import Layout
 
 # 1. rollout: a text, block by block, each block from all masks to none ------------------------------------------------
@@ -29,7 +29,7 @@ from model.masks import Layout
 class Text:
     """Finished text and how it came about: a whole denoising trajectory is two integer tensors, tokens and order."""
     tokens: Tensor          # (B, T) prompt and response; behind the block of the first end-of-text, end-of-text
-    order: Tensor           # (B, T) the step within its block that revealed a slot; K: none did; -1: not written here
+    order: Tensor           # (B, T) the step within its block that revealed a slot; more: none did; -1: not written
     kept: Tensor            # (B, T) bool: the response up to its first end-of-text, included
     forwards: Tensor        # (B,) passes of the network a row has paid for, prefill and commits included
     positions: Tensor       # (B,) positions pushed through it
@@ -37,13 +37,15 @@ class Text:
 
 @torch.no_grad()
 def rollout(denoiser: Denoiser, prompt: Tensor, length: int, rule: reveal.Rule, u: Tensor, eot: int,
-            confidence: Callable = reveal.largest, temperature: float = 1.0, prompt_len: Tensor | None = None) -> Text:
+            warp: Callable = Warp(), prompt_len: Tensor | None = None) -> Text:
     """Write up to `length` tokens after each row of `prompt` (B, P), until an end-of-text.
 
     `u` (B, P + length, S): one uniform number a position (S = 1), or S of them, of which each step takes the next (the
-    paper's redraws). `prompt_len` (B,): where prompts end, if some are shorter than P; their responses follow at once.
+    paper's redraws), and behind them what the rule rolls. `warp`: from probabilities to those that are drawn from.
+    `prompt_len` (B,): where prompts end, if some are shorter than P; their responses follow at once.
     """
     (B, P), K, device = prompt.shape, denoiser.layout.block, prompt.device
+    steps, draws, row = rule.steps(K), u.size(2) - rule.rolls, torch.arange(B, device=device)[:, None]
     start = torch.full((B,), P, device=device) if prompt_len is None else prompt_len   # (B,) where a row's block begins
     begin, end, step = start, start + length, torch.zeros_like(start)
     tokens = F.pad(prompt, (0, length + K), value=denoiser.mask_id)                 # + K: a block may hang over the end
@@ -55,14 +57,15 @@ def rollout(denoiser: Denoiser, prompt: Tensor, length: int, rule: reveal.Rule, 
         block = tokens.gather(1, here)
         masked = (block == denoiser.mask_id) & (here < end[:, None])
         probs = denoiser(tokens, start)[masked].float().softmax(-1)                      # (M, V)
-        number = u[torch.arange(B, device=device)[:, None], here.clamp(max=u.size(1) - 1),
-                   step.clamp(max=u.size(2) - 1)[:, None]]                               # (B, K)
-        drawn = inverse_cdf(tempered(probs, temperature), number[masked])                # (M,)
-        sure = torch.zeros_like(number).masked_scatter(masked, confidence(probs, drawn))
-        show = rule(sure, masked) | masked & (step == K - 1)[:, None]               # the last step reveals what is left
+        numbers = u[row, here.clamp(max=u.size(1) - 1)]                                  # (B, K, S)
+        number = numbers.gather(2, step.clamp(max=draws - 1).view(B, 1, 1).expand(B, K, 1))[..., 0]      # (B, K)
+        drawn = inverse_cdf(warp(probs), number[masked])                                 # (M,)
+        sure = torch.zeros_like(number).masked_scatter(masked, rule.confidence(probs, drawn))
+        show = rule(sure, masked, step, numbers) | masked & (step == steps - 1)[:, None]       # the last takes the rest
         block = torch.where(show, block.masked_scatter(masked, drawn), block)
         tokens = tokens.scatter(1, here, block)
-        order = order.scatter(1, here, torch.where(show, step[:, None], order.gather(1, here).masked_fill(masked, K)))
+        when = torch.where(show, step[:, None], order.gather(1, here).masked_fill(masked, steps))
+        order = order.scatter(1, here, when)
         start, step = advance(block == denoiser.mask_id, block == eot, here, start, end, step)
     tokens = tokens[:, :-K].masked_fill(tokens[:, :-K] == denoiser.mask_id, eot)    # masks are left behind the end only
     return Text(tokens, order[:, :-K], kept(tokens, begin, end, eot), denoiser.forwards, denoiser.positions)
@@ -89,7 +92,7 @@ def kept(tokens: Tensor, begin: Tensor, end: Tensor, eot: int) -> Tensor:
 # The three texts to learn from. Each gets rows (B, T), tokens of training stories, of which the first P are the prompt.
 def student_text(student, teacher, rows: Tensor, P: int, R: int, u: Tensor, recipe: "Recipe") -> Text:
     """The student's own: the paper's."""
-    return rollout(Denoiser(student, recipe.layout), rows[:, :P], R, recipe.rule, u, recipe.eot, recipe.confidence)
+    return rollout(Denoiser(student, recipe.layout), rows[:, :P], R, recipe.rule, u, recipe.eot)
 
 
 def teacher_text(student, teacher, rows: Tensor, P: int, R: int, u: Tensor, recipe: "Recipe") -> Text:
@@ -228,8 +231,6 @@ class Recipe:
     layout: Layout
     eot: int                                    # id of end-of-text
     rule: reveal.Rule = reveal.parse("leftmost:0.9")
-    confidence: Callable = reveal.largest
-    redraws: int = 1                            # numbers a slot has: 1, or K to draw anew each step (paper)
     batch: int = 32                             # rows of one update, over all processes
     share: Callable = lambda numbers: numbers   # those of a range of rows that are worked on in this process
     passes: int = 1                             # forwards and backwards, one after the other, that an update is made of
@@ -277,7 +278,8 @@ def train(student, teacher, data: Callable, recipe: Recipe, optimizer, length: C
         stories = data(numbers)                                                          # (B * updates, T)
         P = 1 + int(uniforms(recipe.seed, PROMPT, range(first, first + 1), (1,)) * recipe.prompt)
         R = min(length(first), stories.size(1) - P)
-        draws = uniforms(recipe.seed, ROLLOUT, numbers, (P + R, recipe.redraws)).to(stories.device)
+        S = recipe.rule.numbers(recipe.layout.block)
+        draws = uniforms(recipe.seed, ROLLOUT, numbers, (P + R, S)).to(stories.device)
         text = recipe.text(student, teacher, stories, P, R, draws, recipe)
         picks = uniforms(recipe.seed, STATE, numbers, (P + R, 2)).to(stories.device)
         for i in range(len(rows) * recipe.passes):

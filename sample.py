@@ -21,6 +21,7 @@ from model import hub
 from model import reveal as rules
 from model.denoiser import Denoiser
 from model.dist import device_named
+from model.draw import Warp
 from model.masks import AR, Layout
 from report import cli, trace
 from report.cli import option
@@ -35,22 +36,29 @@ class Options:
     prompt: str = option("", "text to go on from")
     mode: str = option("diffusion", "diffusion: a block at a time; ar: a token at a time, by the AR model",
                        ("diffusion", "ar"))
-    reveal: str | None = option(None, "which masks come off: static:COUNT, threshold:P, leftmost:P; "
-                                "none: the checkpoint's rule")
+    reveal: str | None = option(None, f"which masks come off; none: the checkpoint's rule. {rules.ABOUT}")
+    confidence: str | None = option(None, f"p of a slot; none: the rule's. {rules.said(rules.CONFIDENCE)}",
+                                    tuple(rules.CONFIDENCE))
     block: int | None = option(None, "tokens denoised together; none: the checkpoint's")
     temperature: float = option(1.0, "of the tokens drawn; 0 takes the likeliest")
+    top_k: int | None = option(None, "draw among the so many likeliest tokens")
+    top_p: float | None = option(None, "draw among the fewest tokens that have this share of all probability together")
     length: int | None = option(None, "longest response, tokens; none: what the model has room for, at most 1024")
     n: int = option(1, "texts")
     seed: int = option(0, "of the draws; text i of a seed is the same for any --n")
     device: str = option("auto", "auto: cuda, else mps, else cpu", ("auto", "cpu", "cuda", "mps"))
 
     def __post_init__(self):
-        if self.temperature < 0 or any(x is not None and x < 1 for x in (self.n, self.length, self.block)):
-            raise ValueError("--n and --length are at least 1, as is --block, and --temperature at least 0")
-        for name in ("reveal", "block") if self.mode == "ar" else ():
+        if any(x is not None and x < 1 for x in (self.n, self.length, self.block)):
+            raise ValueError("--n and --length are at least 1, as is --block")
+        self.warp()                                                  # refuses what can't be
+        for name in ("reveal", "confidence", "block") if self.mode == "ar" else ():
             if getattr(self, name):
                 raise ValueError(f"--{name}={getattr(self, name)} means nothing to --mode=ar, a token at a time: "
                                  "leave it out")
+
+    def warp(self) -> Warp:
+        return Warp(self.temperature, self.top_k, self.top_p)
 
 
 def find(options: Options) -> Path:
@@ -61,7 +69,7 @@ def find(options: Options) -> Path:
 
 
 def load(options: Options) -> tuple:
-    """(network, its layout, its tokenizer, the reveal rule and confidence it was trained with)."""
+    """(network, its layout, its tokenizer, the reveal rule it was trained with, if no other is asked for)."""
     folder = find(options)
     net, layout = hub.load(folder)
     if layout is None and options.mode == "diffusion":
@@ -75,7 +83,8 @@ def load(options: Options) -> tuple:
         layout = AR
     elif options.block:
         layout = Layout(options.block, options.block if layout.clean_block > 1 else 1, layout.shift)
-    return net.to(device_named(options.device)), layout, tokenizer.load(folder), rules.parse(rule), confidence
+    rule = rules.parse(rule, options.confidence, confidence)
+    return net.to(device_named(options.device)), layout, tokenizer.load(folder), rule
 
 
 def room(options: Options, prompt: int, context: int) -> int:
@@ -89,16 +98,15 @@ def room(options: Options, prompt: int, context: int) -> int:
     return options.length or min(context - prompt, MOST)
 
 
-def write(options: Options, net, layout: Layout, tok, rule, confidence: str) -> tuple[opdlm.Text, float]:
+def write(options: Options, net, layout: Layout, tok, rule: rules.Rule) -> tuple[opdlm.Text, float]:
     """The texts, and the seconds they took."""
     ids = [tok.eot, *tok.encode(options.prompt)]                   # a text begins behind an end-of-text, as in training
     length, device = room(options, len(ids), net.config.context), net.wte.weight.device
-    redraws = layout.block if confidence == "drawn" else 1
-    u = opdlm.uniforms(options.seed, 0, range(options.n), (len(ids) + length, redraws)).to(device)
+    numbers = (len(ids) + length, rule.numbers(layout.block))
+    u, warp = opdlm.uniforms(options.seed, 0, range(options.n), numbers).to(device), options.warp()
     begun = time.perf_counter()
     prompt = torch.tensor([ids] * options.n, device=device)
-    text = opdlm.rollout(Denoiser(net, layout), prompt, length, rule, u, tok.eot, rules.CONFIDENCE[confidence],
-                         options.temperature)
+    text = opdlm.rollout(Denoiser(net, layout), prompt, length, rule, u, tok.eot, warp)
     return text, time.perf_counter() - begun
 
 
@@ -122,8 +130,8 @@ def main(argv: list[str]) -> None:
         hub.export(find(options), options.export)
         print(f"{find(options)} is now in {options.export}")
         return
-    net, layout, tok, rule, confidence = load(options)
-    text, seconds = write(options, net, layout, tok, rule, confidence)
+    net, layout, tok, rule = load(options)
+    text, seconds = write(options, net, layout, tok, rule)
     colour = trace.wants_colour(sys.stdout) and layout.block > 1
     for story in traces(text, options.prompt, tok, layout.block):
         print(trace.coloured(story, colour), end="\n\n")

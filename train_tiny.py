@@ -44,9 +44,9 @@ class Options:
     block: int = option(4, "tokens denoised together (paper: 4)")
     align: str = option("ar", "ar: logits at i-1 are about token i, as the AR's; paper: those at i", tuple(ALIGN))
     context: str = option("causal", "finished text sees itself: causal, or in blocks (paper)", ("causal", "block"))
-    reveal: str = option("leftmost:0.98", "which masks come off: static:COUNT, threshold:P (paper: 0.9), leftmost:P")
-    confidence: str = option("largest", "of a slot: the largest probability, or that of the token drawn, which is "
-                             "drawn anew each step (paper)", tuple(rules.CONFIDENCE))
+    reveal: str = option("leftmost:0.98", f"which masks come off (paper: threshold:0.9). {rules.ABOUT}")
+    confidence: str | None = option(None, "p of a slot (paper: drawn); none: the rule's. "
+                                    f"{rules.said(rules.CONFIDENCE)}", tuple(rules.CONFIDENCE))
     text: str = option("student", "who wrote the text to learn from (paper: student)", tuple(opdlm.TEXTS))
     states: str = option("visited", "half-written states to learn on (paper: visited)", tuple(opdlm.STATES))
     target: str = option("teacher", "under a mask: the teacher's view (paper), or the text", tuple(opdlm.TARGETS))
@@ -174,8 +174,7 @@ def recipe_of(options: Options, eot: int, show=repr, vocab: int = 0) -> opdlm.Re
     layout = Layout.of(options.block, options.align, options.context)
     dials = (opdlm.TEXTS[options.text], opdlm.STATES[options.states], opdlm.TARGETS[options.target],
              opdlm.WEIGHTS[options.weight])
-    made = opdlm.Recipe(*dials, layout, eot, rules.parse(options.reveal), rules.CONFIDENCE[options.confidence],
-                        redraws=layout.block if options.confidence == "drawn" else 1, batch=options.batch,
+    made = opdlm.Recipe(*dials, layout, eot, rules.parse(options.reveal, options.confidence), batch=options.batch,
                         share=dist.share, passes=options.passes, updates=options.updates, seed=options.seed, show=show)
     return replace(made, **lean(options.kl, options.target, vocab))
 
@@ -252,15 +251,15 @@ def main(argv: list[str]) -> None:
     teacher = dist.compiled(teacher.requires_grad_(False).to(getattr(torch, options.teacher)), options.compile)
     compared = Comparison(teacher, corpus, options.length, options.seed, log)
     compared.look("ar", teacher, AR, rules.parse("static:1"), options.pretrain_steps * options.rows * options.length)
-    how = {"confidence": recipe.confidence, "redraws": recipe.redraws}
-    compared.look("before", student, recipe.layout, recipe.rule, 0, **how)
+    compared.look("before", student, recipe.layout, recipe.rule, 0)
 
     def save(name):
-        hub.save(out / name, student, tok, recipe.layout, reveal=options.reveal, confidence=options.confidence)
+        hub.save(out / name, student, tok, recipe.layout, reveal=str(recipe.rule),
+                 confidence=recipe.rule.confidence.__name__)
 
     tokens = convert(student, teacher, corpus, recipe, options, optimizer, log, compared.glance, save)
     save("opdlm")
-    compared.look("after", student, recipe.layout, recipe.rule, tokens, **how)
+    compared.look("after", student, recipe.layout, recipe.rule, tokens)
     if dist.first():
         compared.publish(out)
 

@@ -112,8 +112,7 @@ def judge(net, teacher, job: Job, corpus, held: list, options, layout=None) -> d
     numbers = measure.likelihood(net, held, layout or recipe.layout, corpus.tokenizer)
     for look in job.looks:
         how = train_tiny.recipe_of(options_of(job, look), recipe.eot)
-        made = measure.generate(net, held, layout or how.layout, how.rule, recipe.eot, options.length, job.seed,
-                                how.redraws, confidence=how.confidence)
+        made = measure.generate(net, held, layout or how.layout, how.rule, recipe.eot, options.length, job.seed)
         numbers[look] = measure.generated(teacher, *made, corpus.tokenizer, check)
     return numbers
 

@@ -71,16 +71,16 @@ def likelihood(net, stories: list[Tensor], layout: Layout, tokenizer) -> dict:
     return {"val_nats": nats / sum(len(s) - 1 for s in stories), "bits_per_byte": nats / math.log(2) / size}
 
 
-def generate(net, stories: list[Tensor], layout: Layout, rule, eot: int, length: int, seed: int, redraws: int = 1,
-             batch: int = 128, **how) -> tuple[list, float]:
+def generate(net, stories: list[Tensor], layout: Layout, rule, eot: int, length: int, seed: int,
+             batch: int = 128) -> tuple[list, float]:
     """Texts that go on from the first 1 to 8 tokens of `stories`, batch by batch with the prompts' lengths, and the
     seconds they took. A response has `length` - 8 tokens at most, whatever its prompt."""
     texts, device, begun = [], net.wte.weight.device, time.perf_counter()
     for i in range(0, len(stories), batch):
         prompts = [s[:1 + k % 8] for k, s in enumerate(stories[i:i + batch], i)]
         tokens, lens = padded(prompts, eot).to(device), torch.tensor([len(p) for p in prompts])
-        u = opdlm.uniforms(seed, 0, range(i, i + len(prompts)), (length, redraws)).to(device)
-        text = opdlm.rollout(Denoiser(net, layout), tokens, length - 8, rule, u, eot, prompt_len=lens.to(device), **how)
+        u = opdlm.uniforms(seed, 0, range(i, i + len(prompts)), (length, rule.numbers(layout.block))).to(device)
+        text = opdlm.rollout(Denoiser(net, layout), tokens, length - 8, rule, u, eot, prompt_len=lens.to(device))
         texts.append((text, lens))
     return texts, time.perf_counter() - begun
 
@@ -150,9 +150,9 @@ def matmul_rate(device, size: int = 1024) -> float:
 
 
 def evaluate(net, teacher, layout: Layout, rule, stories: list[Tensor], tokenizer, length: int, seed: int,
-             check: Callable | None = None, **how) -> tuple[dict, trace.Trace]:
+             check: Callable | None = None) -> tuple[dict, trace.Trace]:
     """All the numbers of a model over held-out `stories`, and the trace of the first text that it wrote."""
-    texts, seconds = generate(net, stories, layout, rule, tokenizer.eot, length, seed, **how)
+    texts, seconds = generate(net, stories, layout, rule, tokenizer.eot, length, seed)
     numbers = likelihood(net, stories, layout, tokenizer) | generated(teacher, texts, seconds, tokenizer, check)
     text, lens = texts[0]
     kept, row = text.kept[0].cpu(), text.tokens[0].cpu()

@@ -18,10 +18,10 @@ class Comparison:
         self.held = measure.held_out(corpus.val, stories(corpus.val, corpus.tokenizer.eot), count, length)
         self.numbers, self.stories = {}, {}
 
-    def look(self, name: str, net, layout, rule, tokens: int, **how) -> None:
+    def look(self, name: str, net, layout, rule, tokens: int) -> None:
         """At one that was trained on so many tokens: ar, before or after."""
         self.numbers[name], self.stories[name] = measure.evaluate(
-            net, self.teacher, layout, rule, self.held, self.tokenizer, self.length, self.seed, self.check, **how)
+            net, self.teacher, layout, rule, self.held, self.tokenizer, self.length, self.seed, self.check)
         self.numbers[name]["train_tokens"] = tokens
         of = "ar" if name == "ar" else "student"
         self.log.write({"phase": "eval", "of": of, "tokens": tokens, **self.numbers[name]})

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import opdlm
 from model import hub, reveal
 from model.denoiser import Denoiser
+from model.draw import Warp
 from model.llama import Llama, LlamaConfig, RMSNorm
 from model.masks import AR, Layout
 from model.muon import Muon
@@ -134,7 +135,7 @@ def test_greedy_text_is_the_argmax_of_whole_passes(kind):
     net = maker(kind)()
     prompt = test_opdlm.prompts(3)
     u = torch.zeros(4, 15, 1)
-    text = opdlm.rollout(Denoiser(net, AR), prompt, 12, reveal.parse("static:1"), u, 99, temperature=0)
+    text = opdlm.rollout(Denoiser(net, AR), prompt, 12, reveal.parse("static:1"), u, 99, warp=Warp(temperature=0))
     for _ in range(12):
         prompt = torch.cat([prompt, net(prompt).view(4, -1, net.config.vocab)[:, -1:].argmax(-1)], 1)
     assert torch.equal(text.tokens, prompt)

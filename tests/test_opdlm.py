@@ -35,9 +35,9 @@ def prompts(P, rows=4, seed=2):
 
 
 def write(net, layout, P=3, R=18, rows=4, spec="threshold:0.3", seed=0, spy=Denoiser, **how):
-    denoiser = spy(net, layout)
-    u = opdlm.uniforms(seed, opdlm.ROLLOUT, range(rows), (P + R, how.pop("redraws", 1)))
-    return opdlm.rollout(denoiser, prompts(P, rows), R, reveal.parse(spec), u, EOT, **how), denoiser
+    denoiser, rule = spy(net, layout), reveal.parse(spec, how.pop("confidence", None))
+    u = opdlm.uniforms(seed, opdlm.ROLLOUT, range(rows), (P + R, how.pop("numbers", rule.numbers(layout.block))))
+    return opdlm.rollout(denoiser, prompts(P, rows), R, rule, u, EOT, **how), denoiser
 
 
 # rollout -------------------------------------------------------------------------------------------------------------
@@ -111,12 +111,18 @@ class Exact:
         return torch.stack(sums, 1).clamp(min=1e-30).log()                                # (B, 3, V)
 
 
-@pytest.mark.parametrize("spec", ["static:1", "leftmost:1"])
-def test_exact_conditionals_one_at_a_time_sample_the_joint(spec):
+ONE_A_STEP = [("static:1", None), ("leftmost:1", None), ("static:1", "margin"), ("static:1", "entropy"), ("eb:0", None),
+              ("random:1", None)]
+
+
+@pytest.mark.parametrize("spec, confidence", ONE_A_STEP)
+def test_exact_conditionals_one_at_a_time_sample_the_joint(spec, confidence):
     """Over a fine grid of the three uniform numbers, not a sample, so that only the grid's step is lost."""
     grid = torch.cartesian_prod(*[(torch.arange(48) + 0.5) / 48] * 3)
-    u = F.pad(grid, (1, 0))[..., None]
-    text = opdlm.rollout(Exact(), torch.full((len(grid), 1), 0), 3, reveal.parse(spec), u, eot=99)
+    u, rule = F.pad(grid, (1, 0))[..., None], reveal.parse(spec, confidence)
+    if rule.rolls:
+        u = torch.cat([u, torch.rand(u.shape, generator=torch.Generator().manual_seed(0))], -1)
+    text = opdlm.rollout(Exact(), torch.full((len(grid), 1), 0), 3, rule, u, eot=99)
     share = torch.bincount(text.tokens[:, 1:] @ torch.tensor([9, 3, 1]), minlength=27) / len(grid)
     assert (share - Exact.joint.flatten()).abs().max() < 0.01
 
@@ -124,7 +130,7 @@ def test_exact_conditionals_one_at_a_time_sample_the_joint(spec):
 def test_the_drawn_token_s_confidence_does_not():
     """The paper's rule prefers what is likely: the same draws, biased."""
     u = torch.rand(40_000, 4, 3, generator=torch.Generator().manual_seed(0))
-    text = opdlm.rollout(Exact(), torch.full((40_000, 1), 0), 3, reveal.parse("static:1"), u, 99, reveal.drawn)
+    text = opdlm.rollout(Exact(), torch.full((40_000, 1), 0), 3, reveal.parse("static:1", "drawn"), u, 99)
     share = torch.bincount(text.tokens[:, 1:] @ torch.tensor([9, 3, 1]), minlength=27) / 40_000
     assert (share - Exact.joint.flatten()).abs().max() > 0.03
 
@@ -185,10 +191,15 @@ def test_everything_kept_was_revealed(tiny, spec):
     assert (text.order[text.kept] >= 0).all() and (text.order[text.kept] < 6).all()
 
 
+class Nothing(reveal.Rule):
+    def __call__(self, confidence, masked, step, numbers):
+        return masked & False
+
+
 def test_the_last_step_reveals_what_is_left(tiny):
     """Even under a rule that never reveals anything, a block takes K steps."""
     u = opdlm.uniforms(0, 0, range(4), (21, 1))
-    text = opdlm.rollout(Denoiser(tiny(), Layout(4, 1, 0)), prompts(3), 18, lambda sure, masked: masked & False, u, EOT)
+    text = opdlm.rollout(Denoiser(tiny(), Layout(4, 1, 0)), prompts(3), 18, Nothing("", 0), u, EOT)
     assert (text.order[text.kept] == 3).all() and (text.forwards <= 20).all()
 
 
@@ -198,13 +209,6 @@ def test_uniforms_know_their_row_only():
     assert torch.equal(some[:, :4], opdlm.uniforms(5, 1, range(3, 6), (4, 2)))            # nor the length drawn
     for seed, stream, row in ((6, 1, 3), (5, 2, 3), (5, 1, 2)):
         assert not torch.equal(some[:1], opdlm.uniforms(seed, stream, range(row, row + 1), (7, 2)))
-
-
-def test_temperature():
-    probs = torch.tensor([[0.5, 0.3, 0.2]])
-    assert torch.equal(opdlm.tempered(probs, 0), torch.tensor([[1.0, 0, 0]]))
-    assert torch.equal(opdlm.tempered(probs, 1), probs)
-    assert torch.allclose(opdlm.tempered(probs, 0.5), probs ** 2 / (probs ** 2).sum())
 
 
 # states --------------------------------------------------------------------------------------------------------------
@@ -420,8 +424,8 @@ def test_dials_that_mean_nothing_together():
 def test_the_paper_s_redraws_are_new_each_step(tiny):
     """With one number a slot the unlucky token is drawn again and again; with one a step it is not."""
     net = tiny(seed=4)
-    same, _ = write(net, Layout(4, 4, 0), spec="static:1", confidence=reveal.drawn)
-    fresh, _ = write(net, Layout(4, 4, 0), spec="static:1", confidence=reveal.drawn, redraws=4)
+    same, _ = write(net, Layout(4, 4, 0), spec="static:1", confidence="drawn", numbers=1)
+    fresh, _ = write(net, Layout(4, 4, 0), spec="static:1", confidence="drawn")
     assert not torch.equal(same.tokens, fresh.tokens)
 
 

@@ -137,14 +137,14 @@ REFUSED = {
     "--prompt=" + " a" * CONTEXT: f"the prompt has {CONTEXT + 1} tokens, its start counted, and the model {CONTEXT}",
     f"--length={CONTEXT}": f"--length={CONTEXT} and a prompt of 1 tokens are more than the model's {CONTEXT} positions",
     "--reveal=best": "there is no reveal rule 'best'",
-    "--reveal=static:0": "a count of at least 1",
+    "--reveal=static:0": "static:COUNT takes a number of at least 1",
     "--ckpt=nowhere": "nowhere is no checkpoint",
     "--ckpt={run}/ar": "ar holds an AR model: use --mode=ar",
     "--n=0": "--n and --length are at least 1",
     "--length=0": "--n and --length are at least 1",
     "--block=0": "as is --block",
     "--export={run}": "is there already: name a new folder",
-    "--temperature=-1": "--temperature at least 0",
+    "--temperature=-1": "a temperature of at least 0",
     "--mode=fast": "--mode is 'fast'",
     "--sead=1": "did you mean --seed?",
 }
@@ -171,7 +171,7 @@ def test_an_unknown_confidence_is_named(tmp_path, capsys):
     path = run / "opdlm" / "config.json"
     path.write_text(path.read_text().replace('"largest"', '"loudest"'))
     assert cli.run(sample.main, [f"--ckpt={run}", "--device=cpu"]) == 2
-    assert "says confidence 'loudest': largest or drawn was wanted" in capsys.readouterr().err
+    assert "says confidence 'loudest': largest or drawn or margin or entropy was wanted" in capsys.readouterr().err
 
 
 def test_a_block_means_nothing_to_the_ar_model(run, capsys):
