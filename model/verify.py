@@ -1,0 +1,193 @@
+"""Lossless decoding: what diffusion drafts, an autoregressive model verifies; the text is the verifier's, sooner.
+
+A block of masks behind the accepted text gives a draft of each of its tokens, all of one state, each from its own
+distribution q. One causal pass over the drafts gives what the verifier would have drawn them from, p. From the left,
+a draft is accepted with probability min(1, p / q); in place of the first that is not, a token comes from (p - q)+
+(speculative sampling, 2211.17192). So the text has the verifier's distribution, whoever drafts; at temperature 0 it is
+the verifier's, token for token.
+
+The verifier may be the teacher: two forwards in turn, the student's and the teacher's. Or the student itself, which
+under its causal mask is an AR model: then one forward verifies the drafts, and behind each number of them that may be
+accepted stands a block of masks, to draft on from there (TiDAR, 2511.08923).
+
+Letters: B rows, T positions, K block, V vocabulary, C width, A drafts to verify, W positions of the clean text in one
+forward, M = (A + 1) K of masks, S cache slots.
+"""
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.denoiser import Denoiser
+from model.draw import Warp, inverse_cdf
+from model.gpt import Cache
+from model.masks import Layout
+
+DRAFT, ACCEPT, INSTEAD = range(3)       # what the three uniform numbers of a position are for
+
+
+def accept(p: Tensor, q: Tensor, draft: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,) how many drafts are accepted, and the token (B,) behind them. `p`, `q` (B, A + 1, V), `draft` (B, A + 1),
+    `u` (B, A + 1, 3). Where nothing is drafted q is 0, and what comes in its place is drawn from p itself."""
+    p_of, q_of = (x.gather(2, draft[..., None])[..., 0] for x in (p, q))                # (B, A + 1)
+    kept = (q_of > 0) & (u[..., ACCEPT] * q_of < p_of)
+    count = kept.cumprod(1).sum(1)                                                      # (B,) at most A
+    row = torch.arange(len(p), device=p.device)
+    rest = (p - q).clamp(min=0)[row, count]                                             # (B, V)
+    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p[row, count])             # p = q, but for rounding
+    return count, inverse_cdf(rest, u[row, count, INSTEAD])
+
+
+class Stream:
+    """A network's cached pass over text of which the end may be taken back, and over masks that it never keeps.
+    `forwards` and `positions` (B,) count what each row has cost."""
+
+    def __init__(self, net, block: int, begin: Tensor, end: Tensor):
+        """`block`: of the masks, 0 for none. `begin`, `end` (B,): where responses begin and must stop."""
+        self.net, self.block, self.end, self.scratch, self.begun = net, block, end, block * block, False
+        self.cache = [Cache(self.scratch + int(end.max())) for _ in net.h]              # masks, then text, then a dump
+        self.forwards, self.positions = torch.zeros_like(begin), torch.zeros_like(begin)
+
+    def __call__(self, tokens: Tensor, size: Tensor, drafts: int, working: Tensor) -> tuple[Tensor, Tensor, tuple]:
+        """Push the first `size` (B,) of `tokens` (B, T), all but what is written, the `drafts` (A) behind them, masks.
+
+        Hidden states (B, A + 1, C) about the tokens at size .. size + A; those of the masks behind a = 0 .. A accepted
+        drafts, (B, A + 1, K - 1, C), about the tokens at size + a + 1 and on; and what makes logits of both.
+        """
+        B, K, A, row = len(size), self.block, drafts, torch.arange(len(size), device=size.device)[:, None]
+        written = size - 1 if self.begun else 0 * size                     # an accepted draft was pushed to be verified
+        late = torch.where(working, size + A - written, 0)                              # (B,)
+        clean = written[:, None] + torch.arange(int(late.max()), device=size.device)    # (B, W)
+        behind = size[:, None] + torch.arange(A + 1, device=size.device)                # (B, A + 1) blocks begin there
+        noisy = (behind[..., None] + torch.arange(K, device=size.device)).flatten(1)    # (B, M)
+        position, slot = torch.cat([clean, noisy], 1), torch.arange(noisy.size(1), device=size.device)
+        used = working[:, None] & (position < torch.cat([(written + late).minimum(self.end)[:, None].expand_as(clean),
+                                                         self.end[:, None].expand_as(noisy)], 1))
+        self.forwards, self.positions, self.begun = self.forwards + working, self.positions + used.sum(1), True
+        position = torch.where(used, position, 0)
+        pushed = torch.cat([tokens.gather(1, position[:, :clean.size(1)]), torch.full_like(noisy, self.net.mask_id)], 1)
+        at = torch.cat([self.scratch + clean, slot.expand_as(noisy)], 1).masked_fill(~used, self.cache[0].slots)
+        ahead = clean.size(1) + slot.view(1, A + 1, K)[..., :-1].flatten(1).expand(B, -1)
+        read = torch.cat([(behind - 1 - written[:, None]), ahead], 1) + row * position.size(1)
+        hidden, table = self.net(pushed, self.mask(clean, noisy, behind), position, read.clamp(min=0).flatten(),
+                                 self.cache, at, head=lambda hidden, *table: (hidden, table))
+        hidden = hidden.view(B, -1, hidden.size(-1))
+        return hidden[:, :A + 1], hidden[:, A + 1:].reshape(B, A + 1, max(K - 1, 0), hidden.size(-1)), table
+
+    def mask(self, clean: Tensor, noisy: Tensor, behind: Tensor) -> Tensor:
+        """(B, 1, W + M, S): text is causal; a mask sees the text before its block, and its block, both ways."""
+        upto = min(int(torch.cat([clean, behind], 1).max()) + 1, self.cache[0].slots - self.scratch)
+        text = torch.arange(upto, device=clean.device)                                  # the keys' positions
+        sees = torch.cat([clean, behind.repeat_interleave(self.block, 1) - 1], 1)       # (B, W + M) up to which text
+        block = torch.arange(noisy.size(1), device=clean.device) // max(self.block, 1)
+        beside = (block[:, None] == block) & (noisy < self.end[:, None])[:, None, :]    # (B, M, M)
+        beside = F.pad(beside, (0, self.scratch - noisy.size(1), clean.size(1), 0))     # (B, W + M, scratch)
+        return torch.cat([beside, text <= sees[..., None]], 2)[:, None]
+
+
+class Itself:
+    """The student verifies its own drafts; one forward an iteration."""
+
+    def __init__(self, student, layout: Layout, begin: Tensor, end: Tensor):
+        if (layout.clean_block, layout.shift) != (1, 1):
+            raise ValueError("a student that verifies itself must read finished text as an AR model does: convert it "
+                             "with --align=ar --context=causal, or take its teacher as the verifier")
+        block = layout.block * (layout.block > 1)                          # a block of one slot has nothing to draft
+        self.stream, self.before = Stream(student, block, begin, end), None
+
+    def __call__(self, tokens, size, working, u, warp) -> tuple[Tensor, Tensor, Tensor]:
+        """p, q (B, A + 1, V) and drafts (B, A + 1), the last of them none."""
+        q, row = None, torch.arange(len(size), device=size.device)
+        drafts = tokens[:, :0]
+        if self.before is not None:
+            before, ahead, table = self.before
+            chosen = ahead[row, (size - before - 1).clamp(0, ahead.size(1) - 1)]        # (B, K - 1, C)
+            q = warped(warp, F.linear(chosen, *table))
+            drafts = drawn(q, u, size)
+            tokens = put(tokens, drafts, size)
+        behind, ahead, table = self.stream(tokens, size, drafts.size(1), working)
+        self.before = size, ahead, table
+        p = warped(warp, F.linear(behind, *table))
+        return p, torch.zeros_like(p) if q is None else F.pad(q, (0, 0, 0, 1)), F.pad(drafts, (0, 1))
+
+    @property
+    def cost(self) -> tuple[Tensor, Tensor]:
+        return self.stream.forwards, self.stream.positions
+
+
+class Teacher:
+    """The student drafts a block and the teacher verifies it; two forwards an iteration."""
+
+    def __init__(self, student, layout: Layout, begin: Tensor, end: Tensor, teacher):
+        self.drafter, self.stream, self.begin = Denoiser(student, layout), Stream(teacher, 0, begin, end), begin
+        self.drafter.open(begin, end)
+
+    def __call__(self, tokens, size, working, u, warp) -> tuple[Tensor, Tensor, Tensor]:
+        """The same. A student that is causal between its blocks begins a block anywhere; the other fills up its own."""
+        layout = self.drafter.layout
+        done = (size - self.begin) % layout.block * (layout.clean_block > 1) * working  # (B,) of the block
+        self.drafter.prompt = size - done                                  # from where blocks are counted
+        logits = self.drafter(tokens, size - done)                                      # (B, K, V)
+        slot = done[:, None] + torch.arange(layout.block, device=size.device)           # (B, K) of drafts, in the block
+        place = slot.clamp(max=layout.block - 1)[..., None].expand(-1, -1, logits.size(-1))
+        q = warped(warp, logits.gather(1, place)) * (slot < layout.block)[..., None]
+        drafts = drawn(q, u, size)
+        behind, _, table = self.stream(put(tokens, drafts, size), size, layout.block, working)
+        return warped(warp, F.linear(behind, *table)), F.pad(q, (0, 0, 0, 1)), F.pad(drafts, (0, 1))
+
+    @property
+    def cost(self) -> tuple[Tensor, Tensor]:
+        return self.drafter.forwards + self.stream.forwards, self.drafter.positions + self.stream.positions
+
+
+def warped(warp, logits: Tensor) -> Tensor:
+    """(B, A, V) probabilities."""
+    return warp(logits.float().softmax(-1).flatten(0, 1)).view(logits.shape)
+
+
+def at(u: Tensor, size: Tensor, count: int) -> Tensor:
+    """(B, count, 3): the numbers of the positions from `size` on."""
+    place = size[:, None] + torch.arange(count, device=size.device)
+    return u.gather(1, place.clamp(max=u.size(1) - 1)[..., None].expand(-1, -1, u.size(2)))
+
+
+def drawn(q: Tensor, u: Tensor, size: Tensor) -> Tensor:
+    """(B, A): a draft of each position."""
+    return inverse_cdf(q.flatten(0, 1), at(u, size, q.size(1))[..., DRAFT].flatten()).view(q.shape[:2])
+
+
+def put(tokens: Tensor, some: Tensor, size: Tensor) -> Tensor:
+    """`tokens` (B, T) with `some` (B, A) from `size` on."""
+    return tokens.scatter(1, size[:, None] + torch.arange(some.size(1), device=size.device), some)
+
+
+@torch.no_grad()
+def verified(student, layout: Layout, prompt: Tensor, length: int, u: Tensor, eot: int, warp: Callable = Warp(),
+             teacher=None, prompt_len: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Text of the `teacher`'s distribution, or if there is none of the student's own as an AR model, after each row of
+    `prompt` (B, P), up to `length` tokens, until an end-of-text. `u` (B, P + length, 3): uniform numbers.
+
+    Tokens (B, P + length); the iteration in which each was accepted, -1 where none was; forwards and positions (B,).
+    """
+    B, P = prompt.shape
+    size = torch.full((B,), P, device=prompt.device) if prompt_len is None else prompt_len       # (B,) accepted so far
+    begin, end, turn = size, size + length, 0
+    tokens = F.pad(prompt, (0, length + layout.block + 1))
+    tokens = tokens.masked_fill(torch.arange(tokens.size(1), device=size.device) >= size[:, None], student.mask_id)
+    when = torch.full_like(tokens, -1)
+    verifier = Itself(student, layout, begin, end) if teacher is None else Teacher(student, layout, begin, end, teacher)
+    while (working := size < end).any():
+        p, q, drafts = verifier(tokens, size, working, u, warp)
+        count, instead = accept(p, q, drafts, at(u, size, drafts.size(1)))
+        run, slot = drafts.scatter(1, count[:, None], instead[:, None]), torch.arange(p.size(1), device=size.device)
+        here = size[:, None] + slot                                                     # (B, A + 1)
+        fits = (slot <= count[:, None]) & (here < end[:, None])
+        over = fits & (run == eot)
+        fits &= over.cumsum(1) - over.long() == 0                                       # nothing behind an end-of-text
+        tokens = tokens.scatter(1, here, torch.where(fits, run, tokens.gather(1, here)))
+        when = when.scatter(1, here, torch.where(fits, turn, when.gather(1, here)))
+        size = torch.where(over.any(1), end, (size + count + 1).minimum(end))
+        turn += 1
+    tokens, when = tokens[:, :P + length], when[:, :P + length]
+    return tokens.masked_fill(tokens == student.mask_id, eot), when, *verifier.cost
