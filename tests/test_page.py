@@ -141,18 +141,22 @@ globalThis.clearInterval = () => { tick = null; };
 const seen = [];
 const look = () => seen.push([at, text.map(span => span.textContent).join(""), nodes.said.textContent,
   text.map(span => span.classes.has("new")), slider.attributes["aria-valuetext"]]);
-const key = (key, more) => document.onkeydown({key, preventDefault() {}, ...more});
+let ours = 0;
+const key = (key, more) => document.onkeydown({key, preventDefault() { ours += 1; }, ...more});
 SCRIPT
 look();
 for (let i = 0; i < MAX + 1; i++) { key("ArrowLeft"); look(); }
 for (let i = 0; i < MAX + 1; i++) { key("ArrowRight"); look(); }
 key("Home"); look();
 key("End"); look();
-key("ArrowLeft", {altKey: true}); look();
+key("ArrowLeft", {altKey: true}); key("PageDown"); key("a"); look();
 slider.value = 1; slider.oninput(); look();
 key("End"); nodes.play.onclick(); look();
+tick(); key("ArrowRight"); if (tick) throw Error("a key does not pause");
+key("End"); nodes.play.onclick(); nodes.play.onclick(); if (tick) throw Error("the button does not pause");
+key("End"); nodes.play.onclick();
 while (tick) { tick(); look(); }
-console.log(JSON.stringify({seen, hidden: nodes.controls.hidden, label: nodes.play.textContent}));
+console.log(JSON.stringify({seen, ours, hidden: nodes.controls.hidden, label: nodes.play.textContent}));
 """
 
 
@@ -170,6 +174,7 @@ def test_the_page_s_script_shows_what_the_terminal_does(tokens, block):
     said = json.loads(run.stdout)
     asked = [last, *range(last - 1, -1, -1), 0, *range(1, last + 1), last, 0, last, last, 1, *range(last + 1)]
     assert [at for at, *_ in said["seen"]] == asked and not said["hidden"] and said["label"] == "play"
+    assert said["ours"] == 2 * (last + 1) + 6                        # the browser keeps all the other keys
     for at, text, line, new, spoken in said["seen"]:
         assert text == "".join(text for text, _ in watch.frame(seen, at)[1:])
         there = sum(when <= at for when in seen.when)

@@ -48,7 +48,7 @@ class Screen(io.StringIO):
         elif what in ("K", "J"):
             if what == "J" and self.x == self.y == 0:        # as tmux does
                 self.above += self.rows
-            del row[self.x:]
+            del row[min(self.x, self.columns - 1):]          # behind the last column, the cursor is still on it
             for below in range(self.y + 1, self.lines) if what == "J" else ():
                 self.rows[below] = []
         elif what == "m":
