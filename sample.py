@@ -3,6 +3,7 @@
     python sample.py --prompt "Once upon a time"             block by block, coloured by the step that revealed a token
     python sample.py --mode=ar --prompt "Once upon a time"   the autoregressive model that it was made of
     python sample.py --reveal=static:1 --n 4                 another rule, four texts
+    python sample.py --watch --picture=text.html             before your eyes; and as a page to go through it again
     python sample.py --ckpt=hf:gpt2 --mode=ar                a checkpoint of the Hugging Face hub
     python sample.py --export=FOLDER                         no text: the checkpoint itself, for `transformers` to read
 
@@ -23,10 +24,11 @@ from model.denoiser import Denoiser
 from model.dist import device_named
 from model.draw import Warp
 from model.masks import AR, Layout
-from report import cli, trace
+from report import cli, page, trace, watch
 from report.cli import option
 
 MOST = 1024         # tokens of a response that nobody gave a length
+PICTURES = {".png": trace.picture, ".html": page.save}
 
 
 @dataclass
@@ -46,6 +48,10 @@ class Options:
     length: int | None = option(None, "longest response, tokens; none: what the model has room for, at most 1024")
     n: int = option(1, "texts")
     seed: int = option(0, "of the draws; text i of a seed is the same for any --n")
+    watch: bool = option(False, "show on a terminal how each text was denoised, forward by forward")
+    fps: float = option(8.0, "forwards a second that --watch shows, 0.1 to 1000")
+    picture: str | None = option(None, "a file for how the first text was denoised: .png, a still, or .html, a page "
+                                 "with a slider")
     device: str = option("auto", "auto: cuda, else mps, else cpu", ("auto", "cpu", "cuda", "mps"))
 
     def __post_init__(self):
@@ -56,6 +62,10 @@ class Options:
             if getattr(self, name):
                 raise ValueError(f"--{name}={getattr(self, name)} means nothing to --mode=ar, a token at a time: "
                                  "leave it out")
+        if not 0.1 <= self.fps <= 1000:
+            raise ValueError(f"--fps={self.fps:g}: from 0.1 to 1000 forwards a second can be shown")
+        if self.picture is not None and Path(self.picture).suffix.lower() not in PICTURES:
+            raise ValueError(f"--picture={self.picture}: the name of a picture ends in {' or '.join(PICTURES)}")
 
     def warp(self) -> Warp:
         return Warp(self.temperature, self.top_k, self.top_p)
@@ -133,10 +143,15 @@ def main(argv: list[str]) -> None:
     net, layout, tok, rule = load(options)
     text, seconds = write(options, net, layout, tok, rule)
     colour = trace.wants_colour(sys.stdout) and layout.block > 1
-    for story in traces(text, options.prompt, tok, layout.block):
+    stories = traces(text, options.prompt, tok, layout.block)
+    for story in stories:
+        if options.watch:
+            watch.play(story, sys.stdout, options.fps, colour)
         print(trace.coloured(story, colour), end="\n\n")
     if colour:
         print(trace.legend(layout.block))
+    if options.picture is not None:
+        PICTURES[Path(options.picture).suffix.lower()](stories[0], options.picture)
     print(cost(text, seconds, net))
 
 

@@ -31,7 +31,7 @@ from model.muon import RATES, SHAPES, Muon, optimizer_named, ramp, schedule
 from model.state import begin_states, found, load_state, save_state, writable
 from report import cli, measure, trace
 from report.cli import option
-from report.publish import Comparison
+from report.publish import Comparison, watched
 
 
 @dataclass
@@ -76,6 +76,7 @@ class Options:
     device: str = option("auto", "auto: cuda, else mps, else cpu", ("auto", "cpu", "cuda", "mps"))
     compile: bool = option(False, "torch.compile the blocks")
     every: int = option(40, "updates between two saves, and between two looks at the held-out text")
+    watch_prompt: str | None = option(None, "a text to go on from at each of these looks, for people to read")
     resume: bool = option(False, "go on to --distill_steps from where the run in --out stopped")
 
 
@@ -231,6 +232,7 @@ def main(argv: list[str]) -> None:
     own = None if options.init == "scratch" else tokenizer.load(hub.ar_folder(options.init))
     corpus = open_corpus(options.data, options.val_data, options.vocab, own)
     options = settled(options, corpus)
+    prompt = watched(options.watch_prompt, corpus.tokenizer, options.length)
     out = writable(Path(options.out))
     if options.resume and not found(out / STATE):
         raise ValueError(f"there is nothing to resume in {out}: it has no {STATE}; run without --resume")
@@ -249,7 +251,7 @@ def main(argv: list[str]) -> None:
     student = dist.place(copy.deepcopy(teacher).init_mask(), options.compile)
     optimizer = dist.Careful(optimizer_named(options.optimizer, student, options.lr), options.passes)
     teacher = dist.compiled(teacher.requires_grad_(False).to(getattr(torch, options.teacher)), options.compile)
-    compared = Comparison(teacher, corpus, options.length, options.seed, log)
+    compared = Comparison(teacher, corpus, options.length, options.seed, log, prompt)
     compared.look("ar", teacher, AR, rules.parse("static:1"), options.pretrain_steps * options.rows * options.length)
     compared.look("before", student, recipe.layout, recipe.rule, 0)
 
@@ -257,7 +259,8 @@ def main(argv: list[str]) -> None:
         hub.save(out / name, student, tok, recipe.layout, reveal=str(recipe.rule),
                  confidence=recipe.rule.confidence.__name__)
 
-    tokens = convert(student, teacher, corpus, recipe, options, optimizer, log, compared.glance, save)
+    glance = partial(compared.glance, rule=recipe.rule, **how)
+    tokens = convert(student, teacher, corpus, recipe, options, optimizer, log, glance, save)
     save("opdlm")
     compared.look("after", student, recipe.layout, recipe.rule, tokens)
     if dist.first():

@@ -154,10 +154,23 @@ def evaluate(net, teacher, layout: Layout, rule, stories: list[Tensor], tokenize
     """All the numbers of a model over held-out `stories`, and the trace of the first text that it wrote."""
     texts, seconds = generate(net, stories, layout, rule, tokenizer.eot, length, seed)
     numbers = likelihood(net, stories, layout, tokenizer) | generated(teacher, texts, seconds, tokenizer, check)
-    text, lens = texts[0]
+    return numbers, first_trace(*texts[0], tokenizer, layout.block)
+
+
+def go_on(net, prompt: Tensor, length: int, layout: Layout, rule, tokenizer, seed: int, redraws: int = 1,
+          **how) -> trace.Trace:
+    """The trace of up to `length` tokens after `prompt` (P,): those of sample.py with this --length and --seed."""
+    device = net.wte.weight.device
+    u = opdlm.uniforms(seed, 0, range(1), (len(prompt) + length, redraws)).to(device)
+    text = opdlm.rollout(Denoiser(net, layout), prompt[None].to(device), length, rule, u, tokenizer.eot, **how)
+    return first_trace(text, [len(prompt)], tokenizer, layout.block)
+
+
+def first_trace(text: opdlm.Text, lens, tokenizer, block: int) -> trace.Trace:
+    """Of the first row, whose prompt has lens[0] tokens."""
     kept, row = text.kept[0].cpu(), text.tokens[0].cpu()
     pieces, order = tokenizer.pieces(row[kept | kept.roll(-1)].tolist())[1:], text.order[0].cpu()[kept].tolist()
-    return numbers, trace.from_order(tokenizer.decode(row[:lens[0]].tolist()), pieces, order, layout.block)
+    return trace.from_order(tokenizer.decode(row[:lens[0]].tolist()), pieces, order, block)
 
 
 ROWS = ("val_nats", "bits_per_byte", "gen_nats", "valid", "distinct2", "entropy", "tok_per_fwd", "positions_per_tok",

@@ -2,18 +2,38 @@
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
 
 from data import toy
 from data.tinystories import Corpus, stories
 from report import curves, measure, trace
 
+WATCHED = 32        # tokens that go on from a prompt that is watched
+
+
+def watched(prompt: str | None, tokenizer, length: int) -> Tensor | None:
+    """(P,) the ids of a prompt that is watched, if there is one, refused if it leaves no room in `length` positions."""
+    if prompt is None:
+        return None
+    ids = [tokenizer.eot, *tokenizer.encode(prompt)]
+    if len(ids) + WATCHED > length:
+        raise ValueError(f"--watch_prompt has {len(ids)} tokens, its start counted, and {WATCHED} more must fit in the "
+                         f"{length} positions: shorten it")
+    return torch.tensor(ids)
+
 
 class Comparison:
-    """Models looked at over the same held-out stories: 512 of the story world, which has a checker, 128 of a text."""
+    """Models looked at over the same held-out stories: 512 of the story world, which has a checker, 128 of a text; and
+    by what they write after the `prompt` (P,) that is watched, if any, from the same random numbers each time."""
 
-    def __init__(self, teacher, corpus: Corpus, length: int, seed: int, log):
+    def __init__(self, teacher, corpus: Corpus, length: int, seed: int, log, prompt: Tensor | None = None):
         self.teacher, self.tokenizer, self.length, self.seed, self.log = teacher, corpus.tokenizer, length, seed, log
+        self.prompt = prompt
         self.check, count = (toy.check, 512) if corpus.name == "toy" else (None, 128)
         self.held = measure.held_out(corpus.val, stories(corpus.val, corpus.tokenizer.eot), count, length)
         self.numbers, self.stories = {}, {}
@@ -25,12 +45,23 @@ class Comparison:
         self.numbers[name]["train_tokens"] = tokens
         of = "ar" if name == "ar" else "student"
         self.log.write({"phase": "eval", "of": of, "tokens": tokens, **self.numbers[name]})
+        self.watch(name, net, layout, rule, of, tokens, **how)
 
-    def glance(self, net, layout, tokens: int) -> float:
+    def glance(self, net, layout, tokens: int, rule, **how) -> float:
         """val_nats of a few, noted in the log."""
         numbers = measure.likelihood(net, self.held[:32], layout, self.tokenizer)
         self.log.write({"phase": "eval", "of": "student", "tokens": tokens, **numbers})
+        self.watch(f"{tokens / 1e3:.1f}k", net, layout, rule, "student", tokens, **how)
         return numbers["val_nats"]
+
+    def watch(self, name: str, net, layout, rule, of: str, tokens: int, **how) -> None:
+        """A line of what comes after the prompt now, and its trace in the log. All processes have to take part."""
+        if self.prompt is None:
+            return
+        story = measure.go_on(net, self.prompt, WATCHED, layout, rule, self.tokenizer, self.seed, **how)
+        self.log.write({"phase": "watch", "of": of, "tokens": tokens, **asdict(story)})
+        text = trace.coloured(story, trace.wants_colour(sys.stdout) and layout.block > 1).replace("\n", "⏎")
+        tqdm.write(f"{name:8} {len(story.pieces):2} tokens in {story.forwards:2} forwards | {text}")
 
     def publish(self, out: Path) -> None:
         """The table and the stories on the terminal; summary.json and the pictures in the run's folder."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,11 @@ class Trace:
     def began(self) -> list[int]:
         """For each token, the forwards that were over when its block began."""
         return [max(self.when[:i - i % self.block], default=0) for i in range(len(self.when))]
+
+    @property
+    def steps(self) -> list[int]:
+        """For each token, the step of its block, from 0, that revealed it: what its colour says."""
+        return [when - 1 - began for when, began in zip(self.when, self.began)]
 
 
 def from_order(prompt: str, pieces: list[str], order, block: int) -> Trace:
@@ -72,30 +78,43 @@ def show(tokenizer, ids) -> str:
 
 def coloured(trace: Trace, colour: bool) -> str:
     """The whole text, each token in the colour of the step of its block that revealed it (see `legend`)."""
-    def paint(piece: str, step: int) -> str:
-        return _paint(visible(piece), step, trace.block) if colour else visible(piece)
-    steps = [when - 1 - began for when, began in zip(trace.when, trace.began)]
-    return visible(trace.prompt) + "".join(map(paint, trace.pieces, steps))
+    def painted(piece: str, step: int) -> str:
+        return paint(visible(piece), step, trace.block) if colour else visible(piece)
+    return visible(trace.prompt) + "".join(map(painted, trace.pieces, trace.steps))
 
 
 def legend(steps: int) -> str:
     """One line of colours for blocks of at most so many steps: `coloured` uses them with steps = the trace's block."""
-    groups = [list(group) for _, group in itertools.groupby(range(steps), lambda k: _paint("", k, steps))]
-    names = [(f"{g[0] + 1}-{g[-1] + 1}" if len(g) > 1 else str(g[0] + 1), g[0], steps) for g in groups]
-    return "revealed in its block's step " + " ".join(_paint(*name) for name in names)
+    return "revealed in its block's step " + " ".join(paint(name, step, steps) for name, step in scale(steps))
+
+
+def scale(steps: int) -> list[tuple[str, int]]:
+    """Which of so many steps share a colour: their name, counted from 1, and the first of them."""
+    groups = [list(group) for _, group in itertools.groupby(range(steps), lambda step: shade(step, steps))]
+    return [(f"{g[0] + 1}-{g[-1] + 1}" if len(g) > 1 else str(g[0] + 1), g[0]) for g in groups]
+
+
+def obeys(stream) -> bool:
+    """Is stream a terminal that moves its cursor, and changes colours, when it is told to?"""
+    terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
+    if terminal and os.name == "nt":
+        os.system("")                            # an old Windows console obeys only after this
+    return terminal
 
 
 def wants_colour(stream) -> bool:
     """Is stream a terminal that wants colours? NO_COLOR with any value says no (https://no-color.org)."""
-    wants = stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    if wants and os.name == "nt":
-        os.system("")                            # an old Windows console reads colour codes only after this
-    return wants
+    return obeys(stream) and not os.environ.get("NO_COLOR")
 
 
-def _paint(text: str, step: int, steps: int) -> str:
-    """text in the colour of step, the ramp being spread over steps."""
-    return f"\x1b[38;5;{RAMP[min(step, steps - 1) * (len(RAMP) - 1) // max(steps - 1, 1)]}m{text}\x1b[0m"
+def shade(step: int, steps: int) -> int:
+    """The place in the ramp of a step, the ramp being spread over so many."""
+    return min(step, steps - 1) * (len(RAMP) - 1) // max(steps - 1, 1)
+
+
+def paint(text: str, step: int, steps: int) -> str:
+    """text in the colour of step."""
+    return f"\x1b[38;5;{RAMP[shade(step, steps)]}m{text}\x1b[0m"
 
 
 # the picture --------------------------------------------------------------------------------------------------------
@@ -189,12 +208,17 @@ def _signs() -> frozenset[int]:
 
 
 def save(fig, path) -> None:
-    """Write a figure to path, whole or not at all; the kind of image is the name's ending."""
+    """Write a figure to path; the kind of image is the name's ending."""
+    appear(path, lambda part: fig.savefig(part, format=Path(path).suffix[1:] or "png"))
+
+
+def appear(path, write: Callable[[Path], object]) -> None:
+    """The file at path, made by `write` under another name: whole or not at all. OSError if it can't be written."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        fig.savefig(part, format=path.suffix[1:] or "png")
+        write(part)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

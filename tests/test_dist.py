@@ -137,7 +137,8 @@ def test_a_state_of_two_processes_is_gone_on_from_in_one_and_in_two(one, tmp_pat
 
 
 SHORT = ("--data=stories.txt", "--vocab=300", "--pretrain_steps=30", "--rows=4", "--warm_steps=32", "--updates=2",
-         "--layers=1", "--width=64", "--length=64", "--batch=4", "--every=2", "--distill_steps=40", "--device=cpu")
+         "--layers=1", "--width=64", "--length=64", "--batch=4", "--every=2", "--distill_steps=40", "--device=cpu",
+         "--watch_prompt=One day")
 
 
 def distilled(folder):
@@ -172,6 +173,8 @@ def test_the_whole_command_in_two_processes(alone):
     made = torchrun(2, ROOT / "train_tiny.py", *SHORT, "--out=2", cwd=alone, timeout=200)
     assert made.returncode == 0, made.stderr
     assert_same_runs(alone / "1", alone / "2")
+    looks = [(alone / name / "log.jsonl").read_text().count('"watch"') for name in "12"]
+    assert made.stdout.count("forwards | One day") == looks[0] == looks[1] > 10          # only the first process speaks
 
 
 def test_from_a_checkpoint_one_of_two_killed_and_gone_on_with(alone):

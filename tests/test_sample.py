@@ -1,6 +1,7 @@
 import re
 import subprocess
 import sys
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,13 @@ REFUSED = {
     "--temperature=-1": "a temperature of at least 0",
     "--mode=fast": "--mode is 'fast'",
     "--sead=1": "did you mean --seed?",
+    "--fps=0": "--fps=0: from 0.1 to 1000 forwards a second",
+    "--fps=-8": "--fps=-8: from 0.1",
+    "--fps=1e9": "--fps=1e+09: from 0.1 to 1000",
+    "--fps=fast": "--fps is 'fast': a number was wanted",
+    "--picture=text.pdf": "--picture=text.pdf: the name of a picture ends in .png or .html",
+    "--picture=html": "--picture=html: the name of a picture ends in",
+    "--picture=": "--picture=: the name of a picture ends in",
 }
 
 
@@ -223,6 +231,45 @@ def test_colours_on_a_terminal_only(run, capsys, monkeypatch):
     text = said(capsys, run)[0]
     assert "\x1b[38;5;" in text and re.sub(r"\x1b\[[\d;]*m", "", text).startswith(plain)
     assert "\x1b" not in said(capsys, run, "--mode=ar")[0]                        # a token a step: nothing to colour
+
+
+def test_watching_changes_nothing_that_stays(run, capsys, monkeypatch):
+    """Not on a terminal: not a byte. On one, after each text was played and cleared away, the same lines."""
+    flags = ["--n=2", "--length=9", "--prompt=One day"]
+    plain, shown = said(capsys, run, *flags)[0], []
+    assert said(capsys, run, "--watch", *flags)[0] == plain
+    monkeypatch.setattr(sample.watch.time, "sleep", shown.append)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stdout", Terminal(sys.stdout))
+    coloured = said(capsys, run, *flags)[0]
+    first, _, second = said(capsys, run, "--watch", "--fps=50", *flags)[0].rpartition(sample.watch.END)
+    assert coloured == first.split(sample.watch.END)[1].split(sample.watch.BEGIN)[0] + second
+    assert first.count(sample.watch.BEGIN) == 2 and len(shown) > 4 and set(shown) == {1 / 50}
+    monkeypatch.setenv("NO_COLOR", "1")
+    watched = said(capsys, run, "--watch", *flags)[0]
+    assert "38;5" not in watched and watched.count(sample.watch.BEGIN) == 2 and "▢" in watched
+
+
+def test_a_picture_is_of_the_first_text(run, tmp_path, capsys):
+    """The page's pieces are the text; neither kind of picture changes what is printed."""
+    flags = ["--length=9", "--prompt=One day", "--seed=2"]
+    plain = said(capsys, run, "--n=3", *flags)[0]
+    for name in ("a.html", "new/b.HTML", "c.png"):
+        assert said(capsys, run, "--n=3", *flags, f"--picture={tmp_path / name}")[0] == plain
+    alone = said(capsys, run, *flags, f"--picture={tmp_path / 'alone.html'}")[0]
+    html = (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert html == (tmp_path / "new/b.HTML").read_text(encoding="utf-8") == (tmp_path / "alone.html").read_text("utf-8")
+    pieces = unescape("".join(re.findall(r"<span [^>]*data-when[^>]*>([^<]*)</span>", html)))
+    assert "One day" + pieces + "\n\n" == alone and "<b>One day</b>" in html
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_nothing_is_written_for_a_picture_with_another_ending(run, monkeypatch, capsys):
+    monkeypatch.setattr(sample.hub, "load", lambda folder: pytest.fail("a model was read"))
+    with pytest.raises(SystemExit) as left:
+        sample.main([f"--ckpt={run}", "--picture=text.gif"])
+    assert left.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_as_a_command(run):

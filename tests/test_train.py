@@ -22,7 +22,7 @@ from data.tinystories import NoNetwork, stories
 from model import hub
 from model.dist import Log
 from model.masks import AR
-from report import cli, measure
+from report import cli, measure, trace
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--data=toy", "--pretrain_steps=2", "--warm_steps=1", "--layers=1", "--width=64", "--batch=2", "--every=2",
@@ -114,6 +114,26 @@ def test_init_takes_a_checkpoint(capsys):
     assert first == second and not steps("next", "pretrain")
 
 
+def test_a_prompt_that_is_watched(capsys):
+    """Its lines say what sample.py writes with the same seed, at first the AR model, at last the student; to look on
+    changes no loss."""
+    assert train("--distill_steps=5", "--updates=2", "--seed=3", "--out=alone") == 0
+    capsys.readouterr()
+    assert train("--distill_steps=5", "--updates=2", "--seed=3", "--out=run", "--watch_prompt=One day") == 0
+    lines = re.findall(r"^(\S+) +(\d+) tokens in +(\d+) forwards \| (One day.*)$", capsys.readouterr().out, re.M)
+    assert [r["loss"] for r in steps("run", "distil")] == [r["loss"] for r in steps("alone", "distil")]
+    seen = steps("run", "watch")
+    assert len(lines) == len(seen) == len(steps("run", "eval")) and not steps("alone", "watch")
+    assert [r["of"] for r in seen] == ["ar"] + ["student"] * (len(seen) - 1) and len({line[3] for line in lines}) > 2
+    for (_, count, forwards, text), record in zip(lines, seen):
+        story = trace.Trace(**{name: record[name] for name in ("pieces", "when", "prompt", "forwards", "block")})
+        assert (len(story.pieces), story.forwards, trace.coloured(story, False)) == (int(count), int(forwards), text)
+    for mode, line in (("ar", lines[0]), ("diffusion", lines[-1])):
+        flags = ["--ckpt=run", f"--mode={mode}", "--prompt=One day", "--length=32", "--seed=3", "--device=cpu"]
+        assert cli.run(sample.main, flags) == 0
+        assert capsys.readouterr().out.startswith(line[3] + "\n\n")
+
+
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "real"])
 def test_init_takes_another_family(kind, monkeypatch, request):
     """The data is read with the checkpoint's tokenizer; what is left behind is of its family."""
@@ -183,6 +203,7 @@ def test_what_saves_memory_changes_no_loss():
     (["--init=run/ar", "--length=97"], "--length=97 is more than the 96 positions of --init=run/ar"),
     (["--align=left"], "--align"), (["--width=33"], "--width"),
     (["--out=occupied/run"], "can't be written"), (["--resume", "--out=empty"], "nothing to resume"),
+    (["--watch_prompt=" + " a" * 64], "--watch_prompt has 65 tokens, its start counted, and 32 more must fit in"),
     (["--batch=0"], "at least 1"), (["--kl=top"], "--kl=top is not known"), (["--teacher=int8"], "--teacher")])
 def test_bad_input_is_one_sentence_and_costs_nothing(flags, said, capsys):
     Path("occupied").write_text("a file")
