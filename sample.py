@@ -3,6 +3,7 @@
     python sample.py --prompt "Once upon a time"             block by block, coloured by the step that revealed a token
     python sample.py --mode=ar --prompt "Once upon a time"   the autoregressive model that it was made of
     python sample.py --reveal=static:1 --n 4                 another rule, four texts
+    python sample.py --mode=verified                         the AR model's text, sooner; or --verifier=self
     python sample.py --watch --picture=text.html             before your eyes; and as a page to go through it again
     python sample.py --ckpt=hf:gpt2 --mode=ar                a checkpoint of the Hugging Face hub
     python sample.py --export=FOLDER                         no text: the checkpoint itself, for `transformers` to read
@@ -20,11 +21,10 @@ import opdlm
 from data import tokenizer
 from model import hub
 from model import reveal as rules
-from model.denoiser import Denoiser
 from model.dist import device_named
 from model.draw import Warp
 from model.masks import AR, Layout
-from report import cli, page, trace, watch
+from report import cli, measure, page, trace, watch
 from report.cli import option
 
 MOST = 1024         # tokens of a response that nobody gave a length
@@ -36,8 +36,10 @@ class Options:
     ckpt: str = option("out/tiny", "a run's folder, a checkpoint's, or hf:NAME or hf:NAME@REVISION of the hub")
     export: str | None = option(None, "a new folder to write the checkpoint to, instead of text")
     prompt: str = option("", "text to go on from")
-    mode: str = option("diffusion", "diffusion: a block at a time; ar: a token at a time, by the AR model",
-                       ("diffusion", "ar"))
+    mode: str = option("diffusion", "diffusion: a block at a time; ar: a token at a time, by the AR model; verified: "
+                       "the verifier's own text, which diffusion drafts", ("diffusion", "ar", "verified"))
+    verifier: str = option("teacher", "of --mode=verified: teacher: the run's AR model; self: the student, as an AR "
+                           "model; or an AR checkpoint, as --ckpt")
     reveal: str | None = option(None, f"which masks come off; none: the checkpoint's rule. {rules.ABOUT}")
     confidence: str | None = option(None, f"p of a slot; none: the rule's. {rules.said(rules.CONFIDENCE)}",
                                     tuple(rules.CONFIDENCE))
@@ -57,44 +59,61 @@ class Options:
     def __post_init__(self):
         if any(x is not None and x < 1 for x in (self.n, self.length, self.block)):
             raise ValueError("--n and --length are at least 1, as is --block")
-        self.warp()                                                  # refuses what can't be
-        for name in ("reveal", "confidence", "block") if self.mode == "ar" else ():
+        Warp(self.temperature, self.top_k, self.top_p)               # refuses what can't be
+        for name in {"ar": ("reveal", "confidence", "block"), "verified": ("reveal", "confidence")}.get(self.mode, ()):
             if getattr(self, name):
-                raise ValueError(f"--{name}={getattr(self, name)} means nothing to --mode=ar, a token at a time: "
-                                 "leave it out")
+                raise ValueError(f"--{name}={getattr(self, name)} means nothing to --mode={self.mode}: leave it out")
         if not 0.1 <= self.fps <= 1000:
             raise ValueError(f"--fps={self.fps:g}: from 0.1 to 1000 forwards a second can be shown")
         if self.picture is not None and Path(self.picture).suffix.lower() not in PICTURES:
             raise ValueError(f"--picture={self.picture}: the name of a picture ends in {' or '.join(PICTURES)}")
 
-    def warp(self) -> Warp:
-        return Warp(self.temperature, self.top_k, self.top_p)
 
-
-def find(options: Options) -> Path:
-    """The checkpoint's folder: of a run, the model that --mode asks for."""
+def find(options: Options, mode: str) -> Path:
+    """The checkpoint's folder: of a run, the model that a mode asks for."""
     folder = hub.fetch(options.ckpt)
-    inner = folder / {"ar": "ar", "diffusion": "opdlm"}[options.mode]
+    inner = folder / ("ar" if mode == "ar" else "opdlm")
     return inner if inner.is_dir() else folder
 
 
-def load(options: Options) -> tuple:
-    """(network, its layout, its tokenizer, the reveal rule it was trained with, if no other is asked for)."""
-    folder = find(options)
+def load(options: Options) -> tuple[measure.Writer, tokenizer.Tokenizer]:
+    """A way to write, as --mode says, and the tokenizer."""
+    folder, device = find(options, options.mode), device_named(options.device)
     net, layout = hub.load(folder)
-    if layout is None and options.mode == "diffusion":
+    net, tok, warp = net.to(device), tokenizer.load(folder), Warp(options.temperature, options.top_k, options.top_p)
+    if options.mode == "ar":
+        return measure.by_rule(net, AR, rules.parse("static:1"), warp), tok
+    if layout is None:
         raise ValueError(f"{folder} holds an AR model: use --mode=ar, or a checkpoint that train_tiny.py has converted")
+    if options.block:
+        layout = Layout(options.block, options.block if layout.clean_block > 1 else 1, layout.shift)
+    if options.mode == "diffusion":
+        return measure.by_rule(net, layout, rule_of(options, folder), warp), tok
+    return measure.by_verifier(net, layout, verifier(options, folder, net, device), warp), tok
+
+
+def rule_of(options: Options, folder: Path) -> rules.Rule:
+    """That of the command line, else that of the checkpoint."""
     config = hub.read_config(folder)
-    rule, confidence = options.reveal or config.get("reveal", "static:1"), config.get("confidence", "largest")
+    confidence = config.get("confidence", "largest")
     if confidence not in rules.CONFIDENCE:
         known = " or ".join(rules.CONFIDENCE)
         raise ValueError(f"{folder}/config.json says confidence {confidence!r}: {known} was wanted")
-    if options.mode == "ar":
-        layout = AR
-    elif options.block:
-        layout = Layout(options.block, options.block if layout.clean_block > 1 else 1, layout.shift)
-    rule = rules.parse(rule, options.confidence, confidence)
-    return net.to(device_named(options.device)), layout, tokenizer.load(folder), rule
+    return rules.parse(options.reveal or config.get("reveal", "static:1"), options.confidence, confidence)
+
+
+def verifier(options: Options, folder: Path, student, device):
+    """The teacher; none if the student verifies itself."""
+    if options.verifier == "self":
+        return None
+    teacher = find(options, "ar") if options.verifier == "teacher" else hub.fetch(options.verifier)
+    if teacher == folder and options.verifier == "teacher":
+        raise ValueError(f"{options.ckpt} has no ar/ with a teacher in it: say --verifier=FOLDER, or --verifier=self")
+    net, layout = hub.load(teacher)
+    if layout is not None or net.config.vocab != student.config.vocab:
+        raise ValueError(f"--verifier={options.verifier}: an AR model with the student's vocabulary, "
+                         f"{student.config.vocab} tokens, was wanted")
+    return net.to(device)
 
 
 def room(options: Options, prompt: int, context: int) -> int:
@@ -108,22 +127,14 @@ def room(options: Options, prompt: int, context: int) -> int:
     return options.length or min(context - prompt, MOST)
 
 
-def write(options: Options, net, layout: Layout, tok, rule: rules.Rule) -> tuple[opdlm.Text, float]:
+def write(options: Options, writer: measure.Writer, tok) -> tuple[opdlm.Text, float]:
     """The texts, and the seconds they took."""
     ids = [tok.eot, *tok.encode(options.prompt)]                   # a text begins behind an end-of-text, as in training
-    length, device = room(options, len(ids), net.config.context), net.wte.weight.device
-    numbers = (len(ids) + length, rule.numbers(layout.block))
-    u, warp = opdlm.uniforms(options.seed, 0, range(options.n), numbers).to(device), options.warp()
+    length = room(options, len(ids), writer.net.config.context)
+    prompt = torch.tensor([ids] * options.n, device=writer.net.wte.weight.device)
     begun = time.perf_counter()
-    prompt = torch.tensor([ids] * options.n, device=device)
-    text = opdlm.rollout(Denoiser(net, layout), prompt, length, rule, u, tok.eot, warp)
+    text = writer(prompt, length, options.seed, range(options.n), tok.eot)
     return text, time.perf_counter() - begun
-
-
-def traces(text: opdlm.Text, prompt: str, tok, block: int) -> list[trace.Trace]:
-    """One for each row: what was written, and when. The token before it tells if a text begins."""
-    return [trace.from_order(prompt, tok.pieces(row[kept | kept.roll(-1)].tolist())[1:], order[kept].tolist(), block)
-            for row, kept, order in zip(text.tokens.cpu(), text.kept.cpu(), text.order.cpu())]
 
 
 def cost(text: opdlm.Text, seconds: float, net) -> str:
@@ -137,22 +148,23 @@ def cost(text: opdlm.Text, seconds: float, net) -> str:
 def main(argv: list[str]) -> None:
     options = cli.parse(Options, argv, __doc__)
     if options.export:
-        hub.export(find(options), options.export)
-        print(f"{find(options)} is now in {options.export}")
+        folder = find(options, options.mode)
+        hub.export(folder, options.export)
+        print(f"{folder} is now in {options.export}")
         return
-    net, layout, tok, rule = load(options)
-    text, seconds = write(options, net, layout, tok, rule)
-    colour = trace.wants_colour(sys.stdout) and layout.block > 1
-    stories = traces(text, options.prompt, tok, layout.block)
+    writer, tok = load(options)
+    text, seconds = write(options, writer, tok)
+    stories = writer.traces(text, options.prompt, tok)
+    colour = trace.wants_colour(sys.stdout) and options.mode != "ar"
     for story in stories:
         if options.watch:
             watch.play(story, sys.stdout, options.fps, colour)
         print(trace.coloured(story, colour), end="\n\n")
     if colour:
-        print(trace.legend(layout.block))
+        print(trace.legend(max(story.most for story in stories), stories[0].colours))
     if options.picture is not None:
         PICTURES[Path(options.picture).suffix.lower()](stories[0], options.picture)
-    print(cost(text, seconds, net))
+    print(cost(text, seconds, writer.net))
 
 
 if __name__ == "__main__":

@@ -259,7 +259,7 @@ def main(argv: list[str]) -> None:
         hub.save(out / name, student, tok, recipe.layout, reveal=str(recipe.rule),
                  confidence=recipe.rule.confidence.__name__)
 
-    glance = partial(compared.glance, rule=recipe.rule, **how)
+    glance = partial(compared.glance, rule=recipe.rule)
     tokens = convert(student, teacher, corpus, recipe, options, optimizer, log, glance, save)
     save("opdlm")
     compared.look("after", student, recipe.layout, recipe.rule, tokens)

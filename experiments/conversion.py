@@ -112,7 +112,8 @@ def judge(net, teacher, job: Job, corpus, held: list, options, layout=None) -> d
     numbers = measure.likelihood(net, held, layout or recipe.layout, corpus.tokenizer)
     for look in job.looks:
         how = train_tiny.recipe_of(options_of(job, look), recipe.eot)
-        made = measure.generate(net, held, layout or how.layout, how.rule, recipe.eot, options.length, job.seed)
+        writer = measure.by_rule(net, layout or how.layout, how.rule)
+        made = measure.generate(writer, held, recipe.eot, options.length, job.seed)
         numbers[look] = measure.generated(teacher, *made, corpus.tokenizer, check)
     return numbers
 

@@ -12,14 +12,19 @@
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import opdlm
+from model import verify
 from model.denoiser import Denoiser
+from model.draw import Warp
 from model.masks import Layout
+from model.reveal import Rule
 from report import trace
 
 
@@ -71,17 +76,53 @@ def likelihood(net, stories: list[Tensor], layout: Layout, tokenizer) -> dict:
     return {"val_nats": nats / sum(len(s) - 1 for s in stories), "bits_per_byte": nats / math.log(2) / size}
 
 
-def generate(net, stories: list[Tensor], layout: Layout, rule, eot: int, length: int, seed: int,
+@dataclass
+class Writer:
+    """A way to write text: `write(prompt, length, u, eot, prompt_len)` gives the Text, from `numbers` uniform ones a
+    position; `trace(prompt, pieces, order)` makes it visible."""
+    net: torch.nn.Module
+    numbers: int
+    write: Callable
+    trace: Callable
+
+    def __call__(self, prompt: Tensor, length: int, seed: int, rows: range, eot: int, lens: Tensor | None = None):
+        """The Text of the `rows` of a seed."""
+        u = opdlm.uniforms(seed, 0, rows, (prompt.size(1) + length, self.numbers)).to(prompt.device)
+        return self.write(prompt, length, u, eot, prompt_len=lens)
+
+    def traces(self, text: opdlm.Text, prompt: str, tokenizer) -> list[trace.Trace]:
+        """One a row: what was written behind the prompt, and when. The token before it tells if a text begins."""
+        rows = zip(text.tokens.cpu(), text.kept.cpu(), text.order.cpu())
+        return [self.trace(prompt, tokenizer.pieces(tokens[kept | kept.roll(-1)].tolist())[1:], order[kept].tolist())
+                for tokens, kept, order in rows]
+
+
+def by_rule(net, layout: Layout, rule: Rule, warp: Callable = Warp()) -> Writer:
+    """Diffusion, and AR text, which is that of block 1."""
+    def write(prompt, length, u, eot, prompt_len):
+        return opdlm.rollout(Denoiser(net, layout), prompt, length, rule, u, eot, warp, prompt_len)
+    return Writer(net, rule.numbers(layout.block), write, partial(trace.from_order, block=layout.block))
+
+
+def by_verifier(student, layout: Layout, teacher=None, warp: Callable = Warp()) -> Writer:
+    """Verified by the teacher, or if there is none by the student itself."""
+    def write(prompt, length, u, eot, prompt_len):
+        made = verify.verified(student, layout, prompt, length, u, eot, warp, teacher, prompt_len)
+        tokens, when, forwards, positions = made
+        return opdlm.Text(tokens, when, when >= 0, forwards, positions)
+    return Writer(student, 3, write, partial(trace.from_turns, block=layout.block))
+
+
+def generate(writer: Writer, stories: list[Tensor], eot: int, length: int, seed: int,
              batch: int = 128) -> tuple[list, float]:
     """Texts that go on from the first 1 to 8 tokens of `stories`, batch by batch with the prompts' lengths, and the
     seconds they took. A response has `length` - 8 tokens at most, whatever its prompt."""
-    texts, device, begun = [], net.wte.weight.device, time.perf_counter()
+    texts, device, begun = [], writer.net.wte.weight.device, time.perf_counter()
     for i in range(0, len(stories), batch):
         prompts = [s[:1 + k % 8] for k, s in enumerate(stories[i:i + batch], i)]
         tokens, lens = padded(prompts, eot).to(device), torch.tensor([len(p) for p in prompts])
-        u = opdlm.uniforms(seed, 0, range(i, i + len(prompts)), (length, rule.numbers(layout.block))).to(device)
-        text = opdlm.rollout(Denoiser(net, layout), tokens, length - 8, rule, u, eot, prompt_len=lens.to(device))
-        texts.append((text, lens))
+        rows = range(i, i + len(prompts))
+        texts.append((writer(tokens, length - 8, seed, rows, eot, lens.to(device)), lens))
     return texts, time.perf_counter() - begun
 
 
@@ -152,25 +193,18 @@ def matmul_rate(device, size: int = 1024) -> float:
 def evaluate(net, teacher, layout: Layout, rule, stories: list[Tensor], tokenizer, length: int, seed: int,
              check: Callable | None = None) -> tuple[dict, trace.Trace]:
     """All the numbers of a model over held-out `stories`, and the trace of the first text that it wrote."""
-    texts, seconds = generate(net, stories, layout, rule, tokenizer.eot, length, seed)
+    writer = by_rule(net, layout, rule)
+    texts, seconds = generate(writer, stories, tokenizer.eot, length, seed)
     numbers = likelihood(net, stories, layout, tokenizer) | generated(teacher, texts, seconds, tokenizer, check)
-    return numbers, first_trace(*texts[0], tokenizer, layout.block)
+    (text, lens), *_ = texts
+    return numbers, writer.traces(text, tokenizer.decode(text.tokens[0, :lens[0]].tolist()), tokenizer)[0]
 
 
-def go_on(net, prompt: Tensor, length: int, layout: Layout, rule, tokenizer, seed: int, redraws: int = 1,
-          **how) -> trace.Trace:
+def go_on(net, prompt: Tensor, length: int, layout: Layout, rule, tokenizer, seed: int) -> trace.Trace:
     """The trace of up to `length` tokens after `prompt` (P,): those of sample.py with this --length and --seed."""
-    device = net.wte.weight.device
-    u = opdlm.uniforms(seed, 0, range(1), (len(prompt) + length, redraws)).to(device)
-    text = opdlm.rollout(Denoiser(net, layout), prompt[None].to(device), length, rule, u, tokenizer.eot, **how)
-    return first_trace(text, [len(prompt)], tokenizer, layout.block)
-
-
-def first_trace(text: opdlm.Text, lens, tokenizer, block: int) -> trace.Trace:
-    """Of the first row, whose prompt has lens[0] tokens."""
-    kept, row = text.kept[0].cpu(), text.tokens[0].cpu()
-    pieces, order = tokenizer.pieces(row[kept | kept.roll(-1)].tolist())[1:], text.order[0].cpu()[kept].tolist()
-    return trace.from_order(tokenizer.decode(row[:lens[0]].tolist()), pieces, order, block)
+    writer = by_rule(net, layout, rule)
+    text = writer(prompt[None].to(net.wte.weight.device), length, seed, range(1), tokenizer.eot)
+    return writer.traces(text, tokenizer.decode(prompt.tolist()), tokenizer)[0]
 
 
 ROWS = ("val_nats", "bits_per_byte", "gen_nats", "valid", "distinct2", "entropy", "tok_per_fwd", "positions_per_tok",

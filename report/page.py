@@ -37,12 +37,12 @@ button { font: inherit; min-width: 5em }
 $classes
 </style>
 <h1>$title</h1>
-<small>blocks of $block; revealed in its block's step $legend</small>
+<small>$what of $block; $colours $legend</small>
 <div id="controls" hidden>
-<div><button id="play" type="button">play</button><label for="forward">forward</label>
+<div><button id="play" type="button">play</button><label for="forward">$unit</label>
 <input id="forward" type="range" min="0" max="$forwards" value="$forwards" autocomplete="off"></div>
 <output id="said" for="forward" aria-live="off"></output><br>
-<small>underlined: revealed by this forward; arrow keys: one forward back or on; Home, End: the first, the last</small>
+<small>underlined: revealed by this $unit; arrow keys: one $unit back or on; Home, End: the first, the last</small>
 </div>
 <p id="text"><b>$prompt</b>$tokens</p>
 <script>
@@ -61,8 +61,8 @@ function show(forward) {
     span.classList.toggle("masked", when > at);
     span.classList.toggle("new", when === at);
   }
-  const rate = at ? ", " + (there / at).toFixed(2) + " tokens per forward" : "";
-  said.textContent = "after forward " + at + " of " + slider.max + ": " + there + " tokens" + rate;
+  const rate = at ? ", " + (there / at).toFixed(2) + " tokens per $unit" : "";
+  said.textContent = "after $unit " + at + " of " + slider.max + ": " + there + " tokens" + rate;
   slider.setAttribute("aria-valuetext", said.textContent);
 }
 
@@ -105,11 +105,12 @@ def page(trace: Trace) -> str:
     """The page; nothing of the trace's texts is more than text in it."""
     tokens = zip(trace.pieces, trace.when, trace.began, trace.steps)
     return PAGE.substitute(
-        title=f"{len(trace.pieces)} tokens in {trace.forwards} forwards", block=trace.block, forwards=trace.forwards,
+        title=f"{len(trace.pieces)} tokens in {trace.forwards} {trace.unit}s", unit=trace.unit, forwards=trace.forwards,
+        block=trace.block, what="drafts" if trace.runs else "blocks", colours=trace.colours,
         hidden=HIDDEN, pause=1000 // FPS, prompt=escape(visible(trace.prompt)),
-        tokens="".join(_span(visible(piece), step, trace.block, f' data-when="{when}" data-began="{began}"')
+        tokens="".join(_span(visible(piece), step, trace.most, f' data-when="{when}" data-began="{began}"')
                        for piece, when, began, step in tokens),
-        legend=" ".join(_span(name, step, trace.block) for name, step in scale(trace.block)),
+        legend=" ".join(_span(name, step, trace.most) for name, step in scale(trace.most)),
         classes="\n".join(f".s{i} {{ color: var(--s{i}) }}" for i in range(len(RAMP))),
         paper=_grey(PAPER), light=_shades(PAPER), dark_paper=_grey(DARK_PAPER), dark=_shades(DARK_PAPER))
 

@@ -45,20 +45,20 @@ class Comparison:
         self.numbers[name]["train_tokens"] = tokens
         of = "ar" if name == "ar" else "student"
         self.log.write({"phase": "eval", "of": of, "tokens": tokens, **self.numbers[name]})
-        self.watch(name, net, layout, rule, of, tokens, **how)
+        self.watch(name, net, layout, rule, of, tokens)
 
-    def glance(self, net, layout, tokens: int, rule, **how) -> float:
+    def glance(self, net, layout, tokens: int, rule) -> float:
         """val_nats of a few, noted in the log."""
         numbers = measure.likelihood(net, self.held[:32], layout, self.tokenizer)
         self.log.write({"phase": "eval", "of": "student", "tokens": tokens, **numbers})
-        self.watch(f"{tokens / 1e3:.1f}k", net, layout, rule, "student", tokens, **how)
+        self.watch(f"{tokens / 1e3:.1f}k", net, layout, rule, "student", tokens)
         return numbers["val_nats"]
 
-    def watch(self, name: str, net, layout, rule, of: str, tokens: int, **how) -> None:
+    def watch(self, name: str, net, layout, rule, of: str, tokens: int) -> None:
         """A line of what comes after the prompt now, and its trace in the log. All processes have to take part."""
         if self.prompt is None:
             return
-        story = measure.go_on(net, self.prompt, WATCHED, layout, rule, self.tokenizer, self.seed, **how)
+        story = measure.go_on(net, self.prompt, WATCHED, layout, rule, self.tokenizer, self.seed)
         self.log.write({"phase": "watch", "of": of, "tokens": tokens, **asdict(story)})
         text = trace.coloured(story, trace.wants_colour(sys.stdout) and layout.block > 1).replace("\n", "⏎")
         tqdm.write(f"{name:8} {len(story.pieces):2} tokens in {story.forwards:2} forwards | {text}")

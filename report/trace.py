@@ -32,16 +32,42 @@ class Trace:
     prompt: str
     forwards: int        # that denoised: prefill and commits are no part of the picture
     block: int           # tokens; blocks are counted from the end of the prompt
+    runs: bool = False   # verified text: no blocks, but the tokens that one forward accepted
+
+    @property
+    def parts(self) -> list[tuple[int, int]]:
+        """Where each block, or run, begins and ends."""
+        n = len(self.when)
+        starts = ([i for i in range(n) if i == 0 or self.when[i] > self.when[i - 1]] if self.runs
+                  else range(0, n, self.block))
+        return list(zip(starts, [*starts[1:], n]))
 
     @property
     def began(self) -> list[int]:
         """For each token, the forwards that were over when its block began."""
-        return [max(self.when[:i - i % self.block], default=0) for i in range(len(self.when))]
+        return [max(self.when[:start], default=0) for start, stop in self.parts for _ in range(start, stop)]
 
     @property
     def steps(self) -> list[int]:
-        """For each token, the step of its block, from 0, that revealed it: what its colour says."""
+        """For each token, the step of its block, from 0, that revealed it, or its place in its run: its colour."""
+        if self.runs:
+            return [i for start, stop in self.parts for i in range(stop - start)]
         return [when - 1 - began for when, began in zip(self.when, self.began)]
+
+    @property
+    def most(self) -> int:
+        """Steps among which the colours are parted."""
+        return max(self.steps, default=0) + 1 if self.runs else self.block
+
+    @property
+    def unit(self) -> str:
+        """What is counted: verified text may take two forwards, a draft's and its verifier's."""
+        return "iteration" if self.runs else "forward"
+
+    @property
+    def colours(self) -> str:
+        """What they mean."""
+        return "its place among those accepted together" if self.runs else "revealed in its block's step"
 
 
 def from_order(prompt: str, pieces: list[str], order, block: int) -> Trace:
@@ -55,6 +81,13 @@ def from_order(prompt: str, pieces: list[str], order, block: int) -> Trace:
         when += [forwards + step + 1 for step in steps]
         forwards += max(steps) + 1
     return Trace(pieces, when, prompt, forwards, block)
+
+
+def from_turns(prompt: str, pieces: list[str], turns, block: int) -> Trace:
+    """The trace of verified text; turns[i] is the iteration, from 0, in which token i was accepted."""
+    when = [int(turn) + 1 for turn in turns]
+    assert len(when) == len(pieces), f"{len(when)} iterations for {len(pieces)} tokens: cut both to the same text"
+    return Trace(pieces, when, prompt, max(when, default=0), block, runs=True)
 
 
 # text ---------------------------------------------------------------------------------------------------------------
@@ -79,13 +112,13 @@ def show(tokenizer, ids) -> str:
 def coloured(trace: Trace, colour: bool) -> str:
     """The whole text, each token in the colour of the step of its block that revealed it (see `legend`)."""
     def painted(piece: str, step: int) -> str:
-        return paint(visible(piece), step, trace.block) if colour else visible(piece)
+        return paint(visible(piece), step, trace.most) if colour else visible(piece)
     return visible(trace.prompt) + "".join(map(painted, trace.pieces, trace.steps))
 
 
-def legend(steps: int) -> str:
-    """One line of colours for blocks of at most so many steps: `coloured` uses them with steps = the trace's block."""
-    return "revealed in its block's step " + " ".join(paint(name, step, steps) for name, step in scale(steps))
+def legend(steps: int, meaning: str = "revealed in its block's step") -> str:
+    """One line of colours for blocks of at most so many steps: `coloured` uses them with steps = the trace's most."""
+    return f"{meaning} " + " ".join(paint(name, step, steps) for name, step in scale(steps))
 
 
 def scale(steps: int) -> list[tuple[str, int]]:
@@ -133,7 +166,8 @@ def readable(trace: Trace, columns: float = 112, rows: int = 26) -> tuple[list[f
     or, if the first alone is too much, its first tokens."""
     edges = [0.0, *itertools.accumulate(max(len(_label(piece)), 2) + 1.4 for piece in trace.pieces)]
     fit = sum(edge <= columns and began < rows for edge, began in zip(edges[1:], trace.began))
-    tokens = fit if fit == len(trace.pieces) or fit < trace.block else fit - fit % trace.block
+    whole = max((stop for _, stop in trace.parts if stop <= fit), default=0)
+    tokens = whole or fit
     return edges[:tokens + 1], min(rows, max(trace.when[:tokens], default=0))
 
 
@@ -156,8 +190,10 @@ def figure(trace: Trace):
         _say(axes, -1, row + 0.5, str(row + 1), ha="right")
         for left, right, piece, state in zip(edges, edges[1:], trace.pieces, line):
             _cell(axes, left, row, right - left, state, _label(piece))
-    for start in range(0, tokens, trace.block):      # a frame around the forwards that worked on a block: a staircase
-        stop, top = min(start + trace.block, tokens), trace.began[start]
+    for start, stop in trace.parts:                  # a frame around the forwards that worked on a block: a staircase
+        if start >= tokens:
+            break
+        stop, top = min(stop, tokens), trace.began[start]
         high = min(max(trace.when[start:stop]), forwards) - top
         axes.add_patch(Rectangle((edges[start], top), edges[stop] - edges[start], high, fill=False, ec=DARK, lw=1.4))
     return fig
@@ -165,13 +201,14 @@ def figure(trace: Trace):
 
 def _headings(axes, trace: Trace, tokens: int, forwards: int) -> None:
     """What one sees, how much of it, and what the three kinds of cells are."""
-    part = "" if tokens == len(trace.pieces) else f": the first {tokens} tokens, {forwards} forwards"
-    title = f"{len(trace.pieces)} tokens in {trace.forwards} forwards{part}"
+    part = "" if tokens == len(trace.pieces) else f": the first {tokens} tokens, {forwards} {trace.unit}s"
+    title = f"{len(trace.pieces)} tokens in {trace.forwards} {trace.unit}s{part}"
     _say(axes, 0, -3.45, title, size=13, weight="bold", color="black")
     after = f", after “{_label(trace.prompt[-60:], 60)}”" if trace.prompt else ""
-    _say(axes, 0, -2.35, f"blocks of {trace.block}{after}")
-    _say(axes, -1, -0.95, "forward", ha="right")
-    for left, state, meaning in (0, NEW, "revealed by it"), (19, OLD, "revealed before"), (39, MASKED, "still masked"):
+    _say(axes, 0, -2.35, f"{'drafts' if trace.runs else 'blocks'} of {trace.block}{after}")
+    _say(axes, -1, -0.95, trace.unit, ha="right")
+    meanings = (0, NEW, "revealed by it"), (19, OLD, "revealed before"), (39, MASKED, "still masked")
+    for left, state, meaning in meanings[:3 - trace.runs]:                       # nothing that is accepted was masked
         _cell(axes, left, -1.45, 3, state, "")
         _say(axes, left + 3.4, -0.95, meaning)
 

@@ -76,7 +76,7 @@ def play(trace: Trace, stream, fps: float, colour: bool) -> None:
         for forward in range(trace.forwards + 1):
             columns, lines = shutil.get_terminal_size()                      # anew each time: a window can be resized
             view = rows(frame(trace, forward), max(columns - 1, 1))[-lines:]
-            text = f"{CLEAR_ROW}\n".join(painted(row, trace.block, colour) for row in view)
+            text = f"{CLEAR_ROW}\n".join(painted(row, trace.most, colour) for row in view)
             stream.write(back(drawn) + text + CLEAR_BELOW)
             stream.flush()
             drawn = len(view)

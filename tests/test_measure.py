@@ -148,7 +148,8 @@ def test_valid_is_a_share_of_all_texts_and_needs_an_end(tiny, law, share):
 
 def test_texts_go_on_from_one_to_eight_tokens_of_their_stories(tiny):
     net, begun = tiny(), stories([14] * 10)
-    texts, seconds = measure.generate(net, begun, Layout(4, 1, 1), reveal.parse("static:1"), EOT, 20, seed=0, batch=8)
+    writer = measure.by_rule(net, Layout(4, 1, 1), reveal.parse("static:1"))
+    texts, seconds = measure.generate(writer, begun, EOT, 20, seed=0, batch=8)
     rows = [(row, kept, n) for text, lens in texts for row, kept, n in zip(text.tokens, text.kept, lens.tolist())]
     assert [n for _, _, n in rows] == [1, 2, 3, 4, 5, 6, 7, 8, 1, 2] and seconds > 0
     for (row, kept, n), story in zip(rows, begun):

@@ -94,7 +94,7 @@ def test_the_same_seed_is_the_same_text(run, capsys):
     assert said(capsys, run, "--seed=3")[0] == first and said(capsys, run, "--seed=4")[0] != first
 
 
-@pytest.mark.parametrize("mode", ["ar", "diffusion"])
+@pytest.mark.parametrize("mode", ["ar", "diffusion", "verified"])
 def test_text_i_does_not_depend_on_n(run, capsys, mode):
     many = said(capsys, run, "--n=3", f"--mode={mode}", "--length=9")[0]
     assert many.startswith(said(capsys, run, "--n=1", f"--mode={mode}", "--length=9")[0])
@@ -111,6 +111,31 @@ def test_modes_read_their_own_model(run, capsys):
     ar, student = said(capsys, run, "--mode=ar")[0], said(capsys, run)[0]
     assert ar != student
     assert said(capsys, run / "ar", "--mode=ar")[0] == ar and said(capsys, run / "opdlm")[0] == student
+
+
+def test_verified_text_is_the_verifier_s(run, capsys):
+    """At temperature 0 that of the run's AR model; of the student under --verifier=self; of any that is named."""
+    cold = ["--temperature=0", "--length=12"]
+    text, last = said(capsys, run, "--mode=verified", *cold)
+    assert text == said(capsys, run, "--mode=ar", *cold)[0] and numbers(last)[1] <= 5 / 2
+    own = said(capsys, run, "--mode=verified", "--verifier=self", *cold)[0]
+    assert own == said(capsys, run / "opdlm", "--mode=ar", *cold)[0] != text
+    assert said(capsys, run / "opdlm", "--mode=verified", f"--verifier={run}/ar", *cold)[0] == text
+
+
+@pytest.mark.parametrize("flags, wrong", [
+    (["--ckpt={run}/opdlm"], "has no ar/ with a teacher in it: say --verifier=FOLDER, or --verifier=self"),
+    (["--verifier={run}/opdlm"], "an AR model with the student's vocabulary"),
+    (["--verifier={other}/ar"], "an AR model with the student's vocabulary"),
+    (["--ckpt={other}", "--verifier=self"], "convert it with --align=ar --context=causal"),
+    (["--ckpt={run}/ar"], "holds an AR model")])
+def test_a_verifier_that_cannot_be_is_one_sentence(run, tmp_path, capsys, flags, wrong):
+    hub.save(tmp_path / "ar", GPT(GPTConfig(TOK.vocab_size - 1, CONTEXT, 1, 2, 16)), TOK)
+    hub.save(tmp_path / "opdlm", network(1), TOK, Layout(4, 4, 0))
+    given = [flag.format(run=run, other=tmp_path) for flag in flags]
+    assert cli.run(sample.main, [f"--ckpt={run}", "--device=cpu", "--mode=verified", *given]) == 2
+    out, err = capsys.readouterr()
+    assert not out and wrong in err and err.count("\n") == 1
 
 
 def test_temperature_zero_needs_no_seed(run, capsys):
@@ -180,6 +205,17 @@ def test_an_unknown_confidence_is_named(tmp_path, capsys):
     path.write_text(path.read_text().replace('"largest"', '"loudest"'))
     assert cli.run(sample.main, [f"--ckpt={run}", "--device=cpu"]) == 2
     assert "says confidence 'loudest': largest or drawn or margin or entropy was wanted" in capsys.readouterr().err
+
+
+def test_a_rule_means_nothing_to_a_verifier(run, capsys):
+    with pytest.raises(SystemExit) as left:
+        sample.main([f"--ckpt={run}", "--mode=verified", "--confidence=margin"])
+    assert left.value.code == 2 and "--confidence=margin means nothing to --mode=verified" in capsys.readouterr().err
+
+
+def test_top_k_of_one_is_greedy(run, capsys):
+    cold = said(capsys, run, "--temperature=0")[0]
+    assert said(capsys, run, "--top_k=1")[0] == cold == said(capsys, run, "--top_p=1e-6")[0] != said(capsys, run)[0]
 
 
 def test_a_block_means_nothing_to_the_ar_model(run, capsys):

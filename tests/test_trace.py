@@ -179,3 +179,14 @@ def test_any_text_can_be_drawn_and_a_picture_is_whole_or_not_there(tmp_path):
         trace.save(Broken(), tmp_path / "new" / "states.png")
     assert (tmp_path / "new" / "states.png").read_bytes() == before
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["empty.png", "states.png"]
+
+
+def test_verified_text_comes_in_runs():
+    """What was accepted together is one colour ramp, one frame, and was never seen masked."""
+    seen = trace.from_turns("Hi", list("abcdef"), [0, 0, 0, 1, 2, 2], 4)
+    assert seen.parts == [(0, 3), (3, 4), (4, 6)] and seen.steps == [0, 1, 2, 0, 0, 1] and seen.most == 3
+    assert trace.states(seen) == [[NEW] * 3 + [AHEAD] * 3, [OLD] * 3 + [NEW] + [AHEAD] * 2, [OLD] * 4 + [NEW] * 2]
+    axes = trace.figure(seen).axes[0]
+    assert sum(type(patch).__name__ == "Rectangle" for patch in axes.patches) == 3
+    texts = [text.get_text() for text in axes.texts]
+    assert "6 tokens in 3 iterations" in texts and "still masked" not in texts
