@@ -45,7 +45,7 @@ def rollout(denoiser: Denoiser, prompt: Tensor, length: int, rule: reveal.Rule, 
     `prompt_len` (B,): where prompts end, if some are shorter than P; their responses follow at once.
     """
     (B, P), K, device = prompt.shape, denoiser.layout.block, prompt.device
-    steps, draws, row = rule.steps(K), u.size(2) - rule.rolls, torch.arange(B, device=device)[:, None]
+    cap, draws, row = rule.steps(K), u.size(2) - rule.rolls, torch.arange(B, device=device)[:, None]
     start = torch.full((B,), P, device=device) if prompt_len is None else prompt_len   # (B,) where a row's block begins
     begin, end, step = start, start + length, torch.zeros_like(start)
     tokens = F.pad(prompt, (0, length + K), value=denoiser.mask_id)                 # + K: a block may hang over the end
@@ -61,11 +61,10 @@ def rollout(denoiser: Denoiser, prompt: Tensor, length: int, rule: reveal.Rule, 
         number = numbers.gather(2, step.clamp(max=draws - 1).view(B, 1, 1).expand(B, K, 1))[..., 0]      # (B, K)
         drawn = inverse_cdf(warp(probs), number[masked])                                 # (M,)
         sure = torch.zeros_like(number).masked_scatter(masked, rule.confidence(probs, drawn))
-        show = rule(sure, masked, step, numbers) | masked & (step == steps - 1)[:, None]       # the last takes the rest
+        show = rule(sure, masked, step, numbers) | masked & (step == cap - 1)[:, None]       # the last takes the rest
         block = torch.where(show, block.masked_scatter(masked, drawn), block)
         tokens = tokens.scatter(1, here, block)
-        when = torch.where(show, step[:, None], order.gather(1, here).masked_fill(masked, steps))
-        order = order.scatter(1, here, when)
+        order = order.scatter(1, here, torch.where(show, step[:, None], order.gather(1, here).masked_fill(masked, cap)))
         start, step = advance(block == denoiser.mask_id, block == eot, here, start, end, step)
     tokens = tokens[:, :-K].masked_fill(tokens[:, :-K] == denoiser.mask_id, eot)    # masks are left behind the end only
     return Text(tokens, order[:, :-K], kept(tokens, begin, end, eot), denoiser.forwards, denoiser.positions)
@@ -161,17 +160,18 @@ def one_hot(teacher, tokens: Tensor, rows: Tensor, at: Tensor) -> Tensor:
 # 4. loss --------------------------------------------------------------------------------------------------------------
 
 def student_logits(student, tokens: Tensor, noisy: Tensor, P: int, layout: Layout, rows: Tensor, at: Tensor,
-                   head: Callable = F.linear) -> Tensor:
+                   head: Callable = F.linear, clean: int = 0) -> Tensor:
     """(N, V): the logits about positions `at` of `rows`, in one pass over [clean text | noisy response].
 
-    Logits about a slot stand `shift` before it: in the noisy stream if that is in its block, else in the clean one.
+    Logits about a slot stand `shift` before it: in the noisy stream if that is in its block, else in the clean one. The
+    last `clean` of the N are all read in the clean one, where a causal student is an AR model.
     """
     T, device = tokens.size(1), tokens.device
     position = torch.cat([torch.arange(T, device=device), torch.arange(P, T, device=device)])     # (T + R,)
     mask = masks.two_stream(T, P, layout, device)                                        # (T + R, T + R)
     source = at - layout.shift
     inside = masks.block_of(source, P, layout.block) == masks.block_of(at, P, layout.block)
-    place = torch.where(inside, T + source - P, source)                                  # (N,)
+    place = torch.where(inside & (torch.arange(len(at), device=device) < len(at) - clean), T + source - P, source)
     return student(torch.cat([tokens, noisy], 1), mask, position, rows * len(position) + place, head=head)
 
 
@@ -237,14 +237,16 @@ class Recipe:
     updates: int = 1                            # updates per rollout (paper: 16)
     prompt: int = 16                            # longest prompt, tokens; a batch's is drawn from 1 .. this
     seed: int = 0
+    clean: float = 0.0                          # weight of the same loss of the student as an AR model
     divergence: Callable = distill_loss         # from target to student, at each place
-    head: Callable = F.linear                   # the student's last step; model/loss.py has target, divergence and head
-                                                # for vocabularies so large that no (N, V) should stand in memory
+    head: Callable = F.linear                   # the student's last step; model/loss.py has the three without (N, V)
     show: Callable = repr                       # ids as text, for a debugger: p recipe.show(noisy[0])
 
     def __post_init__(self):
         if self.states is visited and self.text is not student_text:
             raise ValueError("states=visited needs text=student, as nobody denoised the others: take random or prefix")
+        if self.clean and (self.layout.clean_block, self.layout.shift) != (1, 1):
+            raise ValueError("--clean_weight needs --align=ar --context=causal: else the student is no AR model")
 
 
 def train_step(student, teacher, text: Text, P: int, u: Tensor, recipe: Recipe, optimizer) -> dict:
@@ -253,19 +255,19 @@ def train_step(student, teacher, text: Text, P: int, u: Tensor, recipe: Recipe, 
     tokens, response = text.tokens, text.kept[:, P:]                                     # (B, T), (B, R)
     masked = recipe.states(text.order[:, P:], response, u[:, P:], recipe.layout.block)   # (B, R)
     noisy = tokens[:, P:].masked_fill(masked, student.mask_id)                           # (B, R) x_t
-    loss_at = masked & response                                                          # (B, R)
-    rows, slots = loss_at.nonzero(as_tuple=True)                                         # (N,) twice
+    loss_at, clean = masked & response, response & bool(recipe.clean)                    # (B, R) twice
+    rows, slots = torch.cat([loss_at.nonzero(), clean.nonzero()]).unbind(1)              # (N,) twice
     target = recipe.target(teacher, tokens, rows, slots + P)                             # (N, V)
-    logits = student_logits(student, tokens, noisy, P, recipe.layout, rows, slots + P, recipe.head)      # (N, V)
+    logits = student_logits(student, tokens, noisy, P, recipe.layout, rows, slots + P, recipe.head, int(clean.sum()))
     kl = recipe.divergence(target, logits)                                               # (N,)
-    weight = recipe.weight(masked, response, recipe.layout.block)[loss_at]                # (N,)
-    loss = (kl * weight).sum() / recipe.batch
+    weight = recipe.weight(masked, response, recipe.layout.block)[loss_at], recipe.clean * parts(clean.float())[clean]
+    loss = (kl * torch.cat(weight)).sum() / recipe.batch
     loss.backward()
     optimizer.step()
-    said = -target.gather(1, tokens[rows, slots + P][:, None]).log().mean()          # nats of the text, where masked
-    count = int(response.sum())
-    return {"loss": loss.item(), "kl": kl.mean().item(), "gen_nats": said.item(), "tokens": count, "places": len(rows),
-            "masked": len(rows) / count, "len": count / len(tokens)}
+    N, count = int(loss_at.sum()), int(response.sum())
+    said = -target.gather(1, tokens[rows, slots + P][:, None])[:N].log().mean()      # nats of the text, where masked
+    return {"loss": loss.item(), "kl": kl[:N].mean().item(), "gen_nats": said.item(), "tokens": count,
+            "places": len(rows), "masked": N / count, "len": count / len(tokens)}
 
 
 def train(student, teacher, data: Callable, recipe: Recipe, optimizer, length: Callable, steps: range) -> Iterator:

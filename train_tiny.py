@@ -52,6 +52,7 @@ class Options:
     target: str = option("teacher", "under a mask: the teacher's view (paper), or the text", tuple(opdlm.TARGETS))
     weight: str = option("first", "of losses: mean over the row (paper), a block's first masked slot counting 8 times, "
                          "or 1/t (BD3LM, SDAR)", tuple(opdlm.WEIGHTS))
+    clean_weight: float = option(0.0, "of the same loss of the student as an AR model, which --verifier=self relies on")
     kl: str | None = option(None, "plain: target and logits whole; full: the same in chunks; topk:K: the K likeliest "
                             f"tokens and one bucket; none: full from a vocabulary of {VOCAB} on, else plain")
     teacher: str = option("float32", "numbers that the frozen teacher is made of", ("float32", "bfloat16"))
@@ -176,7 +177,8 @@ def recipe_of(options: Options, eot: int, show=repr, vocab: int = 0) -> opdlm.Re
     dials = (opdlm.TEXTS[options.text], opdlm.STATES[options.states], opdlm.TARGETS[options.target],
              opdlm.WEIGHTS[options.weight])
     made = opdlm.Recipe(*dials, layout, eot, rules.parse(options.reveal, options.confidence), batch=options.batch,
-                        share=dist.share, passes=options.passes, updates=options.updates, seed=options.seed, show=show)
+                        share=dist.share, passes=options.passes, updates=options.updates, seed=options.seed,
+                        clean=options.clean_weight, show=show)
     return replace(made, **lean(options.kl, options.target, vocab))
 
 
