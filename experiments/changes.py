@@ -39,17 +39,33 @@ def stories_first(part, recipe, count):
 
 def every_state(recipe, count):
     """All states of a block: each text stands in the batch once for each of its steps, its prefix paid each time."""
-    return [replace(recipe, text=repeated, states=each_step, batch=recipe.batch * recipe.layout.block)]
+    return [replace(recipe, text=repeated(recipe.text), states=each_step, batch=recipe.batch * recipe.layout.block)]
 
 
-def repeated(student, teacher, rows, P, R, u, recipe):
-    K = recipe.layout.block
-    text = opdlm.student_text(student, teacher, rows[::K], P, R, u[::K], recipe)
-    return opdlm.Text(*(x.repeat_interleave(K, 0) for x in vars(text).values()))
+def every_prefix(recipe, count):
+    """The same of the states that show a left part; the batch has as many rows as before, and so fewer texts."""
+    return [replace(recipe, text=repeated(recipe.text), states=each_prefix)]
+
+
+def repeated(write):
+    def text(student, teacher, rows, P, R, u, recipe):
+        K = recipe.layout.block
+        text = write(student, teacher, rows[::K], P, R, u[::K], recipe)
+        return opdlm.Text(*(x.repeat_interleave(K, 0) for x in vars(text).values()))
+    return text
 
 
 def each_step(order, kept, u, block):
     return order >= torch.arange(len(order))[:, None] % block
+
+
+def each_prefix(order, kept, u, block):
+    return torch.arange(order.size(1)) % block >= torch.arange(len(order))[:, None] % block
+
+
+def all_masked(recipe, count):
+    """The state from which a block is drafted, and no other."""
+    return [replace(recipe, states=lambda order, kept, u, block: torch.ones_like(kept))]
 
 
 @torch.no_grad()

@@ -46,6 +46,7 @@ class Job:
     stories: int = 256                  # that a look is made of
     pretrain: dict | None = None        # flags of the teacher
     folder: str = "full"                # under out/experiments
+    copies: int = 1                     # of each text in a batch, by its recipes: a text's tokens count once
 
     @property
     def file(self) -> Path:
@@ -55,7 +56,7 @@ class Job:
     def settings(self) -> dict:
         """What JSON can hold of it."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()
-                if not callable(value) and name != "folder"}
+                if not callable(value) and name != "folder" and (name, value) != ("copies", 1)}
 
 
 def options_of(job: Job, more: str = "") -> train_tiny.Options:
@@ -140,7 +141,7 @@ def run(job: Job) -> dict:
     spent, points = dict.fromkeys(("tokens", "places", "positions", "flops"), 0), []
     for record in updates(student, teacher, corpus, recipes, options):
         take_in(mean, student, record["step"])
-        now = {**record, "flops": flops(student.config, record, recipe)}
+        now = {**record, "flops": flops(student.config, record, recipe), "tokens": record["tokens"] / job.copies}
         spent = {name: spent[name] + now[name] for name in spent}
         if record["step"] in job.points:
             points.append({"step": record["step"], **spent, **judge(mean, teacher, job, corpus, held, options)})

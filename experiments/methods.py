@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 import opdlm
+from experiments import changes
 from experiments.conversion import Job
 from experiments.pool import run_all
 from experiments.results import at_cost, by_row, cell, finish, gap, reached, tokens_cell
@@ -25,6 +26,7 @@ DIALS = ("text", "states", "target", "weight")
 ROWS = {name: dict(zip(DIALS, dials)) for name, dials in opdlm.METHODS.items()} | {
     "prefix": dict(zip(DIALS, ("student", "prefix", "teacher", "mean"))),
     "ours": dict(zip(DIALS, ("data", "prefix", "teacher", "first")))}
+ROWS["ours x4"] = ROWS["ours"]      # each text in all states that show a left part of its blocks, 4 of them
 PUBLISHED = ROWS["sdar"] | {"align": "paper", "context": "block"}       # SDAR-style, as its paper has it
 RATES = (0.005, 0.01, 0.02)     # of one grid
 LOOKS = tuple(f"reveal=leftmost:{level}" for level in (0, 0.7, 0.9, 0.98, 1))
@@ -54,15 +56,18 @@ def jobs_of(options: Options) -> dict[str, dict]:
     wanted = {name: ROWS[name] for name in options.rows.split(",")}
     text = {} if options.data == "toy" else {"data": options.data, "val_data": options.val_data}
     rows = {f"{name}, {align}": dials | {"align": align, "updates": 4 if dials["text"] != "data" else 1} | text
-            for align in ("ar", "paper") for name, dials in wanted.items()}
+            for align in ("ar", "paper") for name, dials in wanted.items() if (name, align) != ("ours x4", "paper")}
     return rows | {"sdar, published": PUBLISHED | text}
 
 
 def job_of(name: str, flags: dict, rate: float, seed: int, options: Options) -> Job:
     """Looked at after 2400, 1200, ... updates as published, half as many as --updates with align=paper, else those."""
-    last = options.long if "published" in name else options.updates // (1 + ("paper" in name))
+    part = 2 if "x4" in name else 0.5 if "paper" in name else 1
+    last = options.long if "published" in name else int(options.updates * part)
     points = tuple(sorted({last >> k for k in range(7) if last >> k >= max(options.updates // 16, 1)}))
     job = Job(f"{name}, lr {rate}", seed, flags | {"lr": rate}, points, LOOKS, stories=128)
+    if "x4" in name:
+        job = replace(job, recipes=changes.every_prefix, copies=4)
     return quick(job) if options.quick else job
 
 

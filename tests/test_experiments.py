@@ -80,6 +80,18 @@ def test_every_state_of_every_text(tiny):
         assert torch.equal(masked[row], order[row] >= row % 3)
 
 
+def test_every_left_part_of_every_text(tiny):
+    """As many rows as before, of a third of the texts; together a block's copies mask its slots once, twice, thrice."""
+    plain, net = replace(recipe(), text=opdlm.data_text, states=opdlm.prefix, batch=6), tiny()
+    made = changes.every_prefix(plain, 1)[0]
+    rows = torch.randint(0, 10, (6, 11), generator=torch.Generator().manual_seed(0))
+    text = made.text(net, net, rows, 2, 9, opdlm.uniforms(0, 1, range(6), (11, 1)), made)
+    assert torch.equal(text.tokens, rows[[0, 0, 0, 3, 3, 3]]) and made.batch == 6
+    masked = made.states(text.order[:, 2:], text.kept[:, 2:], None, 3)
+    assert masked[:3].sum(0).tolist() == masked[3:].sum(0).tolist() == [1, 2, 3] * 3
+    assert not (masked[:, 1:] < masked[:, :-1])[:, [0, 1, 3, 4, 6, 7]].any()        # nothing is shown right of a mask
+
+
 def test_part_of_the_rollouts_on_stories():
     made = changes.stories_first(0.25, recipe(), 8)
     assert [r.text is opdlm.data_text for r in made] == [True] * 2 + [False] * 6
