@@ -55,7 +55,8 @@ class Comparison:
         return numbers["val_nats"]
 
     def watch(self, name: str, net, layout, rule, of: str, tokens: int) -> None:
-        """A line of what comes after the prompt now, and its trace in the log. All processes have to take part."""
+        """A line of what comes after the prompt now, under a model's name or the tokens it had so far, and its trace
+        in the log. All processes have to take part."""
         if self.prompt is None:
             return
         story = measure.go_on(net, self.prompt, WATCHED, layout, rule, self.tokenizer, self.seed)

@@ -40,7 +40,7 @@ def rows(parts: list[tuple[str, int]], columns: int) -> list[list[tuple[str, int
     for text, step in parts:
         for sign in text.replace("\t", "    "):
             wide = width(sign)
-            if sign == "\n" or used and used + wide > columns:
+            if sign == "\n" or used + wide > columns:
                 made.append([])
                 used = 0
             if sign != "\n":
