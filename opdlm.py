@@ -20,7 +20,7 @@ from torch import Tensor
 
 from model import masks, reveal
 from model.denoiser import Denoiser
-from model.draw import Warp, inverse_cdf, uniforms
+from model.draw import Warp, uniforms
 from model.masks import Layout
 
 # 1. rollout: a text, block by block, each block from all masks to none ------------------------------------------------
@@ -37,7 +37,7 @@ class Text:
 
 @torch.no_grad()
 def rollout(denoiser: Denoiser, prompt: Tensor, length: int, rule: reveal.Rule, u: Tensor, eot: int,
-            warp: Callable = Warp(), prompt_len: Tensor | None = None) -> Text:
+            warp: Warp = Warp(), prompt_len: Tensor | None = None) -> Text:
     """Write up to `length` tokens after each row of `prompt` (B, P), until an end-of-text.
 
     `u` (B, P + length, S): one uniform number a position (S = 1), or S of them, of which each step takes the next (the
@@ -59,7 +59,7 @@ def rollout(denoiser: Denoiser, prompt: Tensor, length: int, rule: reveal.Rule, 
         probs = denoiser(tokens, start)[masked].float().softmax(-1)                      # (M, V)
         numbers = u[row, here.clamp(max=u.size(1) - 1)]                                  # (B, K, S)
         number = numbers.gather(2, step.clamp(max=draws - 1).view(B, 1, 1).expand(B, K, 1))[..., 0]      # (B, K)
-        drawn = inverse_cdf(warp(probs), number[masked])                                 # (M,)
+        drawn = warp.draw(probs, number[masked])                                         # (M,)
         sure = torch.zeros_like(number).masked_scatter(masked, rule.confidence(probs, drawn))
         show = rule(sure, masked, step, numbers) | masked & (step == cap - 1)[:, None]       # the last takes the rest
         block = torch.where(show, block.masked_scatter(masked, drawn), block)

@@ -7,11 +7,25 @@ its own.
 Letters: B rows, n of them with work left, K block, T positions, V vocabulary, W positions of one forward: the finished
 text to be written, then the block.
 """
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from model.dist import inference
 from model.gpt import Cache
 from model.masks import Layout, cached
+
+
+@dataclass
+class Plan:
+    """One forward, but for the tokens: what stays as it is while a block is denoised."""
+    key: tuple              # starts, lateness and who is awaited, (B,) each: what it was made from
+    position: Tensor        # (n, W)
+    mask: Tensor            # (n, 1, W, S)
+    at: Tensor              # (n, W) cache slots
+    place: Tensor           # (n, K) where a slot's logits stand, an index into the n * W
+    cost: tuple             # forwards and positions, (B,) each
 
 
 class Denoiser:
@@ -22,10 +36,11 @@ class Denoiser:
 
     def open(self, prompt: Tensor, end: Tensor) -> None:
         """Begin with new rows. `prompt`, `end` (B,): where a row's response begins and where it must stop."""
-        self.prompt, self.end, self.logits = prompt, end, None
+        self.prompt, self.end, self.logits, self.plan = prompt, end, None, None
         self.dump = int(end.max())                                                      # the cache's slot for padding
         self.cache = [Cache(self.dump) for _ in self.net.h]
         self.rows = torch.arange(len(prompt), device=prompt.device)                     # (n,) whose text it holds
+        self.slot = torch.arange(self.layout.block, device=prompt.device)               # (K,)
         self.written = torch.zeros_like(prompt)                                         # (B,) how much of it
         self.forwards, self.positions = torch.zeros_like(prompt), torch.zeros_like(prompt)
 
@@ -35,41 +50,50 @@ class Denoiser:
         Logits that stand in finished text (a first slot's, if the layout shifts) are made once a block: nothing changes
         them. A row without work, since no mask is left or none whose logits could have changed, costs nothing.
         """
-        slot = torch.arange(self.layout.block, device=tokens.device)                    # (K,)
-        here = start[:, None] + slot                                                    # (B, K)
+        here = start[:, None] + self.slot                                               # (B, K)
         masked = (tokens.gather(1, here) == self.mask_id) & (here < self.end[:, None])
         late = torch.where(masked.any(1), start - self.written, 0)                      # (B,) finished but not written
-        wanted = masked & ((slot >= self.layout.shift) | (late > 0)[:, None])           # (B, K)
-        if wanted.any():
+        wanted = masked & ((self.slot >= self.layout.shift) | (late > 0)[:, None])      # (B, K)
+        key = start, late, wanted.any(1)
+        if not key[2].any():
+            return self.logits
+        if self.plan is None or not all(map(torch.equal, key, self.plan.key)):
             self.drop(masked.any(1))
-            r = self.rows
-            made = self.forward(tokens[r], here[r], late[r], wanted[r], r)               # (N, V)
-            if self.logits is None:
-                self.logits = made.new_zeros(*here.shape, made.size(-1))                # (B, K, V)
-            self.logits[wanted] = made
-            self.written = self.written + late
+            self.plan = self.planned(key, here, wanted)
+        made = self.forward(tokens, wanted)                                             # (N, V)
+        if self.logits is None:
+            self.logits = made.new_zeros(*here.shape, made.size(-1))                    # (B, K, V)
+        self.logits[wanted] = made
+        self.written = self.written + late
         return self.logits
 
-    def forward(self, tokens, here, late, wanted, r) -> Tensor:
-        """(N, V): one pass for the n rows `r`, read where `wanted` (n, K)."""
-        shift, width = self.layout.shift, int(late.max())
-        slot = torch.arange(here.size(1), device=here.device)
-        clean = self.written[r, None] + torch.arange(width, device=here.device)         # (n, width)
+    def planned(self, key: tuple, here: Tensor, wanted: Tensor) -> Plan:
+        """For the n rows that are left."""
+        r, shift = self.rows, self.layout.shift
+        start, late, awaited = (x[r] for x in key)                                      # (n,) each
+        width, written, here = int(late.max()), self.written[r, None], here[r]
+        clean = written + torch.arange(width, device=here.device)                       # (n, width)
         # in a block of one slot, shifted, nobody reads or sees the slot itself: then AR text costs one position a token
-        noisy = here if (wanted & (slot >= shift)).any() else here[:, :0]               # (n, K) or none
+        noisy = here if (wanted & (self.slot >= shift)).any() else here[:, :0]          # (n, K) or none
         position = torch.cat([clean, noisy], 1)                                         # (n, W)
-        finished = clean < (self.written[r] + late)[:, None]
-        awaited = (noisy < self.end[r, None]) & wanted.any(1, keepdim=True)
-        used = torch.cat([finished, awaited], 1)                                        # (n, W) the others are padding
-        self.forwards[r] += used.any(1)
-        self.positions[r] += used.sum(1)
-        position = torch.where(used, position, 0)
+        used = torch.cat([clean < written + late[:, None], (noisy < self.end[r, None]) & awaited[:, None]], 1)
+        position = torch.where(used, position, 0)                                       # the others are padding
         denoised = (torch.arange(position.size(1), device=here.device) >= width).expand_as(position)
         mask = cached(position, denoised, self.prompt[r], self.end[r], self.layout, int(position.max()) + 1)
-        place = torch.where(slot >= shift, width, late[:, None]) + slot - shift         # (n, K) where its logits stand
-        read = (torch.arange(len(r), device=here.device)[:, None] * position.size(1) + place)[wanted]
-        at = torch.where(used, position, self.dump)
-        return self.net(tokens.gather(1, position), mask, position, read, self.cache, at)
+        place = torch.where(self.slot >= shift, width, late[:, None]) + self.slot - shift       # (n, K) in its row
+        place = place + torch.arange(len(r), device=here.device)[:, None] * position.size(1)
+        cost = (torch.zeros_like(self.written).index_put((r,), x) for x in (used.any(1).long(), used.sum(1)))
+        return Plan(key, position, mask, torch.where(used, position, self.dump), place, tuple(cost))
+
+    def forward(self, tokens: Tensor, wanted: Tensor) -> Tensor:
+        """(N, V): one pass, read where `wanted` (B, K)."""
+        plan, (forwards, positions) = self.plan, self.plan.cost
+        self.forwards, self.positions = self.forwards + forwards, self.positions + positions
+        if len(self.rows) < len(tokens):
+            tokens, wanted = tokens[self.rows], wanted[self.rows]
+        pushed, read = tokens.gather(1, plan.position), plan.place[wanted]
+        with inference():
+            return self.net(pushed, plan.mask, plan.position, read, self.cache, plan.at)
 
     def drop(self, working: Tensor) -> None:
         """Forget the rows that have finished, several at a time, since it copies the cache. `working` (B,)."""

@@ -73,6 +73,12 @@ def compiled(net, wanted: bool):
     return net
 
 
+def inference():
+    """A context without autograd's bookkeeping. With several processes the weights may be gathered in it and trained
+    after it, which nothing can be that was made in inference mode."""
+    return torch.no_grad() if dist.is_initialized() else torch.inference_mode()
+
+
 def place(net, compile: bool = False):
     """The network as it trains: compiled, then sharded, in bf16 on a GPU.
 

@@ -39,6 +39,10 @@ class Warp:
             raise ValueError(f"{self}: wanted are a temperature of at least 0, a top_k of at least 1 and a top_p "
                              "above 0 and at most 1")
 
+    def draw(self, probs: Tensor, u: Tensor) -> Tensor:
+        """(M,): tokens of `probs` (M, V) by the numbers `u` (M,)."""
+        return probs.argmax(-1) if self.temperature == 0 else inverse_cdf(self(probs), u)
+
     def __call__(self, probs: Tensor) -> Tensor:
         """(M, V) of (M, V)."""
         if self.temperature == 0:

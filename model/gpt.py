@@ -75,21 +75,28 @@ class Cache:
     dump for padding."""
 
     def __init__(self, slots: int):
-        self.slots, self.keys, self.values = slots, None, None
+        self.slots, self.kept = slots, None
 
-    def write(self, k: Tensor, v: Tensor, at: Tensor, upto: int) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, T, G, D) at the slots `at` (B, T); the slots to attend to, (B, upto, G, D)."""
-        if self.keys is None:                        # rows, heads and number format are those of the first that come
-            shape = (k.size(0), self.slots + 1, *k.shape[2:])
-            self.keys, self.values = k.new_zeros(shape), v.new_zeros(shape)             # (B, S+1, G, D)
-        rows = torch.arange(at.size(0), device=at.device)[:, None]
-        self.keys[rows, at], self.values[rows, at] = k, v
-        return self.keys[:, :upto], self.values[:, :upto]
+    def place(self, at: Tensor) -> Tensor:
+        """(B * T,): the slots `at` (B, T) of all rows as one index."""
+        return (torch.arange(len(at), device=at.device)[:, None] * (self.slots + 1) + at).flatten()
+
+    def write(self, kv: Tensor, place: Tensor, upto: int) -> Tensor:
+        """Store keys and values (B, T, 2, G, D) at `place` (B * T,); those to attend to, (B, upto, 2, G, D)."""
+        if self.kept is None:                        # rows, heads and number format are those of the first that come
+            self.kept = kv.new_zeros(kv.size(0), self.slots + 1, *kv.shape[2:])         # (B, S+1, 2, G, D)
+        self.kept.flatten(0, 1).index_copy_(0, place, kv.flatten(0, 1))
+        return self.kept[:, :upto]
 
     def keep(self, rows: Tensor) -> None:
         """Forget all rows but these (a bool or index tensor)."""
-        if self.keys is not None:
-            self.keys, self.values = self.keys[rows], self.values[rows]
+        if self.kept is not None:
+            self.kept = self.kept[rows]
+
+
+def taken(x: Tensor, read: Tensor | None) -> Tensor:
+    """(N, C): those of x (B, T, C) that somebody reads, or all as they are."""
+    return x if read is None else x.flatten(0, 1)[read]
 
 
 class Attention(nn.Module):
@@ -99,14 +106,14 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.width, 3 * config.width)
         self.c_proj = nn.Linear(config.width, config.width)
 
-    def forward(self, x, mask, cache, at):
+    def forward(self, x, mask, cache, at, read=None):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.heads, C // self.heads).unbind(2)   # (B, T, H, D) each
+        q, kv = self.c_attn(x).view(B, T, 3, self.heads, C // self.heads).split((1, 2), 2)    # (B, T, 1 and 2, H, D)
         if cache is not None:
-            k, v = cache.write(k, v, at, mask.size(-1))                                 # (B, S, H, D)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)               # (B, H, T or S, D)
+            kv = cache.write(kv, at, mask.size(-1))                                     # (B, S, 2, H, D)
+        q, (k, v) = q[:, :, 0].transpose(1, 2), kv.transpose(1, 3).unbind(2)            # (B, H, T or S, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.c_proj(taken(y.transpose(1, 2).reshape(B, T, C), read))
 
 
 class MLP(nn.Module):
@@ -130,6 +137,14 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+class LastBlock(Block):
+    """Of the positions that nobody reads it needs no more than their keys and values."""
+
+    def forward(self, x, mask, cache, at, read):
+        x = taken(x, read) + self.attn(self.ln_1(x), mask, cache, at, read)
+        return x + self.mlp(self.ln_2(x))
+
+
 def checkpointed(net: nn.Module, wanted: bool = True) -> nn.Module:
     """The network; if wanted, its blocks keep only what they are given, and are run once more in the backward pass: the
     same gradients with less memory, for one forward pass more. Passes without gradients are what they were."""
@@ -144,7 +159,7 @@ class GPT(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab, config.width)
         self.wpe = nn.Embedding(config.context, config.width)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.h = nn.ModuleList([*(Block(config) for _ in range(config.layers - 1)), LastBlock(config)])
         self.ln_f = nn.LayerNorm(config.width)
         self.mask_vector = nn.Parameter(torch.zeros(config.width))                      # (C,) what stands under [MASK]
 
@@ -163,12 +178,12 @@ class GPT(nn.Module):
         """
         if position is None:
             position = torch.arange(tokens.size(1), device=tokens.device)
-        x = self.embed(tokens) + self.wpe(position)                                     # (B, T, C)
-        for block, its_cache in zip(self.h, cache or [None] * len(self.h)):
+        x, at = self.embed(tokens) + self.wpe(position), cache and cache[0].place(at)   # (B, T, C), (B * T,)
+        caches = cache or [None] * len(self.h)
+        for block, its_cache in zip(self.h[:-1], caches):
             x = block(x, mask, its_cache, at)
-        x = x.flatten(0, 1)                                                             # (B * T, C)
-        x = x if read is None else x[read]                                              # (N, C)
-        return head(self.ln_f(x), self.wte.weight)                                      # (N, V)
+        x = self.h[-1](x, mask, caches[-1], at, read)                                   # (N, C)
+        return head(self.ln_f(x.reshape(-1, x.size(-1))), self.wte.weight)              # (N, V)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(B, T, C): a token's row of the table, or the [MASK] vector."""

@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.gpt import Cache, check_fixed, sizes
+from model.gpt import Cache, check_fixed, sizes, taken
 
 NEVER = -1e4    # the logit of what can't be generated: its probability is 0, and 0 times it is 0, not NaN as with -inf
 
@@ -116,15 +116,15 @@ class Attention(nn.Module):
         for name in ("q_norm", "k_norm"):
             self.add_module(name, RMSNorm(size, config.eps) if config.family == "qwen3" else nn.Identity())
 
-    def forward(self, x, mask, turn, cache, at):
+    def forward(self, x, mask, turn, cache, at, read=None):
         q, k, v = (proj(x).unflatten(-1, (-1, self.size)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(self.q_norm(q), turn), rotate(self.k_norm(k), turn)               # (B, T, H, D), (B, T, G, D)
         if cache is not None:
-            k, v = cache.write(k, v, at, mask.size(-1))                                 # (B, S, G, D)
+            k, v = cache.write(torch.stack((k, v), 2), at, mask.size(-1)).unbind(2)     # (B, S, G, D)
         k, v = (y.repeat_interleave(q.size(2) // y.size(2), 2) for y in (k, v))         # (B, T or S, H, D)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)               # (B, H, T or S, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.o_proj(y.transpose(1, 2).flatten(2))                                # (B, T, C)
+        return self.o_proj(taken(y.transpose(1, 2).flatten(2), read))                   # (B, T, C) or (N, C)
 
 
 class MLP(nn.Module):
@@ -149,12 +149,21 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class LastBlock(Block):
+    """Of the positions that nobody reads it needs no more than their keys and values."""
+
+    def forward(self, x, mask, turn, cache, at, read):
+        x = taken(x, read) + self.self_attn(self.input_layernorm(x), mask, turn, cache, at, read)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
 class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
         self.model = nn.ModuleDict({"embed_tokens": nn.Embedding(config.vocab, config.width),
-                                    "layers": nn.ModuleList(Block(config) for _ in range(config.layers)),
+                                    "layers": nn.ModuleList([*(Block(config) for _ in range(config.layers - 1)),
+                                                            LastBlock(config)]),
                                     "norm": RMSNorm(config.width, config.eps)})
         self.lm_head = None if config.tied else nn.Linear(config.width, config.vocab, bias=False)
         own = nn.Parameter(torch.zeros(config.width)) if config.mask is None else None
@@ -178,12 +187,13 @@ class Llama(nn.Module):
         """(N, V) logits; the arguments are those of `GPT.forward`."""
         if position is None:
             position = torch.arange(tokens.size(1), device=tokens.device)
-        x = self.embed(tokens)                                                          # (B, T, C)
+        x, at = self.embed(tokens), cache and cache[0].place(at)                        # (B, T, C), (B * T,)
         turn = rotations(position, self.config, x.dtype)
-        for block, its_cache in zip(self.h, cache or [None] * len(self.h)):
+        caches = cache or [None] * len(self.h)
+        for block, its_cache in zip(self.h[:-1], caches):
             x = block(x, mask, turn, its_cache, at)
-        x = x.flatten(0, 1)                                                             # (B * T, C)
-        x = x if read is None else x[read]                                              # (N, C)
+        x = self.h[-1](x, mask, turn, caches[-1], at, read)
+        x = x.reshape(-1, x.size(-1))                                                   # (N, C)
         x, table, bias = self.model.norm(x), (self.lm_head or self.wte).weight, None    # (N, C), (V, C)
         if self.config.mask is not None:
             bias = F.one_hot(torch.tensor(self.config.mask, device=x.device), len(table)).to(x.dtype) * NEVER   # (V,)

@@ -50,6 +50,9 @@ def ranked(score: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
 
 def static(count: int, confidence: Tensor, masked: Tensor, *_) -> Tensor:
     """the COUNT surest: block / COUNT steps a block (MaskGIT, 2202.04200; LLaDA, 2502.09992)"""
+    if count == 1:                                                         # the first of the largest, in fewer steps
+        best = confidence.masked_fill(~masked, -torch.inf).argmax(-1, keepdim=True)
+        return masked & torch.zeros_like(masked).scatter(1, best, True)
     return masked & (ranked(confidence, masked)[1] < count)
 
 

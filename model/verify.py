@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.denoiser import Denoiser
+from model.dist import inference
 from model.draw import Warp, inverse_cdf
 from model.gpt import Cache
 from model.masks import Layout
@@ -70,8 +71,9 @@ class Stream:
         at = torch.cat([self.scratch + clean, slot.expand_as(noisy)], 1).masked_fill(~used, self.cache[0].slots)
         ahead = clean.size(1) + slot.view(1, A + 1, K)[..., :-1].flatten(1).expand(B, -1)
         read = torch.cat([(behind - 1 - written[:, None]), ahead], 1) + row * position.size(1)
-        hidden, table = self.net(pushed, self.mask(clean, noisy, behind), position, read.clamp(min=0).flatten(),
-                                 self.cache, at, head=lambda hidden, *table: (hidden, table))
+        with inference():
+            hidden, table = self.net(pushed, self.mask(clean, noisy, behind), position, read.clamp(min=0).flatten(),
+                                     self.cache, at, head=lambda hidden, *table: (hidden, table))
         hidden = hidden.view(B, -1, hidden.size(-1))
         return hidden[:, :A + 1], hidden[:, A + 1:].reshape(B, A + 1, max(K - 1, 0), hidden.size(-1)), table
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import opdlm
 from model import masks, reveal
 from model.denoiser import Denoiser
+from model.draw import inverse_cdf
 from model.masks import AR, Layout
 
 EOT = 10
@@ -86,7 +87,7 @@ def test_block_1_with_ar_alignment_is_the_ar_sampler(tiny):
         tokens = prompts(3)[row]
         while len(tokens) < 21 and tokens[3:].tolist()[-1:] != [EOT]:
             probs = net(tokens[None])[-1:].float().softmax(-1)
-            tokens = torch.cat([tokens, opdlm.inverse_cdf(probs, u[row, len(tokens)])])
+            tokens = torch.cat([tokens, inverse_cdf(probs, u[row, len(tokens)])])
         assert torch.equal(text.tokens[row][:len(tokens)], tokens)
         assert denoiser.forwards[row] == len(tokens) - 3
         assert denoiser.positions[row] == len(tokens) - 1           # one position a token, and nothing for [MASK]
