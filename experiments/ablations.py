@@ -15,7 +15,7 @@ from functools import partial
 import torch
 
 from experiments import changes
-from experiments.conversion import Job
+from experiments.job import Job
 from experiments.pool import run_all
 from experiments.results import at_cost, by_row, cell, finish
 from model.dist import facts

@@ -7,9 +7,9 @@ conversion lies in out/experiments and is not run again; an unfinished one start
 import copy
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -17,54 +17,19 @@ import torch
 
 import opdlm
 import train_tiny
-from data import toy
 from data.corpus import open_corpus
 from data.tinystories import Corpus, stories
+from experiments.job import WORK, Job, options_of
+from experiments.looks import ar_numbers, judge
 from experiments.results import flops
 from model import hub
 from model.dist import Log
-from model.masks import AR
 from model.muon import optimizer_named, schedule
 from model.state import writable
 from report import measure
 from report.publish import write_json
 
-WORK = Path("out/experiments")
 corpus_of = cache(open_corpus)      # once a process
-
-
-@dataclass(frozen=True)
-class Job:
-    """A conversion of the teacher of `seed`, and when and how it is looked at."""
-    name: str                           # of the row
-    seed: int
-    flags: dict                         # of train_tiny.py
-    points: tuple                       # updates after which the student is judged
-    looks: tuple = ("",)                # ways to sample: flags of train_tiny.py, "block=8 reveal=static:2"
-    recipes: Callable | None = None     # (recipe, rollouts) -> the recipes that rollouts take in turn
-    start: Callable | None = None       # something done to the student before
-    stories: int = 256                  # that a look is made of
-    pretrain: dict | None = None        # flags of the teacher
-    folder: str = "full"                # under out/experiments
-    copies: int = 1                     # of each text in a batch, by its recipes: a text's tokens count once
-
-    @property
-    def file(self) -> Path:
-        return WORK / self.folder / f"{self.name}-{self.seed}.json".replace(" ", "")
-
-    @property
-    def settings(self) -> dict:
-        """What JSON can hold of it."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()
-                if not callable(value) and name != "folder" and (name, value) != ("copies", 1)}
-
-
-def options_of(job: Job, more: str = "") -> train_tiny.Options:
-    """Flags as a value; `more` are those of a look."""
-    given = {"data": "toy", **(job.pretrain or {}), "warm_steps": 0, "updates": 1, **job.flags, "seed": job.seed,
-             "distill_steps": max(job.points)}
-    given |= {name: int(value) if value.isdigit() else value for name, value in (x.split("=") for x in more.split())}
-    return train_tiny.Options(**given)
 
 
 def opened(job: Job) -> tuple[train_tiny.Options, Corpus]:
@@ -104,25 +69,6 @@ def take_in(mean, net, step: int, power: int = 9) -> None:
     """Move the mean of the weights on, after the `step`-th update."""
     share = 1 - (1 - 1 / step) ** (power + 1)
     torch._foreach_lerp_(list(mean.parameters()), list(net.parameters()), share)
-
-
-def judge(net, teacher, job: Job, corpus, held: list, options, layout=None) -> dict:
-    """The likelihood, and for each look what is written; with a `layout` under that and the rule of the AR model."""
-    recipe = train_tiny.recipe_of(options, corpus.tokenizer.eot)
-    check = toy.check if corpus.name == "toy" else None
-    numbers = measure.likelihood(net, held, layout or recipe.layout, corpus.tokenizer)
-    for look in job.looks:
-        how = train_tiny.recipe_of(options_of(job, look), recipe.eot)
-        writer = measure.by_rule(net, layout or how.layout, how.rule)
-        made = measure.generate(writer, held, recipe.eot, options.length, job.seed)
-        numbers[look] = measure.generated(teacher, *made, corpus.tokenizer, check)
-    return numbers
-
-
-def ar_numbers(teacher, job: Job, corpus, held: list, options) -> dict:
-    """The same of the AR model."""
-    numbers = judge(teacher, teacher, replace(job, flags={}, looks=("reveal=static:1",)), corpus, held, options, AR)
-    return numbers | numbers.pop("reveal=static:1")
 
 
 def run(job: Job) -> dict:

@@ -15,7 +15,7 @@ import torch
 
 import opdlm
 from experiments import changes
-from experiments.conversion import Job
+from experiments.job import Job
 from experiments.pool import run_all
 from experiments.results import at_cost, by_row, cell, finish, gap, reached, tokens_cell
 from model.dist import facts

@@ -3,7 +3,8 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 
-from experiments.conversion import Job, run, teacher_of
+from experiments.conversion import run, teacher_of
+from experiments.job import Job
 
 
 def prepare(job: Job) -> None:

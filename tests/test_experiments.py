@@ -5,7 +5,7 @@ import torch
 
 import opdlm
 from experiments import ablations, changes, conversion, memory, methods
-from experiments.conversion import Job
+from experiments.job import Job, options_of
 from experiments.results import at_cost, gap, reached, tokens_cell
 from model import reveal
 from model.gpt import GPTConfig
@@ -102,7 +102,7 @@ def test_recipes_take_turns(tiny, monkeypatch):
     seen, net = [], tiny()
     monkeypatch.setattr(opdlm, "train", lambda *a: seen.append((a[3].layout.block, list(a[6]))) or
                         iter([{"step": step + 1} for step in a[6]]))
-    options = conversion.options_of(Job("", 0, {"updates": 2}, (7,)))
+    options = options_of(Job("", 0, {"updates": 2}, (7,)))
     class corpus:                                                          # not looked at
         pass
     list(conversion.updates(net, net, corpus, [recipe(updates=2), changes.mixed(recipe(updates=2), 4)[1]], options))
@@ -110,7 +110,7 @@ def test_recipes_take_turns(tiny, monkeypatch):
 
 
 def test_a_finished_conversion_is_read_and_another_is_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(conversion, "WORK", tmp_path)
+    monkeypatch.setattr("experiments.job.WORK", tmp_path)
     job = Job("a, b", 1, {"lr": 0.1}, (1,), recipes=changes.mixed)
     write_json(job.file, {"settings": job.settings, "x": 1})
     assert conversion.run(job)["x"] == 1 and [p.name for p in job.file.parent.iterdir()] == ["a,b-1.json"]
@@ -131,7 +131,7 @@ def test_every_row_of_the_ablations_is_looked_at_as_it_is_compared():
 @pytest.mark.parametrize("name", list(methods.jobs_of(methods.Options())))
 def test_every_row_of_the_methods_is_flags_of_the_command(name):
     flags = methods.jobs_of(methods.Options())[name]
-    options = conversion.options_of(Job(name, 0, flags, (4,)), "reveal=leftmost:0.5 block=8")
+    options = options_of(Job(name, 0, flags, (4,)), "reveal=leftmost:0.5 block=8")
     assert options.block == 8 and options.reveal == "leftmost:0.5" and options.warm_steps == 0
     assert [getattr(options, dial) for dial in methods.DIALS] == [flags[dial] for dial in methods.DIALS]
 
