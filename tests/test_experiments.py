@@ -1,10 +1,11 @@
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
 import opdlm
-from experiments import ablations, changes, conversion, memory, methods
+from experiments import ablations, changes, conversion, decoding, memory, methods
 from experiments.job import Job, options_of
 from experiments.results import at_cost, gap, reached, tokens_cell
 from model import reveal
@@ -134,6 +135,15 @@ def test_every_row_of_the_methods_is_flags_of_the_command(name):
     options = options_of(Job(name, 0, flags, (4,)), "reveal=leftmost:0.5 block=8")
     assert options.block == 8 and options.reveal == "leftmost:0.5" and options.warm_steps == 0
     assert [getattr(options, dial) for dial in methods.DIALS] == [flags[dial] for dial in methods.DIALS]
+
+
+def test_aup_by_hand():
+    """80 % from 0 to 1 token a forward, then a trapezoid; what is 5 below the slowest, or more, does not count."""
+    assert decoding.aup([(1, 80)], 80) == 80
+    assert decoding.aup([(2, 80), (1, 80)], 80) == pytest.approx(160)
+    less = 76 * math.exp(-3 * (1 - 76 / 80))
+    assert decoding.aup([(1, 80), (2, 76), (4, 74.9)], 80) == pytest.approx(80 + (80 + less) / 2)
+    assert decoding.aup([(1, 80), (2, 90)], 80) == pytest.approx(80 + (80 + 90) / 2)        # above the best, as it is
 
 
 def test_a_peak_is_what_stood_at_once():
