@@ -46,6 +46,14 @@ def tokens_cell(found: list[tuple[float, bool]]) -> str:
     return f"{'' if every else '> '}{statistics.mean(some):.0f}k{spread}"
 
 
+def times(ours: list, theirs: list) -> str:
+    """Their tokens over ours; where ours never came so far there is none, where theirs did not it is a lower bound."""
+    if not all(ok for _, ok in ours):
+        return "not reached"
+    values = [b / a for (a, _), (b, _) in zip(ours, theirs)]
+    return ("" if all(ok for _, ok in theirs) else "> ") + cell(values, 1)
+
+
 def finish(name: str, results: dict, draw: Callable, quick: bool) -> None:
     """experiments/NAME/results.json, whole or not at all, and curves.png; of a quick run in out/ instead."""
     import matplotlib
