@@ -29,7 +29,6 @@ ROWS = {name: dict(zip(DIALS, dials)) for name, dials in opdlm.METHODS.items()} 
     "ours": dict(zip(DIALS, ("data", "prefix", "teacher", "first")))}
 ROWS["ours x4"] = ROWS["ours"]      # each text in all states that show a left part of its blocks, 4 of them
 PUBLISHED = ROWS["sdar"] | {"align": "paper", "context": "block"}       # SDAR-style, as its paper has it
-RATES = (0.0025, 0.005, 0.01, 0.02)     # of one grid
 LOOKS = tuple(f"reveal=leftmost:{level}" for level in (0, 0.7, 0.9, 0.98, 1))
 COSTS, NATS = (1, 1.5), (0.25, 0.1, 0.05)   # tokens a forward at which text is compared; nats above the teacher's
 COST = COSTS[-1]        # of the picture
@@ -43,7 +42,8 @@ class Options:
     data: str = option("toy", "--data of train_tiny.py")
     val_data: str | None = option(None, "--val_data of train_tiny.py")
     rows: str = option(",".join(ROWS), "methods, apart by commas")
-    quick: bool = option(False, "tiny models, four updates: whether it runs at all")
+    rates: str = option("0.0025,0.005,0.01,0.02", "learning rates of one grid")
+    quick: bool = option(False, "tiny models, four updates, one rate: whether it runs at all")
     seeds: int = option(3, "teachers, and conversions of each")
     updates: int = option(480, "updates of 16 rows; half as many with align=paper, which would need far more")
     long: int = option(2400, "updates of the SDAR-style row as published")
@@ -80,9 +80,10 @@ def quick(job: Job) -> Job:
 def main(argv: list[str]) -> None:
     options = cli.parse(Options, argv, __doc__)
     if options.quick:
-        options = replace(options, seeds=1, updates=4, long=8)
+        options = replace(options, seeds=1, updates=4, long=8, rates="0.01")
     rows = jobs_of(options)
-    runs = run_all([job_of(name, flags, rate, 0, options) for name, flags in rows.items() for rate in RATES])
+    grid = list(map(float, options.rates.split(",")))
+    runs = run_all([job_of(name, flags, rate, 0, options) for name, flags in rows.items() for rate in grid])
     best = {(name, rate) for cost in COSTS for name, rate in rates(runs, cost).items()}
     runs += run_all([job_of(name, rows[name], rate, seed, options)
                      for seed in range(1, options.seeds) for name, rate in sorted(best)])
