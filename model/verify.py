@@ -56,24 +56,25 @@ class Stream:
         Hidden states (B, A + 1, C) about the tokens at size .. size + A; those of the masks behind a = 0 .. A accepted
         drafts, (B, A + 1, K - 1, C), about the tokens at size + a + 1 and on; and what makes logits of both.
         """
-        B, K, A, row = len(size), self.block, drafts, torch.arange(len(size), device=size.device)[:, None]
+        B, K, A, device = len(size), self.block, drafts, size.device
         written = size - 1 if self.begun else 0 * size                     # an accepted draft was pushed to be verified
         late = torch.where(working, size + A - written, 0)                              # (B,)
-        clean = written[:, None] + torch.arange(int(late.max()), device=size.device)    # (B, W)
-        behind = size[:, None] + torch.arange(A + 1, device=size.device)                # (B, A + 1) blocks begin there
-        noisy = (behind[..., None] + torch.arange(K, device=size.device)).flatten(1)    # (B, M)
-        position, slot = torch.cat([clean, noisy], 1), torch.arange(noisy.size(1), device=size.device)
-        used = working[:, None] & (position < torch.cat([(written + late).minimum(self.end)[:, None].expand_as(clean),
-                                                         self.end[:, None].expand_as(noisy)], 1))
-        self.forwards, self.positions, self.begun = self.forwards + working, self.positions + used.sum(1), True
-        position = torch.where(used, position, 0)
-        pushed = torch.cat([tokens.gather(1, position[:, :clean.size(1)]), torch.full_like(noisy, self.net.mask_id)], 1)
+        clean = written[:, None] + torch.arange(int(late.max()), device=device)         # (B, W)
+        behind = size[:, None] + torch.arange(A + 1, device=device)                     # (B, A + 1) blocks begin there
+        noisy = (behind[..., None] + torch.arange(K, device=device)).flatten(1)         # (B, M)
+        slot, W = torch.arange(noisy.size(1), device=device), clean.size(1)
+        used = torch.cat([clean < (written + late).minimum(self.end)[:, None],
+                          (noisy < self.end[:, None]) & working[:, None]], 1)           # (B, W + M) others are padding
+        position = torch.where(used, torch.cat([clean, noisy], 1), 0)
+        pushed = torch.cat([tokens.gather(1, position[:, :W]), torch.full_like(noisy, self.net.mask_id)], 1)
         at = torch.cat([self.scratch + clean, slot.expand_as(noisy)], 1).masked_fill(~used, self.cache[0].slots)
-        ahead = clean.size(1) + slot.view(1, A + 1, K)[..., :-1].flatten(1).expand(B, -1)
-        read = torch.cat([(behind - 1 - written[:, None]), ahead], 1) + row * position.size(1)
+        ahead = W + slot.view(1, A + 1, K)[..., :-1].flatten(1).expand(B, -1)
+        read = torch.cat([(behind - 1 - written[:, None]).clamp(min=0), ahead], 1)      # (B, (A + 1) max(K, 1))
+        read = read + torch.arange(B, device=device)[:, None] * position.size(1)
         with inference():
-            hidden, table = self.net(pushed, self.mask(clean, noisy, behind), position, read.clamp(min=0).flatten(),
-                                     self.cache, at, head=lambda hidden, *table: (hidden, table))
+            hidden, table = self.net(pushed, self.mask(clean, noisy, behind), position, read.flatten(), self.cache, at,
+                                     head=lambda hidden, *table: (hidden, table))
+        self.forwards, self.positions, self.begun = self.forwards + working, self.positions + used.sum(1), True
         hidden = hidden.view(B, -1, hidden.size(-1))
         return hidden[:, :A + 1], hidden[:, A + 1:].reshape(B, A + 1, max(K - 1, 0), hidden.size(-1)), table
 
