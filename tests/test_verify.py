@@ -153,6 +153,14 @@ def test_cost_is_what_was_pushed(tiny):
         assert 0 <= late < 40                                       # at the end blocks are cut, the tensors are not
 
 
+@pytest.mark.parametrize("layout, own", [(Layout(4, 1, 1), True), (Layout(4, 1, 1), False), (Layout(4, 4, 0), False)])
+def test_a_text_may_fill_the_context(tiny, layout, own):
+    """Blocks and drafts that hang over the end have no position there."""
+    net, u = tiny(context=20), uniforms(1, 0, range(3), (20, 3))
+    tokens, *_ = verify.verified(net, layout, prompts([3] * 3), 17, u, 99, Warp(), None if own else net)
+    assert (tokens != net.mask_id).all()
+
+
 def test_a_perfect_draft_is_accepted_whole(tiny):
     """At temperature 0 a network whose text is one token over and over accepts all drafts: K tokens a forward."""
     net = tiny(seed=1)
