@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, normalizers
 
 from model.gpt import GPT, GPTConfig
 
 torch.set_num_threads(1)
+settings.register_profile("same", deadline=None, derandomize=True, database=None)   # the same examples at each run
+settings.load_profile("same")
 
 
 @pytest.fixture

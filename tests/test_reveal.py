@@ -120,7 +120,7 @@ def test_nothing_is_left_masked_before_what_leftmost_reveals():
     assert torch.equal(show, show.cumprod(1).bool())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(spec=st.sampled_from(RULES), confidence=st.sampled_from([None, *reveal.CONFIDENCE]), block=st.integers(1, 9),
        clean=st.booleans(), shift=st.integers(0, 1), length=st.integers(1, 20), seed=st.integers(0, 1000),
        lens=st.lists(st.integers(1, 6), min_size=1, max_size=4))

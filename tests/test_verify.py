@@ -37,7 +37,7 @@ class Spy:
 
 # the text is the verifier's ------------------------------------------------------------------------------------------
 
-@settings(max_examples=60, deadline=None, suppress_health_check=["function_scoped_fixture"])
+@settings(max_examples=60, suppress_health_check=["function_scoped_fixture"])
 @given(layout=st.sampled_from(LAYOUTS), own=st.booleans(), length=st.integers(1, 20), seed=st.integers(0, 50),
        lens=st.lists(st.integers(1, 6), min_size=1, max_size=4))
 def test_greedy_text_is_the_verifier_s_own(tiny, layout, own, length, seed, lens):
