@@ -100,11 +100,12 @@ def teacher_text(student, teacher, rows: Tensor, P: int, R: int, u: Tensor, reci
 
 
 def data_text(student, teacher, rows: Tensor, P: int, R: int, u: Tensor, recipe: "Recipe") -> Text:
-    """A story's. What follows its end is end-of-text."""
+    """A story's. What follows its end is end-of-text; a model whose block is the whole text has to learn that too."""
     tokens, begin = rows[:, :P + R], torch.full((len(rows),), P, device=rows.device)
     keep, free = kept(tokens, begin, begin + R, recipe.eot), torch.zeros_like(begin)
-    tokens = torch.where(keep | (torch.arange(P + R, device=rows.device) < P), tokens, recipe.eot)
-    return Text(tokens, torch.full_like(tokens, -1), keep, free, free)
+    response = torch.arange(P + R, device=rows.device) >= P                              # (T,)
+    tokens = torch.where(keep | ~response, tokens, recipe.eot)
+    return Text(tokens, torch.full_like(tokens, -1), keep | response & (recipe.layout.block > R), free, free)
 
 
 # 2. states: which slots of a finished text are masked again -----------------------------------------------------------
@@ -140,8 +141,7 @@ def random(order: Tensor, kept: Tensor, u: Tensor, block: int) -> Tensor:
 def prefix(order: Tensor, kept: Tensor, u: Tensor, block: int) -> Tensor:
     """All but a left part of the block, of any length that leaves a loss: nothing right of a mask is shown."""
     shown = in_blocks(u, block, 0.0)[:, :, :1, 0] * in_blocks(kept, block, False).sum(-1, keepdim=True)
-    masked = torch.arange(block, device=order.device) >= shown.long()                    # (B, blocks, K)
-    return out_of_blocks(masked, order.size(1))
+    return out_of_blocks(torch.arange(block, device=order.device) >= shown.long(), order.size(1))
 
 
 # 3. target: what should stand under the masks -------------------------------------------------------------------------
@@ -167,12 +167,13 @@ def student_logits(student, tokens: Tensor, noisy: Tensor, P: int, layout: Layou
     last `clean` of the N are all read in the clean one, where a causal student is an AR model.
     """
     T, device = tokens.size(1), tokens.device
-    position = torch.cat([torch.arange(T, device=device), torch.arange(P, T, device=device)])     # (T + R,)
-    mask = masks.two_stream(T, P, layout, device)                                        # (T + R, T + R)
+    C = T if clean else T - 1 - (T - P - 1) % layout.block           # nobody looks at the last block's clean text
+    position = torch.cat([torch.arange(C, device=device), torch.arange(P, T, device=device)])     # (C + R,)
+    mask = masks.two_stream(T, P, layout, device, C)                                     # (C + R, C + R)
     source = at - layout.shift
     inside = masks.block_of(source, P, layout.block) == masks.block_of(at, P, layout.block)
-    place = torch.where(inside & (torch.arange(len(at), device=device) < len(at) - clean), T + source - P, source)
-    return student(torch.cat([tokens, noisy], 1), mask, position, rows * len(position) + place, head=head)
+    place = torch.where(inside & (torch.arange(len(at), device=device) < len(at) - clean), C + source - P, source)
+    return student(torch.cat([tokens[:, :C], noisy], 1), mask, position, rows * len(position) + place, head=head)
 
 
 def distill_loss(target: Tensor, logits: Tensor) -> Tensor:
@@ -296,5 +297,4 @@ def rows_of(text: Text, part: slice, P: int, block: int) -> Text:
     """These rows, cut behind the block in which the longest of them ends."""
     R = int(text.kept[part, P:].sum(1).max())
     T = P + R + -R % block                                                               # slicing stops at the end
-    return Text(text.tokens[part, :T], text.order[part, :T], text.kept[part, :T],
-                text.forwards[part], text.positions[part])
+    return Text(*(x[part, :T] for x in (text.tokens, text.order, text.kept)), text.forwards[part], text.positions[part])

@@ -27,14 +27,17 @@ from model.masks import AR, Layout
 from report import cli, measure, page, trace, watch
 from report.cli import option
 
+RUN, SMALL = Path("out/tiny"), Path(__file__).parent / "model/small"
 MOST = 1024         # tokens of a response that nobody gave a length
 PICTURES = {".png": trace.picture, ".html": page.save}
 
 
 @dataclass
 class Options:
-    ckpt: str = option("out/tiny", "a run's folder, a checkpoint's, or hf:NAME or hf:NAME@REVISION of the hub")
+    ckpt: str | None = option(None, "a run's folder, a checkpoint's, or hf:NAME or hf:NAME@REVISION of the hub; none: "
+                              "out/tiny if a run left it, else model/small, which comes with the code")
     export: str | None = option(None, "a new folder to write the checkpoint to, instead of text")
+    dtype: str | None = option(None, "numbers that --export writes; none: the checkpoint's", ("float32", "bfloat16"))
     prompt: str = option("", "text to go on from")
     mode: str = option("diffusion", "diffusion: a block at a time; ar: a token at a time, by the AR model; verified: "
                        "the verifier's own text, which diffusion drafts", ("diffusion", "ar", "verified"))
@@ -71,7 +74,7 @@ class Options:
 
 def find(options: Options, mode: str) -> Path:
     """The checkpoint's folder: of a run, the model that a mode asks for."""
-    folder = hub.fetch(options.ckpt)
+    folder = hub.fetch(options.ckpt or (RUN if RUN.is_dir() else SMALL))
     inner = folder / ("ar" if mode == "ar" else "opdlm")
     return inner if inner.is_dir() else folder
 
@@ -108,7 +111,7 @@ def verifier(options: Options, folder: Path, student, device):
         return None
     teacher = find(options, "ar") if options.verifier == "teacher" else hub.fetch(options.verifier)
     if teacher == folder and options.verifier == "teacher":
-        raise ValueError(f"{options.ckpt} has no ar/ with a teacher in it: say --verifier=FOLDER, or --verifier=self")
+        raise ValueError(f"{folder} has no ar/ with a teacher in it: say --verifier=FOLDER, or --verifier=self")
     net, layout = hub.load(teacher)
     if layout is not None or net.config.vocab != student.config.vocab:
         raise ValueError(f"--verifier={options.verifier}: an AR model with the student's vocabulary, "
@@ -149,7 +152,7 @@ def main(argv: list[str]) -> None:
     options = cli.parse(Options, argv, __doc__)
     if options.export:
         folder = find(options, options.mode)
-        hub.export(folder, options.export)
+        hub.export(folder, options.export, getattr(torch, options.dtype) if options.dtype else None)
         print(f"{folder} is now in {options.export}")
         return
     writer, tok = load(options)

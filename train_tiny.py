@@ -4,6 +4,7 @@
     python train_tiny.py --data=toy                     the story world: every story can be checked by rule
     python train_tiny.py --data=stories.txt             any UTF-8 text, stories apart by <|endoftext|>
     python train_tiny.py --preset=paper                 the paper's choices instead of ours
+    python train_tiny.py --preset=mdlm                  a model that denoises whole texts, from all masks to none
 
 In order: data, the AR model, the conversion, the comparison. Left behind in --out: ar/ and opdlm/ (checkpoints),
 log.jsonl, summary.json, curves.png, states.png.
@@ -40,8 +41,9 @@ class Options:
     val_data: str | None = option(None, "held-out text; none: every 20th story of --data")
     init: str = option("scratch", "scratch: pretrain an AR model; FOLDER or hf:NAME[@REVISION]: take that checkpoint")
     out: str = option("out/tiny", "folder for checkpoints, log, summary and pictures")
-    preset: str | None = option(None, "paper: all the paper's choices; flags given beside it win", ("paper",))
-    block: int = option(4, "tokens denoised together (paper: 4)")
+    preset: str | None = option(None, "paper: all the paper's choices; mdlm: masked diffusion of whole texts (2406.07524); "
+                                "flags given beside it win", ("paper", "mdlm"))
+    block: int = option(4, "tokens denoised together (paper: 4); 0: all of a text")
     align: str = option("ar", "ar: logits at i-1 are about token i, as the AR's; paper: those at i", tuple(ALIGN))
     context: str = option("causal", "finished text sees itself: causal, or in blocks (paper)", ("causal", "block"))
     reveal: str = option("leftmost:0.98", f"which masks come off (paper: threshold:0.9). {rules.ABOUT}")
@@ -88,6 +90,8 @@ class Options:
 PAPER = {"block": 4, "align": "paper", "context": "block", "reveal": "threshold:0.9", "confidence": "drawn", "batch": 8,
          "text": "student", "states": "visited", "target": "teacher", "weight": "mean", "updates": 16, "ramp": 1600,
          "warm_steps": 0, "optimizer": "adamw", "schedule": "cosine"}
+MDLM = {"block": 0, "align": "paper", "context": "block", "reveal": "ancestral:128", "text": "data", "states": "random",
+        "target": "onehot", "weight": "1/t", "warm_steps": 0, "every": 1000}
 SIZES = {
     "toy": dict(pretrain_steps=480, rows=32, distill_steps=580, warm_steps=540, width=128, length=96),
     "text": dict(pretrain_steps=640, rows=16, distill_steps=246, warm_steps=230, width=192, length=256)}
@@ -101,9 +105,10 @@ def settled(options: Options, corpus: Corpus) -> Options:
         options = replace(options, **hub.fitted(options.init, options.length, sizes["length"]))
         sizes["lr"] = RATES[options.optimizer] / 10             # what was trained elsewhere bears less: README, Limits
     options = replace(options, **{name: value for name, value in sizes.items() if getattr(options, name) is None})
-    if not 1 <= options.block <= options.length - 16:
+    options = replace(options, block=options.block or options.length)
+    if not (1 <= options.block <= options.length - 16 or options.block == options.length):
         raise ValueError(f"--block={options.block} has no room behind a prompt of 16 in {options.length} positions: "
-                         f"take 1 to {options.length - 16}")
+                         f"take 1 to {options.length - 16}, or 0 for all of a text")
     least = (options.layers, options.batch, options.passes, options.updates, options.every, options.distill_steps)
     if options.init == "scratch" and options.width % 64 or min(least) < 1:
         raise ValueError("--width is a multiple of 64; --layers, --batch, --passes, --updates, --every and "
@@ -228,7 +233,7 @@ def convert(student, teacher, corpus, recipe, options: Options, optimizer, log: 
 # 3. all together ------------------------------------------------------------------------------------------------------
 
 def main(argv: list[str]) -> None:
-    options = cli.parse(Options, argv, __doc__, {"paper": PAPER})
+    options = cli.parse(Options, argv, __doc__, {"paper": PAPER, "mdlm": MDLM})
     recipe_of(options, 0)                                             # refuses what can't be, before any work is done
     device = dist.start(options.device)
     own = None if options.init == "scratch" else tokenizer.load(hub.ar_folder(options.init))

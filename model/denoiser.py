@@ -42,18 +42,23 @@ class Denoiser:
         self.rows = torch.arange(len(prompt), device=prompt.device)                     # (n,) whose text it holds
         self.slot = torch.arange(self.layout.block, device=prompt.device)               # (K,)
         self.written = torch.zeros_like(prompt)                                         # (B,) how much of it
+        self.state = prompt.new_full((len(prompt), self.layout.block), -1)              # (B, K) that logits are of
         self.forwards, self.positions = torch.zeros_like(prompt), torch.zeros_like(prompt)
 
-    def __call__(self, tokens: Tensor, start: Tensor) -> Tensor:
-        """(B, K, V) logits about the slots start .. start + K - 1 of each row of `tokens` (B, T), valid under masks.
+    def __call__(self, tokens: Tensor, start: Tensor, asked: Tensor | None = None) -> Tensor:
+        """(B, K, V) logits about the slots start .. start + K - 1 of each row of `tokens` (B, T), valid under masks, and
+        if not all rows are `asked` (B,), in these.
 
         Logits that stand in finished text (a first slot's, if the layout shifts) are made once a block: nothing changes
         them. A row without work, since no mask is left or none whose logits could have changed, costs nothing.
         """
         here = start[:, None] + self.slot                                               # (B, K)
-        masked = (tokens.gather(1, here) == self.mask_id) & (here < self.end[:, None])
-        late = torch.where(masked.any(1), start - self.written, 0)                      # (B,) finished but not written
-        wanted = masked & ((self.slot >= self.layout.shift) | (late > 0)[:, None])      # (B, K)
+        state = tokens.gather(1, here)
+        masked = (state == self.mask_id) & (here < self.end[:, None])
+        working = masked.any(1) if asked is None else masked.any(1) & asked
+        late = torch.where(working, start - self.written, 0)                            # (B,) finished but not written
+        fresh, changed = (late > 0)[:, None], (state != self.state).any(1, keepdim=True)
+        wanted = masked & working[:, None] & (fresh | changed & (self.slot >= self.layout.shift))       # (B, K)
         key = start, late, wanted.any(1)
         if not key[2].any():
             return self.logits
@@ -64,6 +69,7 @@ class Denoiser:
         if self.logits is None:
             self.logits = made.new_zeros(*here.shape, made.size(-1))                    # (B, K, V)
         self.logits[wanted] = made
+        self.state = torch.where(wanted.any(1, keepdim=True), state, self.state)
         self.written = self.written + late
         return self.logits
 

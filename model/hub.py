@@ -4,7 +4,7 @@
     load      the network of a folder, and how it is wired if it is a student
     fitted    the sizes that a conversion takes from one
     save      a network as a folder, which `transformers` reads too
-    export    any checkpoint as `save` would write it, not a byte of a tensor changed
+    export    any checkpoint as `save` would write it, not a byte of a tensor changed unless another dtype is asked for
 
 What `transformers` does not know stands beside what it does: how a student is wired under "student" of config.json, its
 [MASK] vector in the file that "mask_file" names, or, where [MASK] is a token of the vocabulary, "mask_token_id".
@@ -202,13 +202,13 @@ def save(folder: str | Path, net: GPT | Llama, tokenizer, layout: Layout | None 
             tokenizer.save(fresh)
 
 
-def export(name: str | Path, folder: str | Path) -> None:
-    """Write checkpoint `name` to a new folder: tensors in the layout and dtype they have in it, its text files as they
-    are, and all else that its config.json says."""
+def export(name: str | Path, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write checkpoint `name` to a new folder: tensors in the layout that they have in it, and its dtype unless there
+    is another, its text files as they are, and all else that its config.json says."""
     source, folder = fetch(name), Path(folder)
     if folder.exists():
         raise ValueError(f"--export={folder} is there already: name a new folder")
-    net, layout = load(name, None)
+    net, layout = load(name, dtype)
     rest = {key: value for key, value in read_config(name).items() if key != "auto_map"}       # code of another's
     with replaced(folder) as fresh:
         write(fresh, net.config, net.state_dict(), layout, rest)

@@ -38,15 +38,15 @@ def clean(length: int, prompt: int, block: int, device=None) -> Tensor:
     return blocks[None, :] <= blocks[:, None]
 
 
-def two_stream(length: int, prompt: int, layout: Layout, device=None) -> Tensor:
-    """(T+R, T+R): the training pass over [clean text | noisy response] (BD3LM's mask, paper section 4). Clean text
-    never sees the noisy stream. A noisy block sees itself, both ways, and the clean text before it: what a sampler sees
-    that has written the earlier blocks and is at work on this one."""
-    keys = block_of(torch.arange(length, device=device), prompt, layout.block)          # (T,)
-    slots = keys[prompt:]                                                               # (R,)
+def two_stream(length: int, prompt: int, layout: Layout, device=None, upto: int | None = None) -> Tensor:
+    """(C+R, C+R): the training pass over [clean text | noisy response] (BD3LM's mask, paper section 4), C the T tokens
+    of the clean text or the first `upto`. Clean text never sees the noisy stream. A noisy block sees itself, both ways,
+    and the clean text before it: what a sampler sees that has written the earlier blocks and is at work on this one."""
+    C, block = length if upto is None else upto, block_of(torch.arange(length, device=device), prompt, layout.block)
+    keys, slots = block[:C], block[prompt:]                                             # (C,), (R,)
     to_clean, to_noisy = keys[None, :] < slots[:, None], slots[None, :] == slots[:, None]
-    text = clean(length, prompt, layout.clean_block, device)                            # (T, T)
-    blind = torch.zeros(length, length - prompt, dtype=torch.bool, device=device)       # (T, R)
+    text = clean(C, prompt, layout.clean_block, device)                                 # (C, C)
+    blind = torch.zeros(C, length - prompt, dtype=torch.bool, device=device)            # (C, R)
     return torch.cat([torch.cat([text, blind], 1), torch.cat([to_clean, to_noisy], 1)], 0)
 
 

@@ -39,6 +39,15 @@ def test_two_stream_is_the_triple_loop(length, prompt, layout):
 
 
 @pytest.mark.parametrize("length, prompt, layout", CASES)
+def test_nobody_looks_at_the_last_block_s_clean_text(length, prompt, layout):
+    """So two streams without it are the whole's rows and columns, and what was left out was seen by itself alone."""
+    last = prompt + (length - prompt - 1) // layout.block * layout.block
+    whole, left = two_stream(length, prompt, layout), [i for i in range(2 * length - prompt) if not last <= i < length]
+    assert torch.equal(two_stream(length, prompt, layout, upto=last), whole[left][:, left])
+    assert not whole[left, last:length].any()
+
+
+@pytest.mark.parametrize("length, prompt, layout", CASES)
 def test_the_sampler_sees_what_the_trainer_sees(length, prompt, layout):
     """A noisy query's cache slots are the clean text before its block and the noisy slots of its block."""
     both = two_stream(length, prompt, layout)

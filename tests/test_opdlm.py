@@ -16,7 +16,7 @@ from model.masks import AR, Layout
 
 EOT = 10
 LAYOUTS = [Layout(block, clean, shift)
-           for block in (1, 2, 3, 4, 18) for clean in sorted({1, block}) for shift in (0, 1)]
+           for block in (1, 2, 3, 4, 18, 21) for clean in sorted({1, block}) for shift in (0, 1)]
 
 
 class Spy(Denoiser):
@@ -379,6 +379,16 @@ def test_it_learns(tiny):
     records, *_ = run(tiny, 60, recipe(batch=16), lr=0.3)
     first, last = (sum(r["kl"] for r in part) / 10 for part in (records[:10], records[-10:]))
     assert last < 0.7 * first
+
+
+def test_only_a_model_of_whole_texts_learns_what_follows_their_end(tiny):
+    """A block as long as the text, prompt included: end-of-text behind the first one is text like any other."""
+    rows = torch.tensor([[EOT, 1, 2, 3, EOT, 4, 5, 6, EOT], [EOT, 1, 2, 3, 4, 5, 6, 7, 8]])
+    whole, parts = (opdlm.data_text(None, None, rows, 2, 7, None, replace(recipe("sdar"), layout=Layout(block, block, 0)))
+                    for block in (9, 7))
+    assert torch.equal(whole.tokens, parts.tokens) and whole.tokens[0].tolist() == [EOT, 1, 2, 3, *[EOT] * 5]
+    assert torch.equal(whole.kept, torch.arange(9).expand(2, 9) >= 2)
+    assert parts.kept.tolist()[0] == [False] * 2 + [True] * 3 + [False] * 4 and torch.equal(parts.kept[1], whole.kept[1])
 
 
 def test_several_updates_take_their_rows_in_turn(tiny):
