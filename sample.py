@@ -12,6 +12,7 @@ The last line is the cost: tokens, tokens per forward (all forwards counted), po
 """
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +20,9 @@ import torch
 
 import opdlm
 from data import tokenizer
-from model import hub
+from model import hub, schedule
 from model import reveal as rules
+from model.denoiser import Denoiser
 from model.dist import device_named
 from model.draw import Warp
 from model.masks import AR, Layout
@@ -50,6 +52,9 @@ class Options:
     temperature: float = option(1.0, "of the tokens drawn; 0 takes the likeliest")
     top_k: int | None = option(None, "draw among the so many likeliest tokens")
     top_p: float | None = option(None, "draw among the fewest tokens that have this share of all probability together")
+    light: str | None = option(None, "a smaller model with the same tokens, as --ckpt, that takes a part of the steps")
+    schedule: str | None = option(None, "which steps: L32,H64,L32, the first 32 of a block light, and so on; "
+                                  "mask:1-0.5=L,0.5-0=H, by the share masked; auto:0.25, the quarter that costs least")
     length: int | None = option(None, "longest response, tokens; none: what the model has room for, at most 1024")
     n: int = option(1, "texts")
     seed: int = option(0, "of the draws; text i of a seed is the same for any --n")
@@ -63,7 +68,10 @@ class Options:
         if any(x is not None and x < 1 for x in (self.n, self.length, self.block)):
             raise ValueError("--n and --length are at least 1, as is --block")
         Warp(self.temperature, self.top_k, self.top_p)               # refuses what can't be
-        for name in {"ar": ("reveal", "confidence", "block"), "verified": ("reveal", "confidence")}.get(self.mode, ()):
+        if (self.light is None) != (self.schedule is None):
+            raise ValueError("--light says which model takes a part of the steps and --schedule which: give both")
+        no = {"ar": ("reveal", "confidence", "block", "schedule"), "verified": ("reveal", "confidence", "schedule")}
+        for name in no.get(self.mode, ()):
             if getattr(self, name):
                 raise ValueError(f"--{name}={getattr(self, name)} means nothing to --mode={self.mode}: leave it out")
         if not 0.1 <= self.fps <= 1000:
@@ -72,16 +80,16 @@ class Options:
             raise ValueError(f"--picture={self.picture}: the name of a picture ends in {' or '.join(PICTURES)}")
 
 
-def find(options: Options, mode: str) -> Path:
-    """The checkpoint's folder: of a run, the model that a mode asks for."""
-    folder = hub.fetch(options.ckpt or (RUN if RUN.is_dir() else SMALL))
-    inner = folder / ("ar" if mode == "ar" else "opdlm")
-    return inner if inner.is_dir() else folder
+def find(name: str | None, mode: str) -> Path:
+    """A checkpoint's folder: of a run, the model that a mode asks for; of no name, the last run, if it has that."""
+    part = "ar" if mode == "ar" else "opdlm"
+    folder = hub.fetch(name or (RUN if (RUN / part).is_dir() else SMALL))
+    return folder / part if (folder / part).is_dir() else folder
 
 
 def load(options: Options) -> tuple[measure.Writer, tokenizer.Tokenizer]:
     """A way to write, as --mode says, and the tokenizer."""
-    folder, device = find(options, options.mode), device_named(options.device)
+    folder, device = find(options.ckpt, options.mode), device_named(options.device)
     net, layout = hub.load(folder)
     net, tok, warp = net.to(device), tokenizer.load(folder), Warp(options.temperature, options.top_k, options.top_p)
     if options.mode == "ar":
@@ -91,7 +99,8 @@ def load(options: Options) -> tuple[measure.Writer, tokenizer.Tokenizer]:
     if options.block:
         layout = Layout(options.block, options.block if layout.clean_block > 1 else 1, layout.shift)
     if options.mode == "diffusion":
-        return measure.by_rule(net, layout, rule_of(options, folder), warp), tok
+        rule = rule_of(options, folder)
+        return measure.by_rule(net, layout, rule, warp, denoiser(options, tok, layout, rule, device)), tok
     return measure.by_verifier(net, layout, verifier(options, folder, net, device), warp), tok
 
 
@@ -105,11 +114,30 @@ def rule_of(options: Options, folder: Path) -> rules.Rule:
     return rules.parse(options.reveal or config.get("reveal", "static:1"), options.confidence, confidence)
 
 
+def denoiser(options: Options, tok, layout: Layout, rule: rules.Rule, device) -> Callable:
+    """What makes one of a network: itself at all steps, or with --light at some."""
+    if options.light is None:
+        return Denoiser
+    folder = find(options.light, "opdlm")
+    net, wired = hub.load(folder)
+    if wired is None or (wired.clean_block > 1, wired.shift) != (layout.clean_block > 1, layout.shift):
+        raise ValueError(f"--light={options.light} is not wired as the other model is: train both with the same "
+                         "--align and --context")
+    if tokenizer.load(folder).to_json() != tok.to_json():
+        raise ValueError(f"--light={options.light} has another tokenizer: train both on the same text")
+    plan, most = schedule.read(options.schedule, folder, rule), rule.steps(layout.block)
+    if plan.by == "step" and len(plan.steps()) != most:
+        raise ValueError(f"--schedule={options.schedule} is about {len(plan.steps())} steps, and --reveal={rule} takes "
+                         f"up to {most} in a block of {layout.block}")
+    light = net.to(device)
+    return lambda heavy, layout: schedule.Scheduled({"H": heavy, "L": light}, layout, plan)
+
+
 def verifier(options: Options, folder: Path, student, device):
     """The teacher; none if the student verifies itself."""
     if options.verifier == "self":
         return None
-    teacher = find(options, "ar") if options.verifier == "teacher" else hub.fetch(options.verifier)
+    teacher = find(options.ckpt, "ar") if options.verifier == "teacher" else hub.fetch(options.verifier)
     if teacher == folder and options.verifier == "teacher":
         raise ValueError(f"{folder} has no ar/ with a teacher in it: say --verifier=FOLDER, or --verifier=self")
     net, layout = hub.load(teacher)
@@ -151,7 +179,7 @@ def cost(text: opdlm.Text, seconds: float, net) -> str:
 def main(argv: list[str]) -> None:
     options = cli.parse(Options, argv, __doc__)
     if options.export:
-        folder = find(options, options.mode)
+        folder = find(options.ckpt, options.mode)
         hub.export(folder, options.export, getattr(torch, options.dtype) if options.dtype else None)
         print(f"{folder} is now in {options.export}")
         return

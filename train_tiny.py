@@ -41,8 +41,8 @@ class Options:
     val_data: str | None = option(None, "held-out text; none: every 20th story of --data")
     init: str = option("scratch", "scratch: pretrain an AR model; FOLDER or hf:NAME[@REVISION]: take that checkpoint")
     out: str = option("out/tiny", "folder for checkpoints, log, summary and pictures")
-    preset: str | None = option(None, "paper: all the paper's choices; mdlm: masked diffusion of whole texts (2406.07524); "
-                                "flags given beside it win", ("paper", "mdlm"))
+    preset: str | None = option(None, "paper: all the paper's choices; mdlm: masked diffusion of whole texts "
+                                "(2406.07524); flags given beside it win", ("paper", "mdlm"))
     block: int = option(4, "tokens denoised together (paper: 4); 0: all of a text")
     align: str = option("ar", "ar: logits at i-1 are about token i, as the AR's; paper: those at i", tuple(ALIGN))
     context: str = option("causal", "finished text sees itself: causal, or in blocks (paper)", ("causal", "block"))

@@ -46,8 +46,8 @@ class Denoiser:
         self.forwards, self.positions = torch.zeros_like(prompt), torch.zeros_like(prompt)
 
     def __call__(self, tokens: Tensor, start: Tensor, asked: Tensor | None = None) -> Tensor:
-        """(B, K, V) logits about the slots start .. start + K - 1 of each row of `tokens` (B, T), valid under masks, and
-        if not all rows are `asked` (B,), in these.
+        """(B, K, V) logits about the slots start .. start + K - 1 of each row of `tokens` (B, T), valid under masks; if
+        not all rows are `asked` (B,), in these.
 
         Logits that stand in finished text (a first slot's, if the layout shifts) are made once a block: nothing changes
         them. A row without work, since no mask is left or none whose logits could have changed, costs nothing.

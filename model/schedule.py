@@ -8,14 +8,19 @@ one; `Scheduled` is a denoiser like any other, so every reveal rule goes with it
     mask:1.0-0.8=L,0.8-0.2=H,0.2-0=L        by the share of the block that is still masked
     auto:0.25                               a quarter of the steps light: those where it costs least, as was measured
 """
+import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from model.denoiser import Denoiser
 from model.masks import Layout
+from model.reveal import Rule
+
+MEASURED = "importance.json"        # in a light model's folder: nats that its steps cost, by the masked share
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,21 @@ class Schedule:
         return [name for (name, until), begin in zip(self.parts, begins) for _ in range(int(begin), int(until))]
 
 
+def read(spec: str, folder: Path, rule: Rule) -> Schedule:
+    """A schedule as it is written above, for the light model in `folder` and a `rule`."""
+    if not (match := re.fullmatch(r"auto:(\d*\.?\d+)", spec)):
+        return parse(spec)
+    if not (share := float(match[1])) <= 1 or rule.name != "ancestral":
+        raise ValueError(f"--schedule={spec}: auto:SHARE, from 0 to 1, places steps of equal time: take "
+                         "--reveal=ancestral:STEPS")
+    if not (folder / MEASURED).is_file():
+        raise ValueError(f"--schedule={spec}: nobody has measured yet what {folder} costs, it has no {MEASURED}: see "
+                         "experiments/scheduling.py, or say the steps, as L32,H64,L32")
+    return derived(json.loads((folder / MEASURED).read_text())["kl"], rule.argument, share)
+
+
 def parse(spec: str, known: tuple[str, ...] = ("H", "L")) -> Schedule:
-    """A schedule as it is written above; but `auto`, which needs what was measured, see `placed`."""
+    """A schedule of steps or of masked shares."""
     by, parts = ("mask", shares(spec)) if spec.startswith("mask:") else ("step", counted(spec))
     if not parts:
         raise ValueError(f"--schedule={spec}: write steps, as L32,H64,L32, or shares, as mask:1-0.8=L,0.8-0=H, or "
@@ -67,7 +85,8 @@ def counted(spec: str) -> list[tuple[str, float]]:
 
 def shares(spec: str) -> list[tuple[str, float]]:
     """mask:1.0-0.8=L,0.8-0.2=H,0.2-0=L; none if it is not written so, or has a gap."""
-    found = [re.fullmatch(r"([\d.]+)-([\d.]+)=([A-Z])", part) for part in spec.removeprefix("mask:").split(",")]
+    part = r"(\d(?:\.\d+)?)-(\d(?:\.\d+)?)=([A-Z])"
+    found = [re.fullmatch(part, text) for text in spec.removeprefix("mask:").split(",")]
     if not all(found):
         return []
     ends = [(float(match[1]), float(match[2])) for match in found]

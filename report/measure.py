@@ -97,10 +97,10 @@ class Writer:
                 for tokens, kept, order in rows]
 
 
-def by_rule(net, layout: Layout, rule: Rule, warp: Callable = Warp()) -> Writer:
-    """Diffusion, and AR text, which is that of block 1."""
+def by_rule(net, layout: Layout, rule: Rule, warp: Callable = Warp(), denoiser: Callable = Denoiser) -> Writer:
+    """Diffusion, and AR text, which is that of block 1. `denoiser(net, layout)` may ask others too."""
     def write(prompt, length, u, eot, prompt_len):
-        return opdlm.rollout(Denoiser(net, layout), prompt, length, rule, u, eot, warp, prompt_len)
+        return opdlm.rollout(denoiser(net, layout), prompt, length, rule, u, eot, warp, prompt_len)
     return Writer(net, rule.numbers(layout.block), write, partial(trace.from_order, block=layout.block))
 
 
@@ -192,10 +192,12 @@ def matmul_rate(device, size: int = 1024) -> float:
 
 def evaluate(net, teacher, layout: Layout, rule, stories: list[Tensor], tokenizer, length: int, seed: int,
              check: Callable | None = None) -> tuple[dict, trace.Trace]:
-    """All the numbers of a model over held-out `stories`, and the trace of the first text that it wrote."""
+    """All the numbers of a model over held-out `stories`, and the trace of the first text that it wrote. A likelihood
+    takes as many passes as a block has slots: for long blocks it is that of 64 stories."""
     writer = by_rule(net, layout, rule)
     texts, seconds = generate(writer, stories, tokenizer.eot, length, seed)
-    numbers = likelihood(net, stories, layout, tokenizer) | generated(teacher, texts, seconds, tokenizer, check)
+    scored = stories if layout.block <= 32 else stories[:64]
+    numbers = likelihood(net, scored, layout, tokenizer) | generated(teacher, texts, seconds, tokenizer, check)
     (text, lens), *_ = texts
     return numbers, writer.traces(text, tokenizer.decode(text.tokens[0, :lens[0]].tolist()), tokenizer)[0]
 

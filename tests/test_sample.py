@@ -56,6 +56,14 @@ def said(capsys, folder, *flags):
     return text + "\n", last
 
 
+def left(flags):
+    """The exit code, whether the command line is refused or what it asks for."""
+    try:
+        return cli.run(sample.main, flags)
+    except SystemExit as code:
+        return code.code
+
+
 def numbers(last):
     tokens, per_forward, per_token, batch = COST.match(last).groups()
     return int(tokens), float(per_forward), float(per_token), int(batch)
@@ -138,6 +146,36 @@ def test_a_verifier_that_cannot_be_is_one_sentence(run, tmp_path, capsys, flags,
     assert not out and wrong in err and err.count("\n") == 1
 
 
+def test_a_second_model_takes_its_steps(run, tmp_path, capsys):
+    """At all of them it is the light model's text, at none the heavy one's; what is measured says at which."""
+    hub.save(tmp_path / "opdlm", network(2), TOK, LAYOUT, reveal="ancestral:8")
+    (tmp_path / "opdlm" / "importance.json").write_text('{"kl": [0.0, 1.0]}')
+    how = ["--reveal=ancestral:8", f"--light={tmp_path}"]
+    heavy, light = (said(capsys, folder, "--reveal=ancestral:8") for folder in (run, tmp_path))
+    for schedule, text in (("H8", heavy), ("L8", light), ("auto:0", heavy), ("auto:1", light), ("mask:1-0=L", light)):
+        assert said(capsys, run, *how, f"--schedule={schedule}")[0] == text[0]
+        assert said(capsys, run, *how, "--schedule=L2,H6")[0] != text[0]
+    assert said(capsys, run, *how, "--schedule=auto:0.25")[0] == said(capsys, run, *how, "--schedule=H6,L2")[0]
+
+
+@pytest.mark.parametrize("flags, wrong", [
+    (["--light={run}"], "--schedule which: give both"), (["--schedule=H4"], "--schedule which: give both"),
+    (["--light={run}/ar", "--schedule=H4"], "is not wired as the other model is"),
+    (["--light={other}", "--schedule=H4"], "has another tokenizer"),
+    (["--light={run}", "--schedule=H4,X4"], "names a model X"),
+    (["--light={run}", "--schedule=H4,L4"], "8 steps, and --reveal=leftmost:0.9 takes up to 4 in a block of 4"),
+    (["--light={run}", "--schedule=auto:0.25"], "take --reveal=ancestral:STEPS"),
+    (["--light={run}", "--schedule=auto:0.25", "--reveal=ancestral:8"], "it has no importance.json"),
+    (["--light={run}", "--schedule=H4", "--mode=ar"], "--schedule=H4 means nothing to --mode=ar")])
+def test_a_schedule_that_cannot_be_is_one_sentence(run, tmp_path, capsys, flags, wrong):
+    other = tokenizer.word_level(["One", " day", " a", " bell", "."])
+    hub.save(tmp_path / "opdlm", network(2), other, LAYOUT)
+    given = [flag.format(run=run, other=tmp_path) for flag in flags]
+    assert left(["--device=cpu", f"--ckpt={run}", *given]) == 2
+    out, err = capsys.readouterr()
+    assert not out and wrong in err and err.count("\n") == 1
+
+
 def test_temperature_zero_needs_no_seed(run, capsys):
     cold = said(capsys, run, "--temperature=0", "--seed=1")[0]
     assert said(capsys, run, "--temperature=0", "--seed=2")[0] == cold
@@ -185,10 +223,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("flag", REFUSED)
 def test_a_mistake_is_one_sentence(run, capsys, flag):
-    try:
-        code = cli.run(sample.main, [f"--ckpt={run}", "--device=cpu", flag.format(run=run)])
-    except SystemExit as left:
-        code = left.code
+    code = left([f"--ckpt={run}", "--device=cpu", flag.format(run=run)])
     out, err = capsys.readouterr()
     assert code == 2 and not out and REFUSED[flag] in err and err.count("\n") == 1
 

@@ -196,7 +196,8 @@ def test_what_saves_memory_changes_no_loss():
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--blok=3"], "did you mean --block"), (["--block=90"], "--block=90 has no room"), (["--block=-1"], "--block=-1 has no room"),
+    (["--blok=3"], "did you mean --block"), (["--block=90"], "--block=90 has no room"),
+    (["--block=-1"], "--block=-1 has no room"),
     (["--states=visited", "--text=data"], "needs text=student"), (["--reveal=best"], "no reveal rule 'best'"),
     (["--init=nowhere"], "nowhere is no checkpoint"), (["--init=run/opdlm"], "is a student already (block 4)"),
     (["--init=run"], "of a run its ar or opdlm"), (["--init=bare"], "tokenizer.json: without one ids are no text"),
