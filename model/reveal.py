@@ -134,6 +134,10 @@ def parse(spec: str, confidence: str | None = None, usual: str = "largest") -> R
     """A rule from NAME:ARGUMENT, as "static:1", "threshold:0.9", "leftmost:0.9"; without one, by its default.
     It goes by `confidence`; if that is None by the one that it is made for, and if there is none by the `usual` one."""
     name, _, argument = spec.partition(":")
+    if name == "policy":
+        from model import unmask  # which is made of the functions of this file
+
+        return unmask.parse(argument)
     if name not in RULES:
         known = ", ".join(f"{n}:{default}" for n, (*_, default) in RULES.items())
         raise ValueError(f"there is no reveal rule {name!r}: use one of {known}")
@@ -155,4 +159,5 @@ def said(functions: dict) -> str:
     return "; ".join(f"{name}: {line}" for name, line in first.items())
 
 
-ABOUT = said({f"{name}:{what}": function for name, (function, _, what, _) in RULES.items()})
+ABOUT = said({f"{name}:{what}": function for name, (function, _, what, _) in RULES.items()}) + (
+    "; policy:FOLDER[,BETA]: as a policy learned from rewards says, its rates times BETA (2512.09106)")

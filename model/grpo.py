@@ -1,0 +1,139 @@
+"""How an unmasking policy is trained (arXiv 2512.09106). The diffusion model is frozen: it is the world in which the
+policy acts, and a text is worth what it is worth at its end. What GRPO is here, in four sentences:
+
+1. The policy writes a group of G texts after each prompt; tokens are always the likeliest, so that they differ by its
+   choices alone.
+2. A text's reward is its quality times ((L - NFE + 1) / L) ** alpha, L the longest length and NFE its steps; its
+   advantage is that less the mean of its group.
+3. Each step's choices are made likelier in proportion to the advantage of their text, as long as their probability has
+   not changed by more than a factor 1 +- eps since they were made; a text's steps count as one together.
+4. All that twice on the same texts, then on new ones.
+
+As in the paper there is no division by the group's deviation and no KL to an older policy, and an action is all slots
+of a step. Letters: S steps, B texts, K slots of a block, G policy's texts and E experts' of a group.
+"""
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.unmask import Learned, Policy
+
+
+class Recorded:
+    """A rule that notes what it saw and did."""
+
+    def __init__(self, rule):
+        self.rule, self.seen = rule, []
+
+    def __call__(self, sure: Tensor, masked: Tensor, step: Tensor, numbers: Tensor) -> Tensor:
+        show = self.rule(sure, masked, step, numbers)
+        self.seen.append((sure, masked, step / masked.size(1), show))
+        return show
+
+    def __getattr__(self, name: str):
+        return getattr(self.rule, name)
+
+    def stacked(self) -> "Seen":
+        return Seen(*map(torch.stack, zip(*self.seen)))
+
+
+@dataclass
+class Seen:
+    """What a policy, or an expert, has seen and done."""
+    sure: Tensor            # (S, B, K) confidences
+    masked: Tensor          # (S, B, K)
+    time: Tensor            # (S, B)
+    action: Tensor          # (S, B, K) whose mask came off
+
+    @property
+    def alive(self) -> Tensor:
+        """(S, B) the steps that a text took, at which it had a mask; their number is its NFE."""
+        return self.masked.any(-1)
+
+    def logprob(self, policy: Policy) -> Tensor:
+        """(S, B) of the actions under a policy: of each masked slot that its mask came off, or did not."""
+        S, B, K = self.sure.shape
+        logits = policy(self.sure.view(-1, K), self.masked.view(-1, K), self.time.view(-1)).view(S, B, K)
+        return (F.logsigmoid(torch.where(self.action, logits, -logits)) * self.masked).sum(-1)
+
+
+def reward(quality: Tensor, nfe: Tensor, length: int, alpha: float) -> Tensor:
+    """(B,) of texts of at most `length` tokens: quality times the share of steps that were not needed, to the alpha."""
+    return quality * ((length - nfe.clamp(max=length) + 1) / length) ** alpha
+
+
+def additive(quality: Tensor, nfe: Tensor, length: int, alpha: float) -> Tensor:
+    """(B,) the other one, there to be looked at: where all texts of a group are wrong, the fast ones still win."""
+    return quality - alpha * nfe / length
+
+
+def surrogate(new: Tensor, old: Tensor, advantage: Tensor, alive: Tensor, eps: float) -> Tensor:
+    """What is to grow, from log-probabilities of steps `new` and `old` (S, B), `advantage` (B,) and `alive` (S, B)."""
+    ratio = (new - old).exp()
+    gain = torch.minimum(ratio * advantage, ratio.clamp(1 - eps, 1 + eps) * advantage)
+    return ((gain * alive).sum(0) / alive.sum(0).clamp(min=1)).mean()
+
+
+def mixture(logp: Tensor, group: int, experts: int) -> Tensor:
+    """Of an expert's step: drawn from the policy, or with probability E / (G + E) what the expert does. It bounds the
+    ratio where the policy would hardly ever have done so."""
+    whole = math.log(group + experts)
+    return torch.logaddexp(logp + math.log(group) - whole, torch.full_like(logp, math.log(experts) - whole))
+
+
+@dataclass
+class Settings:
+    """The paper's but for rate, prompts and length."""
+    length: int                     # L, tokens of the longest response
+    alpha: float = 1.0              # how much speed counts
+    group: int = 8                  # G
+    prompts: int = 8                # of an update (paper: 16)
+    eps: float = 0.5                # (paper: 0.2 with experts)
+    inner: int = 2                  # gradient steps on the same texts
+    clip: float = 0.2               # of the gradient's norm
+    expert: Callable | None = None  # a rule that writes one text of each group, for models of whole texts
+    reward: Callable = reward
+
+
+def train(policy: Policy, write: Callable, quality: Callable, settings: Settings, optimizer, updates: range,
+          rate: Callable = lambda update: None) -> Iterator[dict]:
+    """Write, judge, learn; yields each update's record. `write(rule, update, G)` gives the Text of G rows a prompt,
+    side by side, at temperature 0; `quality(text)` (B,) is what its rows are worth."""
+    for update in updates:
+        rate(update)
+        parts = [(Recorded(Learned(policy, explore=True)), settings.group)]
+        parts += [(Recorded(settings.expert), 1)] if settings.expert else []
+        texts = [write(rule, update, count) for rule, count in parts]
+        seen, worth = [rule.stacked() for rule, _ in parts], [quality(text) for text in texts]
+        rewards = [settings.reward(q, s.alive.sum(0), settings.length, settings.alpha) for q, s in zip(worth, seen)]
+        both = torch.cat([r.view(settings.prompts, -1) for r in rewards], 1)             # (prompts, G + E)
+        gain = both - both.mean(1, keepdim=True)                                         # advantages
+        record = {"update": update + 1, "reward": rewards[0].mean().item(), "quality": worth[0].mean().item(),
+                  "nfe": seen[0].alive.sum(0).float().mean().item(),
+                  "alike": (gain.abs().amax(1) < 1e-9).float().mean().item()}
+        if record["alike"] < 1:
+            record |= learn(policy, seen, [part.flatten() for part in gain.split([g for _, g in parts], 1)], settings,
+                            optimizer)
+        yield record
+
+
+def learn(policy: Policy, seen: list[Seen], gains: list[Tensor], settings: Settings, optimizer) -> dict:
+    """The inner steps. `gains`: advantages of the policy's texts, and of the experts' if there are any."""
+    def said():
+        logp = [some.logprob(policy) for some in seen]
+        return [logp[0], *(mixture(x, settings.group, 1) for x in logp[1:])]
+    with torch.no_grad():
+        old = said()
+    for _ in range(settings.inner):
+        each = [surrogate(n, o, gain, some.alive, settings.eps) * len(gain)
+                for n, o, gain, some in zip(said(), old, gains, seen)]
+        loss = -sum(each) / sum(map(len, gains))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.clip)
+        optimizer.step()
+    return {"loss": loss.item(), "norm": norm.item()}

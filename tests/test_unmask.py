@@ -1,0 +1,239 @@
+import itertools
+
+import pytest
+import torch
+
+import opdlm
+from model import reveal
+from model.denoiser import Denoiser
+from model.draw import Warp, uniforms
+from model.gpt import GPT, GPTConfig
+from model.grpo import Recorded, Seen, Settings, additive, learn, mixture, reward, surrogate, train
+from model.masks import Layout
+from model.unmask import Learned, Policy, PolicyConfig, Within, load, save
+
+EOT, GREEDY = 10, Warp(temperature=0)
+
+
+def policy(block=4, width=16, seed=0, loud=1.0):
+    """Random, and as loud as asked for where it begins silent."""
+    generator = torch.Generator().manual_seed(seed)
+    made = Policy(PolicyConfig(block, width)).init_weights(generator)
+    with torch.no_grad():
+        for layer in (made.modulate, made.head):
+            layer.weight.normal_(0, loud * width ** -0.5, generator=generator)
+    return made
+
+
+@pytest.fixture(scope="module")
+def net():
+    generator = torch.Generator().manual_seed(3)
+    made = GPT(GPTConfig(11, 24, 2, 2, 16)).init_weights(generator)
+    with torch.no_grad():
+        for p in made.parameters():
+            p += 0.3 * torch.randn(p.shape, generator=generator)
+    return made.requires_grad_(False)
+
+
+def write(net, rule, layout=Layout(4, 1, 1), rows=6, R=14, eot=EOT, seed=0):
+    prompt = torch.randint(0, EOT, (rows, 2), generator=torch.Generator().manual_seed(1))
+    u = uniforms(seed, 0, range(rows), (2 + R, rule.numbers(layout.block)))
+    return opdlm.rollout(Denoiser(net, layout), prompt, R, rule, u, eot, GREEDY)
+
+
+class Given:
+    """A policy that says what it was told to."""
+    config = PolicyConfig(4)
+
+    def __init__(self, logits):
+        self.logits = logits
+
+    def __call__(self, sure, masked, time):
+        return self.logits(sure, masked, time)
+
+
+# the rule ------------------------------------------------------------------------------------------------------------
+
+def test_the_paper_s_size_has_the_paper_s_parameters():
+    assert sum(p.numel() for p in Policy(PolicyConfig(32, width=128)).parameters()) == 331_265
+
+
+def test_a_policy_that_asks_for_the_surer_than_p_is_the_threshold_rule(net):
+    for level in (0.2, 0.35, 0.5, 0.9):
+        forced = Learned(Given(lambda sure, masked, time, level=level: (sure - level) * 1e9))
+        for layout in (Layout(4, 1, 1), Layout(4, 4, 0)):
+            ours, theirs = (write(net, rule, layout) for rule in (forced, reveal.parse(f"threshold:{level}")))
+            for what in vars(ours):
+                assert torch.equal(getattr(ours, what), getattr(theirs, what))
+
+
+def test_with_zero_weights_masks_come_off_at_the_rate_of_the_bias():
+    plain = Policy(PolicyConfig(8, 16)).init_weights(torch.Generator())
+    with torch.no_grad():
+        for p in plain.parameters():
+            p.zero_()
+        plain.head.bias.fill_(-0.7)
+    masked, source = torch.ones(20_000, 8, dtype=torch.bool), torch.Generator().manual_seed(0)
+    u = torch.rand(20_000, 8, 9, generator=source)
+    for beta in (1.0, 0.5):
+        show = Learned(plain, beta, explore=True)(torch.rand(20_000, 8), masked, torch.zeros(20_000).long(), u)
+        rate = beta * torch.sigmoid(torch.tensor(-0.7))
+        assert (show.float().mean(0) - rate).abs().max() < 4 * (rate * (1 - rate) / 20_000).sqrt()
+        assert torch.corrcoef(show.float().T).fill_diagonal_(0).abs().max() < 0.03          # each slot for itself
+
+
+def test_the_first_bias_leaves_one_slot_in_a_hundred():
+    for block, bias in ((4, 0.77), (8, -0.25), (16, -1.1), (32, -1.87), (64, -2.6)):
+        assert PolicyConfig(block).bias == pytest.approx(bias, abs=0.01)
+        assert (1 - 1 / (1 + 2.718281828 ** -PolicyConfig(block).bias)) ** block == pytest.approx(0.01)
+
+
+def test_a_policy_that_reveals_nothing_still_writes_its_text(net):
+    """One a step, the likeliest first; while it explores, all at the last step of the block."""
+    silent = policy(loud=0.0)
+    with torch.no_grad():
+        silent.head.bias.fill_(-60)
+    for explore in (False, True):
+        text = write(net, Learned(silent, explore=explore), Layout(4, 4, 0), eot=-1)
+        steps = [[3] * 14] if explore else [[0, 1, 2, 3] * 3 + [0, 1]]
+        assert (text.tokens != net.mask_id).all() and text.kept.sum() == 6 * 14
+        for row in text.order[:, 2:]:
+            assert row.tolist() == steps[0] if explore else sorted(row.tolist()) == sorted(steps[0])
+
+
+def test_blocks_inside_a_block(net):
+    """A model of whole texts, kept to the leftmost slots with a mask: each part is done before the next begins."""
+    layout = Layout(16, 16, 0)
+    text = write(net, Within(reveal.parse("threshold:0.3"), 5), layout, eot=-1)
+    for row in text.order[:, 2:]:
+        parts = row.split(5)
+        assert all(a.max() < b.min() for a, b in zip(parts, parts[1:]))
+    static = reveal.parse("static:2")
+    whole, same = (write(net, rule, layout) for rule in (Within(static, 16), static))
+    assert torch.equal(whole.tokens, same.tokens) and torch.equal(whole.order, same.order)
+
+
+def test_saved_and_loaded_it_does_the_same(net, tmp_path):
+    made = policy()
+    save(tmp_path / "policy", made)
+    a, b, c = (write(net, rule) for rule in (Learned(made), reveal.parse(f"policy:{tmp_path}/policy"),
+                                             reveal.parse(f"policy:{tmp_path}/policy,0.1")))
+    assert torch.equal(a.tokens, b.tokens) and torch.equal(a.order, b.order) and c.forwards.sum() > a.forwards.sum()
+    (tmp_path / "policy" / "config.json").write_text("{}")
+    for folder in ("policy", "nowhere"):
+        with pytest.raises(ValueError, match=f"{folder} holds no unmasking policy .*--stage=policy"):
+            load(tmp_path / folder)
+    with pytest.raises(ValueError, match="^--reveal=policy:nowhere: nowhere holds no unmasking policy"):
+        reveal.parse("policy:nowhere")
+
+
+# its training --------------------------------------------------------------------------------------------------------
+
+def seen(made, net, rows=6, explore=True):
+    rule = Recorded(Learned(made, explore=explore))
+    text = write(net, rule, rows=rows)
+    return rule.stacked(), text
+
+
+def test_probabilities_of_all_actions_add_up_to_one(net):
+    """Over every set of masked slots; what is not masked takes no part, whatever is said of it."""
+    made = policy()
+    masked = torch.tensor([[True, False, True, True]]).expand(8, 4)
+    actions = torch.tensor([[a, True, b, c] for a, b, c in itertools.product([False, True], repeat=3)])
+    sure = torch.rand(1, 4, generator=torch.Generator().manual_seed(0)).expand(8, 4)
+    some = Seen(sure[None], masked[None], torch.full((1, 8), 0.25), actions[None])
+    assert some.logprob(made).exp().sum().item() == pytest.approx(1, abs=1e-6)
+
+
+def test_what_is_not_masked_gets_no_gradient():
+    logits = torch.randn(1, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    masked = torch.tensor([[[True, False, True, False]]])
+    Seen(torch.rand(1, 1, 4), masked, torch.zeros(1, 1), torch.ones(1, 1, 4, dtype=torch.bool)).logprob(
+        Given(lambda *_: logits)).sum().backward()
+    assert torch.equal(logits.grad != 0, masked[0])
+
+
+def test_nfe_is_each_row_s_own(net):
+    """The steps at which it had a mask: of every block those up to the last slot that came off."""
+    some, text = seen(policy(), net, rows=8)
+    for row in range(8):
+        size = int(text.kept[row].sum())
+        blocks = [part[part < 4] for part in text.order[row, 2:2 + -(-size // 4) * 4].split(4)]
+        assert some.alive.sum(0)[row] >= sum(int(part.max()) + 1 for part in blocks if len(part)) - 1
+        if not (text.tokens[row, 2:] == EOT).any():
+            assert some.alive.sum(0)[row] == sum(int(part.max()) + 1 for part in text.order[row, 2:].split(4))
+
+
+def test_the_first_inner_step_has_ratio_one_and_the_policy_gradient(net):
+    """Its gradient is that of minus the advantage times the log-probability, mean over steps, then over texts."""
+    made, gain = policy(), torch.tensor([1.0, -0.5, 0.2, 0.3, -2.0, 1.0])
+    some, _ = seen(made, net)
+    logp = some.logprob(made)
+    assert torch.equal((logp - logp.detach()).exp()[some.alive], torch.ones(int(some.alive.sum())))
+    wanted = -((logp * some.alive).sum(0) / some.alive.sum(0) * gain).mean()
+    wanted = torch.autograd.grad(wanted, list(made.parameters()))
+    still = torch.optim.SGD(made.parameters(), 0.0)
+    record = learn(made, [some], [gain], Settings(length=14, inner=1, clip=1e9), still)
+    for p, grad in zip(made.parameters(), wanted):
+        assert torch.allclose(p.grad, grad, atol=1e-6)
+    assert record["loss"] == pytest.approx(-gain.mean().item(), abs=1e-6)
+
+
+def test_a_ratio_outside_the_bounds_pulls_no_further():
+    new, alive = torch.tensor([[0.0, 1.0, 0.0, 1.0]], requires_grad=True), torch.ones(1, 4, dtype=torch.bool)
+    old, gain = torch.tensor([[0.0, 0.0, 0.0, 0.0]]), torch.tensor([1.0, 1.0, -1.0, -1.0])
+    value = surrogate(new, old, gain, alive, 0.5)
+    value.backward()
+    assert value.item() == pytest.approx((1 + 1.5 - 1 - 2.718281828) / 4)
+    assert (new.grad[0] != 0).tolist() == [True, False, True, True]
+
+
+def test_an_expert_s_ratio_is_bounded():
+    never, often = torch.tensor(-200.0), torch.tensor(0.0)
+    assert mixture(never, 8, 1).exp().item() == pytest.approx(1 / 9)
+    assert mixture(often, 8, 1).exp().item() == pytest.approx(1)
+
+
+def test_rewards_by_hand():
+    quality, nfe = torch.tensor([1.0, 1.0, 0.0, 0.5]), torch.tensor([1, 10, 5, 12])
+    assert reward(quality, nfe, 10, 2.0).tolist() == pytest.approx([1, 0.01, 0, 0.005])
+    assert additive(quality, nfe, 10, 2.0).tolist() == pytest.approx([0.8, -1, -1, -1.9])
+
+
+class World:
+    """Texts of one token, 1, with a known best order. Free: it is always right. Chain: right behind what is known."""
+    mask_id, layout = 3, Layout(4, 1, 0)
+
+    def __init__(self, chain):
+        self.chain = chain
+
+    def open(self, prompt, end):
+        self.forwards = self.positions = torch.zeros_like(prompt)
+
+    def __call__(self, tokens, start):
+        block = tokens.gather(1, start[:, None] + torch.arange(4))                      # (B, 4)
+        known = torch.cat([torch.ones_like(block[:, :1]), (block != self.mask_id).long()], 1).cumprod(1)[:, :4].bool()
+        right = known if self.chain else torch.ones_like(known)
+        return torch.where(right[..., None], torch.tensor([0.0, 3.0, 0.0]), torch.tensor([0.0, 0.0, 1.0]))
+
+
+@pytest.mark.parametrize("chain", [False, True], ids=["free", "chain"])
+def test_where_the_best_is_known_it_is_found(chain):
+    """All at once where slots don't depend on each other, one by one where each does on the one before."""
+    world, settings = World(chain), Settings(length=8, alpha=0.2, group=8, prompts=4)
+    made = Policy(PolicyConfig(4, 16)).init_weights(torch.Generator().manual_seed(0))
+
+    def text(rule, update, count):
+        rows = range(update * 100, update * 100 + 4 * count)
+        u = uniforms(0, 0, rows, (1 + 8, rule.numbers(4)))
+        return opdlm.rollout(world, torch.zeros(len(rows), 1, dtype=torch.long), 8, rule, u, -1, GREEDY)
+
+    def quality(made):
+        return (made.tokens[:, 1:] == 1).float().mean(1)
+    optimizer = torch.optim.AdamW(made.parameters(), 0.01)
+    for _ in train(made, text, quality, settings, optimizer, range(150)):
+        pass
+    rule = Recorded(Learned(made))
+    got = reward(quality(text(rule, 999, 8)), rule.stacked().alive.sum(0), 8, 0.2).mean().item()
+    best = reward(torch.ones(1), torch.tensor([8 if chain else 2]), 8, 0.2).item()
+    assert got >= 0.95 * best
