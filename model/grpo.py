@@ -112,7 +112,7 @@ def train(policy: Policy, write: Callable, quality: Callable, settings: Settings
         rewards = [settings.reward(q, s.alive.sum(0), settings.length, settings.alpha) for q, s in zip(worth, seen)]
         both = torch.cat([r.view(settings.prompts, -1) for r in rewards], 1)             # (prompts, G + E)
         gain = both - both.mean(1, keepdim=True)                                         # advantages
-        record = {"update": update + 1, "reward": rewards[0].mean().item(), "quality": worth[0].mean().item(),
+        record = {"step": update + 1, "reward": rewards[0].mean().item(), "quality": worth[0].mean().item(),
                   "nfe": seen[0].alive.sum(0).float().mean().item(),
                   "alike": (gain.abs().amax(1) < 1e-9).float().mean().item()}
         if record["alike"] < 1:

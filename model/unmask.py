@@ -104,6 +104,7 @@ class Learned:
     beta: float = 1.0
     temperature: float = 1.0
     explore: bool = False
+    folder: str = ""        # that it came from
     name: str = "policy"
     confidence: Callable = largest
 
@@ -118,7 +119,7 @@ class Learned:
         return show | masked & ~show.any(1, keepdim=True) & torch.zeros_like(masked).scatter(1, best, True)
 
     def __str__(self) -> str:
-        return f"{self.name}:{self.beta:g}"
+        return f"{self.name}:{self.folder},{self.beta:g}"
 
     def steps(self, block: int) -> int:
         """The most that a block of so many slots takes: what is left then comes off, whatever the policy says."""
@@ -151,10 +152,9 @@ class Within:
 
 def parse(argument: str) -> Learned:
     """The rule of --reveal=policy:FOLDER or policy:FOLDER,BETA."""
-    folder, comma, beta = argument.rpartition(",")
-    folder, beta = (folder, beta) if comma else (beta, "1")
+    folder, _, beta = argument.partition(",")
     try:
-        return Learned(load(folder), float(beta))
+        return Learned(load(folder), float(beta or 1), folder=folder)
     except ValueError as error:
         raise ValueError(f"--reveal=policy:{argument}: {error}") from None
 

@@ -1,0 +1,96 @@
+"""An unmasking policy learned for a student (model/grpo.py): prompts, what a text is worth, records, what is saved.
+
+A text is worth 1 or 0. Of the story world by its checker, which is what this method needs: a reward that can't be
+argued with. Of other text by the teacher: 1 if it is as likely to him as three in four of those that the student writes
+one token a step, and is no duller; the second since dull text is likely.
+"""
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import opdlm
+from data import toy
+from data.tinystories import Corpus
+from model import reveal, unmask
+from model.denoiser import Denoiser
+from model.dist import Log
+from model.draw import Warp
+from model.grpo import Settings, train
+from model.masks import Layout
+from model.muon import schedule
+from model.state import begin_states, load_state, save_state
+from report import measure
+
+NUMBERS = 5         # the stream of uniform numbers; opdlm.py has 1 to 4
+STATE = "state.safetensors"
+EXPERT = "threshold:0.9"
+
+
+def valid(text: opdlm.Text, tokenizer) -> Tensor:
+    """(B,) 1 for a story that is finished and breaks no law."""
+    ends = [int(keep.nonzero()[-1]) for keep in text.kept]
+    told = [row[:end + 1].tolist() for row, end in zip(text.tokens, ends)]
+    return torch.tensor([float(ids[-1] == tokenizer.eot and toy.check(tokenizer.decode(ids)) is None) for ids in told])
+
+
+def rows(text: opdlm.Text) -> list[opdlm.Text]:
+    return [opdlm.Text(*(x[i:i + 1] for x in vars(text).values())) for i in range(len(text.tokens))]
+
+
+def likeness(text: opdlm.Text, teacher) -> tuple[Tensor, Tensor]:
+    """(B,) twice: nats a token under the teacher, and the share of different pairs of neighbours."""
+    nats = torch.tensor([measure.nats_of(teacher, row) / int(row.kept.sum()) for row in rows(text)])
+    said = [row[keep].tolist() for row, keep in zip(text.tokens.cpu(), text.kept.cpu())]
+    return nats, torch.tensor([len(set(zip(ids, ids[1:]))) / max(len(ids) - 1, 1) for ids in said])
+
+
+def fluent(text: opdlm.Text, teacher, most: float, least: float) -> Tensor:
+    """(B,) 1 for a text of at most so many nats a token, with at least so many different pairs."""
+    nats, pairs = likeness(text, teacher)
+    return ((nats <= most) & (pairs >= least)).float()
+
+
+def writer(student, layout: Layout, data: Callable, settings: Settings, seed: int, eot: int) -> Callable:
+    """write(rule, update, G): G texts after each of an update's prompts, 1 to 8 tokens of training stories."""
+    def write(rule, update: int, count: int) -> opdlm.Text:
+        stories = data(range(update * settings.prompts, (update + 1) * settings.prompts))
+        P = 1 + int(opdlm.uniforms(seed, NUMBERS, range(update, update + 1), (1,)) * 8)
+        prompt = stories[:, :P].repeat_interleave(count, 0)
+        first = settings.prompts * (update * (settings.group + 1) + (count != settings.group) * settings.group)
+        u = opdlm.uniforms(seed + 1, NUMBERS, range(first, first + len(prompt)),
+                           (P + settings.length, rule.numbers(layout.block))).to(prompt.device)
+        return opdlm.rollout(Denoiser(student, layout), prompt, settings.length, rule, u, eot, Warp(temperature=0))
+    return write
+
+
+def worth(corpus: Corpus, teacher, write: Callable) -> Callable:
+    """What a text is worth, as above."""
+    if corpus.name == "toy":
+        return partial(valid, tokenizer=corpus.tokenizer)
+    nats, pairs = likeness(write(reveal.parse("static:1"), 0, 4), teacher)
+    return partial(fluent, teacher=teacher, most=nats.quantile(0.75).item(), least=pairs.quantile(0.05).item())
+
+
+def learn(student, layout: Layout, teacher, corpus: Corpus, data: Callable, settings: Settings, updates: int, seed: int,
+          lr: float, out: Path, header: dict, resume: bool, every: int = 20) -> None:
+    """Leaves the policy in out/policy, the log beside it; with `resume` goes on from where that stopped."""
+    policy = unmask.Policy(unmask.PolicyConfig(layout.block)).init_weights(torch.Generator().manual_seed(seed))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.1)
+    state, log = out / "policy" / STATE, Log(out / "policy.jsonl", header, resume)
+    noted = load_state(state, policy, optimizer, header) if resume else begin_states(state, header)
+    write = writer(student, layout, data, settings, seed, corpus.tokenizer.eot)
+    steps, alike = range(noted["step"], updates), 0
+    for record in train(policy, write, worth(corpus, teacher, write), settings, optimizer, steps,
+                        schedule(optimizer, "cosine", updates)):
+        step, alike = record["step"], alike + 1 if record["alike"] == 1 else 0
+        log.step({"phase": "policy", **record}, updates, f"reward {record['reward']:.3f} | quality "
+                 f"{record['quality']:.2f} | {record['nfe']:.1f} steps | groups alike {record['alike']:.2f}")
+        if alike == 20:
+            print("20 updates in which all texts of each group were worth the same: nothing can be learnt from them; "
+                  f"their quality is {record['quality']:.2f}, take a better student, or another --alpha")
+        if step % every == 0 or step == updates:
+            unmask.save(out / "policy", policy)
+            save_state(state, policy, optimizer, noted | {"step": step})
