@@ -1,0 +1,94 @@
+"""A policy learned for a student: what texts are worth, and that a run goes on where it stopped."""
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import opdlm
+import train_tiny
+from data import toy
+from data.corpus import story_world
+from model import hub
+from model.gpt import GPT, GPTConfig
+from model.masks import Layout
+from report import cli, policy
+
+TOK = story_world(stories=20, held_out=2).tokenizer
+
+
+def text_of(*rows):
+    """Prompts of one token, stories behind, in rows filled up with end-of-text."""
+    ids = [[TOK.eot, *row] for row in rows]
+    tokens = torch.tensor([row + [TOK.eot] * (90 - len(row)) for row in ids])
+    kept = torch.tensor([[0 < i < len(row) for i in range(90)] for row in ids])
+    return opdlm.Text(tokens, torch.zeros_like(tokens), kept, *torch.zeros(2, len(rows), dtype=torch.long))
+
+
+def test_a_story_is_worth_what_the_checker_says_of_a_finished_one():
+    story = TOK.encode(toy.story(5))
+    broken = [story[0], *reversed(story[1:])]
+    assert policy.valid(text_of([*story, TOK.eot], story, [*broken, TOK.eot]), TOK).tolist() == [1, 0, 0]
+
+
+def test_other_text_is_worth_something_if_it_is_likely_and_not_dull(tiny):
+    net = tiny(vocab=TOK.vocab_size, context=96)
+    text = text_of([5, 6, 7, 8], [5, 5, 5, 5], [9, 3, 9, 3])
+    nats, pairs = policy.likeness(text, net)
+    assert pairs.tolist() == pytest.approx([1, 1 / 3, 2 / 3])
+    for row in range(3):
+        said = net(text.tokens[row:row + 1, :5]).view(5, -1).log_softmax(-1)[range(4), text.tokens[row, 1:5]]
+        assert nats[row].item() == pytest.approx(-said.mean().item(), rel=1e-5)
+    assert policy.fluent(text, net, nats.max().item(), 0.5).tolist() == [1, 0, 1]
+    assert policy.fluent(text, net, nats.min().item(), 0).sum() == 1
+
+
+@pytest.fixture
+def student(tmp_path, monkeypatch):
+    """A run's folder with a small student of the story world, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_tiny, "open_corpus", lambda *_: story_world(stories=50, held_out=2))
+    net = GPT(GPTConfig(TOK.vocab_size, 40, 1, 2, 16)).init_weights(torch.Generator().manual_seed(0))
+    hub.save("run/opdlm", net, TOK, Layout(4, 1, 1), reveal="leftmost:0.9", confidence="largest")
+    return tmp_path / "run"
+
+
+def learn(*flags):
+    return cli.run(train_tiny.main, ["--data=toy", "--stage=policy", "--out=run", "--device=cpu", *flags])
+
+
+def records():
+    return [json.loads(line) for line in Path("run/policy.jsonl").read_text().splitlines()][1:]
+
+
+def test_killed_and_resumed_it_is_the_uninterrupted_run(student, monkeypatch):
+    """To the last bit, as long as there is something to learn: here a text is worth its share of even tokens."""
+    monkeypatch.setattr(policy, "valid", lambda text, tokenizer: ((text.tokens % 2 == 0) & text.kept).float().mean(1))
+    monkeypatch.setattr(policy.learn, "__defaults__", (1,))                             # a save each update
+    assert learn("--policy_updates=4") == 0
+    whole, files = records(), {p.name: p.read_bytes() for p in (student / "policy").glob("policy.*")}
+    assert all("loss" in record for record in whole) and len({record["reward"] for record in whole}) > 1
+    real = policy.Log.step
+
+    def killed(log, record, *rest):
+        if record["step"] == 3:
+            raise RuntimeError("killed")
+        real(log, record, *rest)
+    monkeypatch.setattr(policy.Log, "step", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        learn("--policy_updates=4")
+    monkeypatch.setattr(policy.Log, "step", real)
+    assert learn("--policy_updates=4", "--resume") == 0
+    assert records() == whole
+    assert {p.name: p.read_bytes() for p in (student / "policy").glob("policy.*")} == files
+
+
+def test_a_run_that_can_learn_nothing_says_so(student, capsys):
+    assert learn("--policy_updates=20") == 0
+    assert "20 updates in which all texts of each group were worth the same" in capsys.readouterr().out
+
+
+def test_an_ar_model_has_no_masks_to_reveal(student, capsys):
+    hub.save("ar", hub.load("run/opdlm")[0], TOK)
+    assert learn("--init=ar") == 2
+    assert "ar holds an AR model: convert it first" in capsys.readouterr().err
