@@ -15,7 +15,7 @@ from functools import partial
 import torch
 
 from experiments import changes
-from experiments.job import Job
+from experiments.job import Job, tiny
 from experiments.pool import run_all
 from experiments.results import at_cost, by_row, cell, finish
 from model.dist import facts
@@ -26,7 +26,6 @@ from train_tiny import PAPER
 LEFTMOST = tuple(f"reveal=leftmost:{level}" for level in (0, 0.4, 0.7, 0.9, 0.98, 1))
 THRESHOLD = tuple(f"reveal=threshold:{level}" for level in (0, 0.4, 0.7, 0.9, 1))
 DRAWN = tuple(f"{look} confidence=drawn" for look in THRESHOLD)
-QUICK = {"pretrain_steps": 20, "layers": 1, "width": 64, "rows": 4}
 OWN = {"text": "student", "states": "visited", "target": "teacher", "weight": "first", "updates": 4}
 STORIES = {"text": "data", "states": "prefix", "target": "teacher", "weight": "first"}
 
@@ -86,9 +85,9 @@ def jobs_of(options: Options) -> list[Job]:
     for name, row in ROWS.items():
         looks.setdefault(row.job or name, {}).update(dict.fromkeys(row.by))
     first = {row.job or name: row for name, row in reversed(ROWS.items())}
-    extra = {"folder": "quick", "stories": 16, "pretrain": QUICK} if options.quick else {}
-    return [Job(name, seed, first[name].flags, (options.updates,), tuple(looks[name]), first[name].recipes,
-                first[name].start, **{"stories": 128, **extra}) for seed in range(options.seeds) for name in looks]
+    jobs = [Job(name, seed, first[name].flags, (options.updates,), tuple(looks[name]), first[name].recipes,
+                first[name].start, stories=128) for seed in range(options.seeds) for name in looks]
+    return [tiny(job) for job in jobs] if options.quick else jobs
 
 
 def main(argv: list[str]) -> None:

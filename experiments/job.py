@@ -1,6 +1,6 @@
 """What a conversion of the experiments is: flags of train_tiny.py, when it is looked at, and how."""
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import train_tiny
@@ -32,6 +32,18 @@ class Job:
         """What JSON can hold of it."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()
                 if not callable(value) and name != "folder" and (name, value) != ("copies", 1)}
+
+
+def tiny(job: Job) -> Job:
+    """The same for --quick: whether it runs at all."""
+    return replace(job, folder="quick", stories=16, pretrain=dict(pretrain_steps=20, layers=1, width=64, rows=4))
+
+
+def without_paths(runs: list[dict]) -> list[dict]:
+    """As they are published: a text's name on this machine is nobody's business."""
+    for run in runs:
+        run["settings"]["flags"] = {k: v for k, v in run["settings"]["flags"].items() if "data" not in k}
+    return runs
 
 
 def options_of(job: Job, more: str = "") -> train_tiny.Options:

@@ -16,7 +16,7 @@ import torch
 
 import opdlm
 from experiments import changes
-from experiments.job import Job
+from experiments.job import Job, tiny, without_paths
 from experiments.pool import run_all
 from experiments.results import at_cost, cell, finish, gap, reached, times, tokens_cell
 from model.dist import facts
@@ -70,11 +70,7 @@ def job_of(name: str, flags: dict, rate: float, seed: int, options: Options) -> 
     job = Job(f"{name}, lr {rate}", seed, flags | {"lr": rate}, points, LOOKS, stories=128)
     if "x4" in name:
         job = replace(job, recipes=changes.every_prefix, copies=4)
-    return quick(job) if options.quick else job
-
-
-def quick(job: Job) -> Job:
-    return replace(job, folder="quick", stories=16, pretrain=dict(pretrain_steps=20, layers=1, width=64, rows=4))
+    return tiny(job) if options.quick else job
 
 
 def main(argv: list[str]) -> None:
@@ -87,10 +83,8 @@ def main(argv: list[str]) -> None:
     best = {(name, rate) for cost in COSTS for name, rate in rates(runs, cost).items()}
     runs += run_all([job_of(name, rows[name], rate, seed, options)
                      for seed in range(1, options.seeds) for name, rate in sorted(best)])
-    for run in runs:
-        run["settings"]["flags"] = {k: v for k, v in run["settings"]["flags"].items() if "data" not in k}   # no paths
     results = {"command": f"python -m experiments.methods --name={options.name}", **facts(torch.device("cpu")),
-               "runs": runs}
+               "runs": without_paths(runs)}
     finish(options.name, results, draw, options.quick)
     for cost in COSTS:
         print(table(results, cost), *(f"{what} = {x}" for what, x in ratios(results, 0.1, cost).items()), sep="\n")
@@ -131,15 +125,19 @@ def table(results: dict, cost: float) -> str:
     return "\n".join(lines)
 
 
-def ratios(results: dict, bound: float, cost: float) -> dict[str, str]:
-    """How many times the tokens the second row of each pair needs to come within `bound` nats, seed by seed."""
-    rows = rows_of(results, cost)
-    spent = {name: [reached(r["points"], gap(r, "gen_nats", cost, LOOKS), bound) for r in runs]
-             for name, runs in rows.items()}
+PAIRS = {"whole recipe": ("ours, ar", "sdar, published"), "alignment alone": ("opdlm, ar", "opdlm, paper"),
+         "the same of texts in 4 states": ("ours x4, ar", "sdar, published"),
+         "alignment and context": ("sdar, ar", "sdar, published")}
+
+
+def ratios(results: dict, bound: float, cost: float, spent: str = "tokens") -> dict[str, str]:
+    """How many times what the first row of each pair needs to come within `bound` nats the second does, by seed."""
+    rows = {name: [reached(r["points"], gap(r, "gen_nats", cost, LOOKS), bound, spent) for r in runs]
+            for name, runs in rows_of(results, cost).items()}
     off = [name for name in ("opdlm-off, ar", "kd, ar", "sft, ar", "sdar, ar") if name in rows]
-    pairs = {"whole recipe": ("ours, ar", "sdar, published"), "alignment alone": ("opdlm, ar", "opdlm, paper"),
-             "on-policy alone": ("opdlm, ar", min(off, key=lambda name: sum(n for n, _ in spent[name]), default=""))}
-    return {f"{what}: {b} / {a}": times(spent[a], spent[b]) for what, (a, b) in pairs.items() if {a, b} <= set(rows)}
+    best = min(off, key=lambda name: sum(n for n, _ in rows[name]), default="")
+    pairs = PAIRS | {"on-policy alone": ("opdlm, ar", best)}
+    return {f"{what}: {b} / {a}": times(rows[a], rows[b]) for what, (a, b) in pairs.items() if {a, b} <= set(rows)}
 
 
 def draw(results: dict, figure) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from experiments import changes
-from experiments.job import Job
+from experiments.job import Job, tiny, without_paths
 from experiments.pool import run_all
 from experiments.results import by_row, cell, finish
 from model.dist import facts
@@ -53,8 +53,7 @@ def job_of(name: str, seed: int, options: Options) -> Job:
     points = tuple(sorted({last >> k for k in range(6) if last >> k}))
     job = Job(f"{options.name}, {name}", seed, flags | text | {"lr": 0.01}, points, LOOKS, change,
               stories=options.stories)
-    pretrain = dict(pretrain_steps=20, layers=1, width=64, rows=4)
-    return replace(job, folder="quick", stories=16, pretrain=pretrain) if options.quick else job
+    return tiny(job) if options.quick else job
 
 
 def main(argv: list[str]) -> None:
@@ -64,9 +63,8 @@ def main(argv: list[str]) -> None:
     runs = run_all([job_of(name, seed, options) for name in options.rows.split(";") for seed in range(options.seeds)])
     for run in runs:
         _, _, run["settings"]["name"] = run["settings"]["name"].partition(", ")
-        run["settings"]["flags"] = {k: v for k, v in run["settings"]["flags"].items() if "data" not in k}   # no paths
     results = {"command": f"python -m experiments.verified --name={options.name}", **facts(torch.device("cpu")),
-               "runs": runs}
+               "runs": without_paths(runs)}
     finish(options.name, results, draw, options.quick)
     print(table(results))
 
