@@ -163,8 +163,10 @@ def unmasking(options: Options, device) -> None:
     corpus = open_corpus(options.data, options.val_data, options.vocab, tokenizer.load(folder))
     teacher = None if corpus.name == "toy" else hub.load(run / "ar")[0].to(device)
     length = min(options.length or student.config.context, student.config.context)
-    expert = Within(rules.parse(policy.EXPERT), 8) if layout.block >= length else None
-    settings = Settings(length - 8, options.alpha, expert=expert, eps=0.2 if expert else 0.5)
+    whole = layout.block >= length
+    expert = rules.parse(options.expert or ("threshold:0.9" if whole else hub.read_config(folder)["reveal"]))
+    expert = Within(expert, 8) if whole else expert
+    settings = Settings(length - 8, options.alpha, expert=expert, imitated=40)
     data = partial(draw, corpus, length=length, seed=options.seed, device=device)
     policy.learn(student.to(device).requires_grad_(False), layout, teacher, corpus, data, settings,
                  options.policy_updates, options.seed, options.lr or 0.003, writable(Path(options.out)),

@@ -92,10 +92,11 @@ class Settings:
     alpha: float = 1.0              # how much speed counts
     group: int = 8                  # G
     prompts: int = 8                # of an update (paper: 16)
-    eps: float = 0.5                # (paper: 0.2 with experts)
+    eps: float = 0.2                # (paper: 0.5 without experts)
     inner: int = 2                  # gradient steps on the same texts
     clip: float = 0.2               # of the gradient's norm
-    expert: Callable | None = None  # a rule that writes one text of each group, for models of whole texts
+    expert: Callable | None = None  # a rule that writes one more text of each group (paper: for whole texts only)
+    imitated: int = 0               # updates, the first ones, that only make the expert's choices likelier (paper: 0)
     reward: Callable = reward
 
 
@@ -115,25 +116,39 @@ def train(policy: Policy, write: Callable, quality: Callable, settings: Settings
         record = {"step": update + 1, "reward": rewards[0].mean().item(), "quality": worth[0].mean().item(),
                   "nfe": seen[0].alive.sum(0).float().mean().item(),
                   "alike": (gain.abs().amax(1) < 1e-9).float().mean().item()}
-        if record["alike"] < 1:
+        if update < settings.imitated:
+            record |= imitate(policy, seen[1], settings, optimizer)
+        elif record["alike"] < 1:
             record |= learn(policy, seen, [part.flatten() for part in gain.split([g for _, g in parts], 1)], settings,
                             optimizer)
         yield record
 
 
 def learn(policy: Policy, seen: list[Seen], gains: list[Tensor], settings: Settings, optimizer) -> dict:
-    """The inner steps. `gains`: advantages of the policy's texts, and of the experts' if there are any."""
+    """Sentences 3 and 4. `gains`: advantages of the policy's texts, and of the experts' if there are any."""
     def said():
         logp = [some.logprob(policy) for some in seen]
         return [logp[0], *(mixture(x, settings.group, 1) for x in logp[1:])]
     with torch.no_grad():
         old = said()
-    for _ in range(settings.inner):
+    def loss():
         each = [surrogate(n, o, gain, some.alive, settings.eps) * len(gain)
                 for n, o, gain, some in zip(said(), old, gains, seen)]
-        loss = -sum(each) / sum(map(len, gains))
+        return -sum(each) / sum(map(len, gains))
+    return descend(policy, loss, settings, optimizer)
+
+
+def imitate(policy: Policy, expert: Seen, settings: Settings, optimizer) -> dict:
+    """Before all that: a policy far from anything that is ever rewarded learns nothing from rewards."""
+    return descend(policy, lambda: -expert.logprob(policy)[expert.alive].mean(), settings, optimizer)
+
+
+def descend(policy: Policy, loss: Callable, settings: Settings, optimizer) -> dict:
+    """The inner steps."""
+    for _ in range(settings.inner):
+        value = loss()
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        value.backward()
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.clip)
         optimizer.step()
-    return {"loss": loss.item(), "norm": norm.item()}
+    return {"loss": value.item(), "norm": norm.item()}

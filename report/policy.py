@@ -26,7 +26,6 @@ from report import measure
 
 NUMBERS = 5         # the stream of uniform numbers; opdlm.py has 1 to 4
 STATE = "state.safetensors"
-EXPERT = "threshold:0.9"
 
 
 def valid(text: opdlm.Text, tokenizer) -> Tensor:

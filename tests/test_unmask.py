@@ -8,7 +8,7 @@ from model import reveal
 from model.denoiser import Denoiser
 from model.draw import Warp, uniforms
 from model.gpt import GPT, GPTConfig
-from model.grpo import Recorded, Seen, Settings, additive, learn, mixture, reward, surrogate, train
+from model.grpo import Recorded, Seen, Settings, additive, imitate, learn, mixture, reward, surrogate, train
 from model.masks import Layout
 from model.unmask import Learned, Policy, PolicyConfig, Within, load, save
 
@@ -198,6 +198,16 @@ def test_rewards_by_hand():
     quality, nfe = torch.tensor([1.0, 1.0, 0.0, 0.5]), torch.tensor([1, 10, 5, 12])
     assert reward(quality, nfe, 10, 2.0).tolist() == pytest.approx([1, 0.01, 0, 0.005])
     assert additive(quality, nfe, 10, 2.0).tolist() == pytest.approx([0.8, -1, -1, -1.9])
+
+
+def test_imitation_makes_the_expert_s_choices_likely(net):
+    """Of a rule that goes by the mask and the confidence alone, nearly all of them are learnt."""
+    made, rule = policy(), Recorded(reveal.parse("threshold:0.35"))
+    write(net, rule, rows=40)
+    some = rule.stacked()
+    optimizer, settings = torch.optim.AdamW(made.parameters(), 0.02), Settings(length=14, inner=150, clip=1.0)
+    before = some.logprob(made)[some.alive].mean().item()
+    assert imitate(made, some, settings, optimizer)["loss"] < -0.25 * before
 
 
 class World:
