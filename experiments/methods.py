@@ -86,8 +86,8 @@ def main(argv: list[str]) -> None:
     results = {"command": f"python -m experiments.methods --name={options.name}", **facts(torch.device("cpu")),
                "runs": without_paths(runs)}
     finish(options.name, results, draw, options.quick)
-    for cost in COSTS:
-        print(table(results, cost), *(f"{what} = {x}" for what, x in ratios(results, 0.1, cost).items()), sep="\n")
+    print(table(results), *(f"at {cost}, {what} = {x}" for cost in COSTS
+                            for what, x in ratios(results, NATS[1], cost).items()), sep="\n")
 
 
 def named(run: dict) -> str:
@@ -111,17 +111,22 @@ def rows_of(results: dict, cost: float) -> dict[str, list[dict]]:
             for name, rate in rates(results["runs"], cost).items()}
 
 
-def table(results: dict, cost: float) -> str:
-    """Markdown: a row a method; thousands of tokens to come near to the teacher in text written at `cost` tokens a
-    forward, and what the last point writes so."""
-    numbers = [n for n in ("gen_nats", "valid") if n in results["runs"][0]["teacher"]]
-    bounds = [*(("gen_nats", n) for n in NATS), *(("valid", 0.05) for n in numbers if n == "valid")]
-    lines = ["| method, alignment | rate | " + " | ".join([f"`{n}` within {b}" for n, b in bounds] + [
-             f"`{n}` at the end" for n in numbers]) + " |", "|" + "---|" * (2 + len(bounds + numbers))]
-    for name, runs in rows_of(results, cost).items():
-        spent = [tokens_cell([reached(r["points"], gap(r, n, cost, LOOKS), b) for r in runs]) for n, b in bounds]
-        cells = [cell([at_cost(r["points"][-1], n, cost, LOOKS) for r in runs]) for n in numbers]
-        lines.append(f"| {name} | {runs[0]['settings']['flags']['lr']} | {' | '.join(spent + cells)} |")
+def table(results: dict) -> str:
+    """Markdown: a row a method; thousands of tokens to come near to the teacher in text written at 1 and at 1.5 tokens
+    a forward, each at its rate, and what the last point writes at 1.5."""
+    known = [n for n in ("gen_nats", "valid") if n in results["runs"][0]["teacher"]]
+    bounds = [("gen_nats", n, COSTS[0]) for n in NATS] + [("gen_nats", NATS[1], COST)]
+    bounds += [("valid", 0.05, cost) for cost in COSTS if "valid" in known]
+    lines = ["| method, alignment | rates | " + " | ".join(f"`{n}` within {b} at {cost}" for n, b, cost in bounds)
+             + "".join(f" | `{n}` at the end" for n in known) + " |", "|" + "---|" * (2 + len(bounds + known))]
+    at_rate = {cost: rows_of(results, cost) for cost in COSTS}
+    for name in at_rate[COST]:
+        runs = {cost: rows[name] for cost, rows in at_rate.items()}
+        rates = ", ".join(f"{some[0]['settings']['flags']['lr']}" for some in runs.values())
+        cells = [tokens_cell([reached(r["points"], gap(r, n, cost, LOOKS), b) for r in runs[cost]])
+                 for n, b, cost in bounds]
+        cells += [cell([at_cost(r["points"][-1], n, COST, LOOKS) for r in runs[COST]]) for n in known]
+        lines.append(f"| {name} | {rates} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

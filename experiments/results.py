@@ -54,13 +54,22 @@ def times(ours: list, theirs: list) -> str:
     return ("" if all(ok for _, ok in theirs) else "> ") + cell(values, 1)
 
 
+def rounded(value):
+    """With six digits a number: a results file is read by people too."""
+    if isinstance(value, dict):
+        return {key: rounded(x) for key, x in value.items()}
+    if isinstance(value, list):
+        return [rounded(x) for x in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
 def finish(name: str, results: dict, draw: Callable, quick: bool) -> None:
     """experiments/NAME/results.json, whole or not at all, and curves.png; of a quick run in out/ instead."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     folder = Path("out/experiments/quick", name) if quick else HERE / name
-    write_json(folder / "results.json", results)
+    write_json(folder / "results.json", rounded(results))
     figure = plt.figure(figsize=(10, 5.6), dpi=130)
     draw(results, figure)
     figure.savefig(folder / "curves.png", bbox_inches="tight")

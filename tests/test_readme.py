@@ -13,7 +13,7 @@ import torch
 import opdlm
 import sample
 import train_tiny
-from experiments import memory, tiny
+from experiments import memory, methods, tiny
 from model.gpt import GPT, GPTConfig
 from model.muon import Muon
 
@@ -64,6 +64,20 @@ def test_the_debugger_s_tour(tmp_path):
 def test_the_tables_are_made_of_the_results(name):
     results = json.loads((ROOT / "experiments" / name / "results.json").read_text())
     assert tiny.table(results) in TEXT
+
+
+def test_the_methods_table_and_what_is_said_of_it_are_made_of_the_results():
+    results = json.loads((ROOT / "experiments/methods/results.json").read_text())
+    assert methods.table(results) in TEXT
+    said = " ".join(TEXT.split())
+    whole, states = "whole recipe", "the same of texts in 4 states"
+    for pair, cost, spent in ((whole, 1, "tokens"), (whole, 1, "flops"), (whole, 1.5, "tokens"), (states, 1, "tokens"),
+                              (states, 1.5, "tokens"), (states, 1, "flops"), ("alignment and context", 1, "tokens"),
+                              ("on-policy alone", 1, "tokens")):
+        found = {what.partition(":")[0]: value for what, value in methods.ratios(results, 0.1, cost, spent).items()}
+        assert found[pair] in said, (pair, cost, spent)
+    paper = [run for name, runs in methods.rows_of(results, 1).items() if name.endswith("paper") for run in runs]
+    assert all(methods.gap(run, "gen_nats", 1, methods.LOOKS)(point) > 0.25 for run in paper for point in run["points"])
 
 
 def test_the_memory_of_gpt2_xl_adds_up():
