@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ import torch
 from data import tokenizer, toy
 from data.corpus import open_corpus
 from data.tinystories import stories
+from experiments import speed
 from experiments.results import at_cost, cell, finish
 from model import hub, reveal
 from model.dist import facts
@@ -72,6 +74,9 @@ def looks(block: int, seed: int, options: Options) -> dict[str, dict]:
         _, seconds = alone = measure.generate(writer, held[:16], tok.eot, net.config.context, seed, batch=1)
         count = sum(int(text.kept.sum()) for text, _ in alone[0])
         seen[name] = measure.generated(teacher, *made, tok, toy.check) | {"tok_s": count / seconds}
+    prompt, length = torch.stack([story[:8] for story in held[:16]]), net.config.context - 8
+    seconds = sum(speed.timed(partial(speed.ar, teacher, row[None], length)) for row in prompt)
+    seen["ar"]["tok_s"] = 16 * length / seconds                             # a plain loop's, the fairest to AR
     return seen
 
 

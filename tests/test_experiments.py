@@ -5,12 +5,12 @@ import pytest
 import torch
 
 import opdlm
-from experiments import ablations, changes, conversion, decoding, memory, methods
+from experiments import ablations, changes, conversion, decoding, memory, methods, speed
 from experiments.job import Job, options_of
 from experiments.results import at_cost, gap, reached, tokens_cell
 from model import reveal
 from model.gpt import GPTConfig
-from model.masks import Layout
+from model.masks import AR, Layout
 from report.publish import write_json
 
 
@@ -167,3 +167,18 @@ def test_the_steps_compared_are_the_same_step():
         assert records[kind, kept]["places"] == records["plain", False]["places"] > 10
     losses = [records[kind, kept]["kl"] for kind in ("plain", "full") for kept in (False, True)]
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-5) and losses[0] > 0
+
+
+def test_the_plain_ar_loop_writes_what_the_sampler_writes():
+    """So the one that speeds are compared with is AR itself."""
+    net = speed.network(*speed.TINY["tiny"])
+    prompt = torch.randint(64, (3, speed.PROMPT), generator=torch.Generator().manual_seed(0))
+    text = speed.write(net, AR, prompt, "static:1")
+    assert torch.equal(speed.ar(net, prompt, speed.room(net)), text.tokens) and len(text.tokens[:, speed.PROMPT:].unique()) > 5
+
+
+def test_a_level_reveals_two_tokens_a_step():
+    net, layout = speed.network(*speed.TINY["tiny"]), Layout(4, 4, 0)
+    prompt = torch.randint(64, (1, speed.PROMPT), generator=torch.Generator().manual_seed(0))
+    text = speed.write(net, layout, prompt, f"threshold:{speed.level(net, layout, prompt)}")
+    assert 1.6 < (text.kept.sum() / text.forwards.sum()).item() < 2.4

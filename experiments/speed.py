@@ -1,0 +1,178 @@
+"""How fast the sampler is: ours under the paper's layout, and AR with its cache, on the same networks, in turns.
+
+    python -m experiments.speed             one thread, twenty minutes on a machine that does nothing else
+    python -m experiments.speed --quick     one small network, two turns
+
+Greedy, 256 tokens behind a prompt of 16, no end-of-text. The networks are random, and loud, so that confidences spread
+as a trained one's do; a threshold is set to reveal two tokens a step. Peers' samplers ran on the same networks, through
+an adapter, when their figures were taken: peers.json beside the results has these, with commits and method. Leaves
+experiments/speed/results.json and curves.png.
+"""
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+import opdlm
+from experiments.results import HERE, finish
+from model import reveal
+from model.denoiser import Denoiser
+from model.dist import facts
+from model.draw import Warp
+from model.gpt import GPT, Cache, GPTConfig
+from model.masks import Layout
+from report import cli
+from report.cli import option
+
+PROMPT, NEVER = 16, -1              # tokens; an id that nobody can emit
+SIZES = {"small, 4 x 128": (GPTConfig(256, 288, 4, 4, 128), 6.0),
+         "wide, 6 x 384": (GPTConfig(2048, 288, 6, 6, 384), 4.0)}
+TINY = {"tiny": (GPTConfig(64, 64, 1, 2, 32), 6.0)}
+
+
+@dataclass
+class Options:
+    repeats: int = option(5, "turns that are timed")
+    quick: bool = option(False, "a small network, two turns: does it run?")
+
+
+@torch.no_grad()
+def network(config: GPTConfig, gain: float) -> GPT:
+    """GPT-2's first weights, made louder: else every token is as likely as the next."""
+    source = torch.Generator().manual_seed(1234)
+    net = GPT(config).init_weights(source)
+    for p in net.parameters():
+        if p.dim() == 2:
+            p.mul_(gain)
+    net.wpe.weight.normal_(0, 0.04 * gain, generator=source)
+    net.ln_f.weight.mul_(3.0)
+    net.mask_vector.normal_(0, 0.02 * gain, generator=source)
+    return net.requires_grad_(False)
+
+
+def room(net) -> int:
+    """Tokens to write: a whole number of blocks of 16."""
+    return (net.config.context - PROMPT) // 16 * 16
+
+
+def write(net, layout: Layout, prompt: torch.Tensor, spec: str) -> opdlm.Text:
+    """Ours."""
+    length = room(net)
+    u = torch.full((len(prompt), PROMPT + length, 1), 0.5)                              # greedy: it doesn't matter
+    return opdlm.rollout(Denoiser(net, layout), prompt, length, reveal.parse(spec), u, NEVER, Warp(temperature=0))
+
+
+@torch.inference_mode()
+def ar(net, prompt: torch.Tensor, length: int) -> torch.Tensor:
+    """(B, P + length): AR text as a loop that does nothing else, which is faster than our sampler with blocks of 1."""
+    (B, P), T = prompt.shape, prompt.size(1) + length
+    caches, tokens = [Cache(T) for _ in net.h], torch.cat([prompt, prompt.new_zeros(B, length)], 1)
+    place, row, begin = torch.arange(T), torch.arange(B), 0
+    for end in range(P, T):
+        at = place[begin:end]
+        mask = (place[:end] <= at[:, None])[None, None]
+        logits = net(tokens[:, begin:end], mask, at, row * len(at) + len(at) - 1, caches, at.expand(B, -1))
+        tokens[:, end], begin = logits.argmax(-1), end
+    return tokens
+
+
+def level(net, layout: Layout, prompt: torch.Tensor) -> float:
+    """The threshold at which two tokens a step are revealed, by bisection."""
+    low, high = 0.0, 1.0
+    for _ in range(12):
+        middle = (low + high) / 2
+        text = write(net, layout, prompt, f"threshold:{middle}")
+        low, high = (middle, high) if text.kept.sum() > 2 * text.forwards.sum() else (low, middle)
+    return round(low, 4)
+
+
+def timed(piece: Callable) -> float:
+    """Seconds."""
+    begun = time.perf_counter()
+    piece()
+    return time.perf_counter() - begun
+
+
+def cells(name: str, config: GPTConfig, gain: float, options: Options) -> list[dict]:
+    """Of a network: tokens a second of every block, batch and rule, turn by turn, AR's beside them."""
+    net, made = network(config, gain), []
+    prompts = torch.randint(config.vocab, (32, PROMPT), generator=torch.Generator().manual_seed(5))
+    for batch in (1, 4) if options.quick else (1, 32):
+        for block in (4, 16):
+            layout, prompt = Layout(block, block, 0), prompts[:batch]
+            specs = dict.fromkeys(["static:1", f"static:{block // 4}", f"threshold:{level(net, layout, prompts[:1])}"])
+            calls = {spec: partial(write, net, layout, prompt, spec) for spec in specs}
+            calls["AR"] = partial(ar, net, prompt, room(net))
+            first = {what: call() for what, call in calls.items()}
+            turns = [{what: timed(call) for what, call in calls.items()} for _ in range(options.repeats)]
+            for what in specs:
+                tokens = int(first[what].kept.sum())
+                made.append({"net": name, "batch": batch, "block": block, "rule": what, "tokens": tokens // batch,
+                             "forwards": int(first[what].forwards.max()), "tok_s": [tokens / t[what] for t in turns],
+                             "over_ar": [t["AR"] / t[what] for t in turns]})
+                print(f"{name}, batch {batch}, block {block}, {what}: {statistics.median(made[-1]['tok_s']):.0f} "
+                      f"tokens/s, {statistics.median(made[-1]['over_ar']):.2f} of AR's", flush=True)
+    return made
+
+
+def main(argv: list[str]) -> None:
+    options = cli.parse(Options, argv, __doc__)
+    if options.quick:
+        options.repeats = 2
+    torch.set_num_threads(1)
+    results = {"command": "python -m experiments.speed", **facts(torch.device("cpu")), "rows": []}
+    for name, (config, gain) in (TINY if options.quick else SIZES).items():
+        results["rows"] += cells(name, config, gain, options)
+    finish("speed", results, draw, options.quick)
+    print(table(results, peers()))
+
+
+def peers() -> list[dict]:
+    """Rows of peers.json: net, batch, block, rule (a threshold without its level), peer, forwards, and how many times
+    as fast ours was in the same turns; none where nobody has taken them."""
+    file = HERE / "speed" / "peers.json"
+    return json.loads(file.read_text())["rows"] if file.exists() else []
+
+
+def spread(values: list[float]) -> str:
+    """Median (smallest to largest)."""
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def table(results: dict, others: list[dict]) -> str:
+    """Markdown: a row a network, batch, block and rule."""
+    names = list(dict.fromkeys(row["peer"] for row in others))
+    lines = ["| network, batch, block, rule | tokens/s | forwards of N | times as fast as AR |"
+             + "".join(f" {name} |" for name in names), "|" + "---|" * (4 + len(names))]
+    found = {(other["peer"], *key_of(other)): spread(other["faster"]) for other in others}
+    for row in results["rows"]:
+        net, batch, block, kind = key = key_of(row)
+        cells = [f"{net}, {batch}, {block}, {kind}", f"{statistics.median(row['tok_s']):.0f}",
+                 f"{row['forwards']} of {row['tokens']}", spread(row["over_ar"])]
+        lines.append(f"| {' | '.join(cells + [found.get((name, *key), '-') for name in names])} |")
+    return "\n".join(lines)
+
+
+def key_of(row: dict) -> tuple:
+    """Network, batch, block and rule, of a threshold without its level."""
+    rule = row["rule"]
+    return row["net"], row["batch"], row["block"], rule if rule.startswith("static") else rule.partition(":")[0]
+
+
+def draw(results: dict, figure) -> None:
+    """Times as fast as AR."""
+    axes, rows = figure.subplots(), results["rows"][::-1]
+    axes.barh([f"{row['net']}, batch {row['batch']}, block {row['block']}, {row['rule']}" for row in rows],
+              [statistics.median(row["over_ar"]) for row in rows])
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.tick_params(labelsize=6)
+    axes.set_xlabel("tokens a second over those of AR with its cache")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
