@@ -2,9 +2,8 @@
 
 A rule is called with its argument, `confidence` (B, K), a number a slot, `masked` (B, K), the slots that still have a
 mask, `step` (B,), the block's steps so far, and `numbers` (B, K, S), the slots' uniform ones. It answers with a bool
-(B, K): a part of `masked`, at least one slot of every row that has any; only ancestral's steps may reveal nothing. A
-confidence is a function of the probabilities at the M masked slots (M, V) and of the tokens drawn there (M,). The two
-are chosen apart: rule x confidence.
+(B, K): a part of `masked`, at least one slot of every row that has any; only ancestral's steps may reveal nothing. How
+sure a slot is, is chosen apart (model/confidence.py): rule x confidence.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,32 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-# Confidences: 1 is certainty. The first line of each docstring is what --help says.
-def largest(probs: Tensor, drawn: Tensor) -> Tensor:
-    """the largest probability at the slot, whatever was drawn
-
-    Exact conditionals revealed so, one at a time, sample the joint; by the other two below as well."""
-    return probs.amax(-1)
-
-
-def drawn(probs: Tensor, drawn: Tensor) -> Tensor:
-    """that of the token drawn, which is drawn anew each step (OPDLM's code): biased towards likely text"""
-    return probs.gather(-1, drawn[:, None]).squeeze(-1)
-
-
-def margin(probs: Tensor, drawn: Tensor) -> Tensor:
-    """the largest less the second (Kim et al., 2502.06768)"""
-    two = probs.topk(min(2, probs.size(-1)), -1).values
-    return two[:, 0] - two[:, 1:].sum(-1)
-
-
-def entropy(probs: Tensor, drawn: Tensor) -> Tensor:
-    """exp(-entropy), one over the number of tokens between which the slot hesitates (Dream orders by it)"""
-    return torch.special.entr(probs).sum(-1).neg().exp()
-
-
-CONFIDENCE = {"largest": largest, "drawn": drawn, "margin": margin, "entropy": entropy}
+from model.confidence import CONFIDENCE, drawn, largest
 
 
 # Rules. With p the confidences, the largest first.

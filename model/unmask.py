@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from model.confidence import largest
 from model.llama import rotate, rotations
-from model.reveal import largest
 
 FILE = "policy.safetensors"
 

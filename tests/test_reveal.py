@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import opdlm
+from model import confidence as sure
 from model import reveal
 from model.denoiser import Denoiser
 from model.draw import uniforms
@@ -69,8 +70,8 @@ def test_eb_by_hand():
     """Sum less largest: 0, -log .99 = .010, less log .95: .061, less log .92: .145."""
     for bound, slots in ((0, [3]), (0.02, [0, 3]), (0.07, [0, 2, 3]), (0.2, [0, 1, 2, 3])):
         assert shown(f"eb:{bound}")[0] == slots
-    assert reveal.parse("eb:0").confidence is reveal.entropy
-    assert reveal.parse("eb:0", "margin").confidence is reveal.margin
+    assert reveal.parse("eb:0").confidence is sure.entropy
+    assert reveal.parse("eb:0", "margin").confidence is sure.margin
 
 
 def test_confidences_of_nothing_and_of_everything_are_no_exception():
@@ -148,10 +149,10 @@ def test_every_rule_writes_whole_texts(spec, confidence, block, clean, shift, le
 
 def test_confidences():
     probs, tokens = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.8, 0.1]]), torch.tensor([2, 1])
-    assert torch.equal(reveal.largest(probs, tokens), torch.tensor([0.5, 0.8]))
-    assert torch.equal(reveal.drawn(probs, tokens), torch.tensor([0.2, 0.8]))
-    assert torch.allclose(reveal.margin(probs, tokens), torch.tensor([0.2, 0.7]))
-    assert torch.allclose(reveal.entropy(torch.tensor([[0.25] * 4, [1.0, 0, 0, 0], [0.5, 0.5, 0, 0]]), tokens),
+    assert torch.equal(sure.largest(probs, tokens), torch.tensor([0.5, 0.8]))
+    assert torch.equal(sure.drawn(probs, tokens), torch.tensor([0.2, 0.8]))
+    assert torch.allclose(sure.margin(probs, tokens), torch.tensor([0.2, 0.7]))
+    assert torch.allclose(sure.entropy(torch.tensor([[0.25] * 4, [1.0, 0, 0, 0], [0.5, 0.5, 0, 0]]), tokens),
                           torch.tensor([0.25, 1, 0.5]))
 
 
