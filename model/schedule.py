@@ -35,7 +35,7 @@ class Schedule:
     def __call__(self, step: Tensor, share: Tensor) -> Tensor:
         """(B,) the part that each row is in, by its step and its masked share (B,). The last part has no end."""
         ends = torch.tensor([until for _, until in self.parts[:-1]], device=step.device)
-        over = step[:, None] >= ends if self.by == "step" else share.double()[:, None] <= ends
+        over = step[:, None] >= ends if self.by == "step" else share[:, None] <= ends
         return over.long().sum(1)
 
     @property
@@ -138,11 +138,12 @@ class Scheduled:
     def __call__(self, tokens: Tensor, start: Tensor) -> Tensor:
         """(B, K, V) as Denoiser's, each row's from the model that it is to ask."""
         self.step, self.start = torch.where(start == self.start, self.step + 1, 0), start
-        part, logits = self.schedule(self.step, self.share(tokens, start)), None
+        share, logits = self.share(tokens, start), None
+        part = self.schedule(self.step, share)
         for name, denoiser in self.denoisers.items():
-            mine = torch.tensor([of == name for of, _ in self.schedule.parts], device=part.device)[part]    # (B,)
-            made = denoiser(tokens, start, mine)
-            if made is not None:
+            mine = torch.tensor([of == name for of, _ in self.schedule.parts], device=part.device)[part] & (share > 0)
+            if mine.any():
+                made = denoiser(tokens, start, mine)
                 logits = made if logits is None else torch.where(mine[:, None, None], made, logits)
         return logits
 

@@ -97,6 +97,14 @@ def test_each_model_asked_writes_what_was_finished_and_pays_for_it():
     assert text.forwards.tolist() == [6] * rows and text.positions.tolist() == [50] * rows
 
 
+def test_a_model_that_is_never_needed_costs_nothing():
+    """Blocks are written in one step, so that L has no part in them; rows that have finished ask nobody."""
+    layout = Layout(4, 1, 1)
+    both = Scheduled(NETS, layout, parse("mask:1-0.5=H,0.5-0=L"))
+    text, alone = write(both, "static:4"), write(Denoiser(NETS["H"], layout), "static:4")
+    assert torch.equal(text.tokens, alone.tokens) and both.denoisers["L"].forwards.sum() == 0
+
+
 @settings(max_examples=30)
 @given(spec=st.sampled_from(["ancestral:3", "ancestral:17", "ancestral:60"]), seed=st.integers(0, 99),
        block=st.sampled_from([4, 17]), shift=st.integers(0, 1))
