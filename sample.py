@@ -68,6 +68,8 @@ class Options:
         if any(x is not None and x < 1 for x in (self.n, self.length, self.block)):
             raise ValueError("--n and --length are at least 1, as is --block")
         Warp(self.temperature, self.top_k, self.top_p)               # refuses what can't be
+        if self.dtype and not self.export:
+            raise ValueError("--dtype is for what --export writes: name its folder too")
         if (self.light is None) != (self.schedule is None):
             raise ValueError("--light says which model takes a part of the steps and --schedule which: give both")
         no = {"ar": ("reveal", "confidence", "block", "schedule"), "verified": ("reveal", "confidence", "schedule")}

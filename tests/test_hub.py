@@ -324,6 +324,16 @@ def test_a_gpt2_goes_in_and_out_with_every_byte_of_its_tensors(tmp_path, dtype, 
     assert hub.read_config(tmp_path / "in").items() <= config.items() and config["architectures"] == ["GPT2LMHeadModel"]
 
 
+def test_another_dtype_is_the_same_numbers_rounded(student, tmp_path):
+    hub.export(student, tmp_path / "out", torch.bfloat16)
+    for name in ("model.safetensors", "mask.safetensors"):
+        before, after = load_file(student / name), load_file(tmp_path / "out" / name)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(x.bfloat16(), after[key]) for key, x in before.items())
+        assert {x.dtype for x in after.values()} == {torch.bfloat16}
+    assert hub.load(tmp_path / "out")[0].wte.weight.dtype == torch.float32
+
+
 def test_buffers_and_a_tied_head_in_a_file_do_not_matter(tmp_path):
     foreign(tmp_path / "a")
     table = load_file(tmp_path / "a" / "model.safetensors")["transformer.wte.weight"]

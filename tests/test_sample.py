@@ -208,6 +208,7 @@ REFUSED = {
     "--length=0": "--n and --length are at least 1",
     "--block=0": "as is --block",
     "--export={run}": "is there already: name a new folder",
+    "--dtype=bfloat16": "--dtype is for what --export writes",
     "--temperature=-1": "a temperature of at least 0",
     "--mode=fast": "--mode is 'fast'",
     "--sead=1": "did you mean --seed?",
