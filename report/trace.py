@@ -181,9 +181,9 @@ def figure(trace: Trace):
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
     edges, forwards = readable(trace)
-    wide, tokens = max(edges[-1], 76), len(edges) - 1
-    fig = Figure(figsize=((wide + 12) * COLUMN, (forwards + 5) * ROW), dpi=160, facecolor="white")
-    axes = fig.add_axes((0, 0, 1, 1), xlim=(-9, wide + 3), ylim=(forwards + 0.8, -4.2))
+    wide, tokens, margin = max(edges[-1], 76), len(edges) - 1, len(trace.unit) + 2
+    fig = Figure(figsize=((wide + margin + 3) * COLUMN, (forwards + 5) * ROW), dpi=160, facecolor="white")
+    axes = fig.add_axes((0, 0, 1, 1), xlim=(-margin, wide + 3), ylim=(forwards + 0.8, -4.2))
     axes.set_axis_off()
     _headings(axes, trace, tokens, forwards)
     for row, line in enumerate(states(trace)[:forwards]):

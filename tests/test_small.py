@@ -1,4 +1,5 @@
 """The model that comes with the code."""
+import json
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,12 @@ def test_it_writes_before_anything_is_trained_and_a_run_comes_first(capsys):
     assert text == said(capsys, f"--ckpt={SMALL}", "--prompt=Once upon a time", "--length=40")
     run = checkpoint(Path("out/tiny"))
     assert said(capsys, "--length=9") == said(capsys, f"--ckpt={run}", "--length=9")
+
+
+def test_what_its_readme_says_is_in_its_summary():
+    said, numbers = (SMALL / "README.md").read_text(), json.loads((SMALL / "summary.json").read_text())
+    assert f"{numbers['ar']['val_nats']:.3f} of the AR" in said
+    assert f"{numbers['after']['val_nats']:.3f} of the student" in said
 
 
 def test_it_verifies_itself(capsys):

@@ -5,6 +5,7 @@ import re
 import warnings
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
 
 from report import trace
@@ -190,3 +191,16 @@ def test_verified_text_comes_in_runs():
     assert sum(type(patch).__name__ == "Rectangle" for patch in axes.patches) == 3
     texts = [text.get_text() for text in axes.texts]
     assert "6 tokens in 3 iterations" in texts and "still masked" not in texts
+
+
+@pytest.mark.parametrize("made", ["rollout", "verified"])
+def test_nothing_that_is_said_is_cut_off(made):
+    """Every text of a picture lies within it, the heading of the rows too."""
+    turns = [0, 0, 1, 1, 1, 2, 3]
+    seen = rollout(9, 4)[0] if made == "rollout" else trace.from_turns("Once", list("abcdefg"), turns, 4)
+    figure = trace.figure(seen)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    for text in figure.axes[0].texts:
+        box = text.get_window_extent(canvas.get_renderer())
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y0 >= 0 and box.y1 <= figure.bbox.height, text

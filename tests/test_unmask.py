@@ -205,7 +205,7 @@ def test_imitation_makes_the_expert_s_choices_likely(net):
     made, rule = policy(), Recorded(reveal.parse("threshold:0.35"))
     write(net, rule, rows=40)
     some = rule.stacked()
-    optimizer, settings = torch.optim.AdamW(made.parameters(), 0.02), Settings(length=14, inner=150, clip=1.0)
+    optimizer, settings = torch.optim.AdamW(made.parameters(), 0.02), Settings(length=14, inner=30, clip=1.0)
     before = some.logprob(made)[some.alive].mean().item()
     assert imitate(made, some, settings, optimizer)["loss"] < -0.25 * before
 
