@@ -1,6 +1,6 @@
 """What conversion costs, method by method: quality against training tokens, over seeds, under both alignments.
 
-    python -m experiments.methods               the story world, block 4, three seeds: about two hours on two idle cores
+    python -m experiments.methods               the story world, block 4, three seeds: three to four hours on two cores
     python -m experiments.methods --quick       the plumbing, a minute
     python -m experiments.methods --name=methods_text --data=FILE.txt --val_data=FILE.txt --rows=opdlm,sft,sdar
 
