@@ -131,8 +131,7 @@ def denoiser(options: Options, tok, layout: Layout, rule: rules.Rule, device) ->
     if plan.by == "step" and len(plan.steps()) != most:
         raise ValueError(f"--schedule={options.schedule} is about {len(plan.steps())} steps, and --reveal={rule} takes "
                          f"up to {most} in a block of {layout.block}")
-    light = net.to(device)
-    return lambda heavy, layout: schedule.Scheduled({"H": heavy, "L": light}, layout, plan)
+    return lambda heavy, layout: schedule.Scheduled({"H": heavy, "L": net.to(device)}, layout, plan)
 
 
 def verifier(options: Options, folder: Path, student, device):

@@ -80,7 +80,8 @@ class Policy(nn.Module):
         angle = time[:, None] * (1000 * 1e4 ** -pair).to(time)                          # (N, C / 2)
         told = self.masked(masked.long()) + self.time(torch.cat([angle.cos(), angle.sin()], 1))[:, None]
         scale1, shift1, gate1, scale2, shift2, gate2 = self.modulate(F.silu(told)).chunk(6, -1)     # (N, K, C) each
-        x = self.sure(torch.where(masked, sure, 1.0)[..., None])
+        odds = torch.where(masked, sure, 1.0).logit(1e-4) / 2           # the paper takes it as it is: 0.98 is 0.99 then
+        x = self.sure(odds[..., None])
         x = x + (1 + gate1) * self.attend(self.norm1(x) * (1 + scale1) + shift1)
         x = x + (1 + gate2) * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
         return self.head(self.norm3(x))[..., 0]
