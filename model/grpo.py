@@ -87,7 +87,7 @@ def mixture(logp: Tensor, group: int, experts: int) -> Tensor:
 
 @dataclass
 class Settings:
-    """The paper's but for rate, prompts and length."""
+    """Where the paper has another value it is named."""
     length: int                     # L, tokens of the longest response
     alpha: float = 1.0              # how much speed counts
     group: int = 8                  # G
