@@ -50,33 +50,30 @@ def rollout(denoiser: Denoiser, prompt: Tensor, length: int, rule: reveal.Rule, 
     begin, end, step = start, start + length, torch.zeros_like(start)
     tokens = F.pad(prompt, (0, length + K), value=denoiser.mask_id)                 # + K: a block may hang over the end
     tokens = tokens.masked_fill(torch.arange(P + length + K, device=device) >= begin[:, None], denoiser.mask_id)
-    order = torch.full_like(tokens, -1)
+    order, slot, u = torch.full_like(tokens, -1), torch.arange(K, device=device), F.pad(u, (0, 0, 0, K))
     denoiser.open(begin, end)
     while (start < end).any():
-        here = start[:, None] + torch.arange(K, device=device)                    # (B, K) positions of each row's block
-        block = tokens.gather(1, here)
-        masked = (block == denoiser.mask_id) & (here < end[:, None])
-        probs = denoiser(tokens, start)[masked].float().softmax(-1)                      # (M, V)
-        numbers = u[row, here.clamp(max=u.size(1) - 1)]                                  # (B, K, S)
-        number = numbers.gather(2, step.clamp(max=draws - 1).view(B, 1, 1).expand(B, K, 1))[..., 0]      # (B, K)
+        here = start[:, None] + slot                                             # (B, K) positions of each row's block
+        block, inside = tokens.gather(1, here), here < end[:, None]
+        masked = (block == denoiser.mask_id) & inside
+        probs = denoiser(tokens, start, masked)[masked].float().softmax(-1)              # (M, V)
+        number = u[row, here, step.clamp(max=draws - 1)[:, None]]                        # (B, K)
         drawn = warp.draw(probs, number[masked])                                         # (M,)
         sure = torch.zeros_like(number).masked_scatter(masked, rule.confidence(probs, drawn))
-        show = rule(sure, masked, step, numbers) | masked & (step == cap - 1)[:, None]       # the last takes the rest
+        show = rule(sure, masked, step, u[row, here]) | masked & (step == cap - 1)[:, None]  # the last takes the rest
         block = torch.where(show, block.masked_scatter(masked, drawn), block)
         tokens = tokens.scatter(1, here, block)
         order = order.scatter(1, here, torch.where(show, step[:, None], order.gather(1, here).masked_fill(masked, cap)))
-        start, step = advance(block == denoiser.mask_id, block == eot, here, start, end, step)
+        start, step = advance(masked & ~show, (block == eot) & inside, start, end, step)
     tokens = tokens[:, :-K].masked_fill(tokens[:, :-K] == denoiser.mask_id, eot)    # masks are left behind the end only
     return Text(tokens, order[:, :-K], kept(tokens, begin, end, eot), denoiser.forwards, denoiser.positions)
 
 
-def advance(masked, eot, here: Tensor, start: Tensor, end: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+def advance(masked: Tensor, ends: Tensor, start: Tensor, end: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
     """(B,) twice: where each row's block begins now, and its step: the same block, the next, or once an end-of-text has
-    no mask before it, the end. `masked`, `eot`, `here` (B, K) are of the block just worked on."""
-    inside = here < end[:, None]
-    known = (~masked | ~inside).cumprod(1).bool()                                        # (B, K) it, and all before it
-    over, full = (eot & known & inside).any(1), known.all(1)
-    start = torch.where(over, end, torch.where(full, (start + here.size(1)).minimum(end), start))
+    no mask before it, the end. `masked` and `ends`, where an end-of-text is, (B, K) are of the block just worked on."""
+    over, full = (ends & (masked.cumsum(1) == 0)).any(1), ~masked.any(1)
+    start = torch.where(over, end, (start + masked.size(1) * full).minimum(end))
     return start, torch.where(full, 0, step + 1)
 
 

@@ -20,12 +20,13 @@ from model.masks import Layout, cached
 @dataclass
 class Plan:
     """One forward, but for the tokens: what stays as it is while a block is denoised."""
-    key: tuple              # starts, lateness and who is awaited, (B,) each: what it was made from
+    key: tuple              # starts and who is awaited, (B,) each: what it was made from
     position: Tensor        # (n, W)
     mask: Tensor            # (n, 1, W, S)
-    at: Tensor              # (n, W) cache slots
-    place: Tensor           # (n, K) where a slot's logits stand, an index into the n * W
+    at: Tensor              # (n * W,) places in the cache
+    place: Tensor           # (B, K) where a slot's logits stand, an index into the n * W
     cost: tuple             # forwards and positions, (B,) each
+    writes: bool            # finished text, which is done once
 
 
 class Denoiser:
@@ -41,65 +42,66 @@ class Denoiser:
         self.cache = [Cache(self.dump) for _ in self.net.h]
         self.rows = torch.arange(len(prompt), device=prompt.device)                     # (n,) whose text it holds
         self.slot = torch.arange(self.layout.block, device=prompt.device)               # (K,)
+        self.inside = self.slot >= self.layout.shift                          # (K,) whose logits stand in the block
         self.written = torch.zeros_like(prompt)                                         # (B,) how much of it
-        self.state = prompt.new_full((len(prompt), self.layout.block), -1)              # (B, K) that logits are of
+        self.masked = torch.zeros_like(self.slot.expand(len(prompt), -1), dtype=torch.bool)     # (B, K) logits are of
         self.forwards, self.positions = torch.zeros_like(prompt), torch.zeros_like(prompt)
 
-    def __call__(self, tokens: Tensor, start: Tensor, asked: Tensor | None = None) -> Tensor:
-        """(B, K, V) logits about the slots start .. start + K - 1 of each row of `tokens` (B, T), valid under masks; if
-        not all rows are `asked` (B,), in these.
+    def __call__(self, tokens: Tensor, start: Tensor, masked: Tensor, asked: Tensor | None = None) -> Tensor:
+        """(B, K, V) logits about the slots start .. start + K - 1 of each row of `tokens` (B, T), valid where `masked`
+        (B, K); if not all rows are `asked` (B,), in these.
 
         Logits that stand in finished text (a first slot's, if the layout shifts) are made once a block: nothing changes
         them. A row without work, since no mask is left or none whose logits could have changed, costs nothing.
         """
-        here = start[:, None] + self.slot                                               # (B, K)
-        state = tokens.gather(1, here)
-        masked = (state == self.mask_id) & (here < self.end[:, None])
-        working = masked.any(1) if asked is None else masked.any(1) & asked
-        late = torch.where(working, start - self.written, 0)                            # (B,) finished but not written
-        fresh, changed = (late > 0)[:, None], (state != self.state).any(1, keepdim=True)
-        wanted = masked & working[:, None] & (fresh | changed & (self.slot >= self.layout.shift))       # (B, K)
-        key = start, late, wanted.any(1)
-        if not key[2].any():
+        work = masked if asked is None else masked & asked[:, None]                     # (B, K)
+        changed = (masked != self.masked).any(1, keepdim=True) & self.inside            # a token shown stays as it is
+        wanted = work & ((start > self.written)[:, None] | changed)                     # (B, K)
+        key = start, wanted.any(1)
+        if not key[1].any():
             return self.logits
         if self.plan is None or not all(map(torch.equal, key, self.plan.key)):
             self.drop(masked.any(1))
-            self.plan = self.planned(key, here, wanted)
-        made = self.forward(tokens, wanted)                                             # (N, V)
+            self.plan = self.planned(key, wanted)
+        at = wanted.nonzero(as_tuple=True)                                              # (N,) twice: rows, slots
+        made = self.forward(tokens, at)                                                 # (N, V)
         if self.logits is None:
-            self.logits = made.new_zeros(*here.shape, made.size(-1))                    # (B, K, V)
-        self.logits[wanted] = made
-        self.state = torch.where(wanted.any(1, keepdim=True), state, self.state)
-        self.written = self.written + late
+            self.logits = made.new_zeros(*masked.shape, made.size(-1))                  # (B, K, V)
+        self.logits[at] = made
+        self.masked = masked if asked is None else torch.where(key[1][:, None], masked, self.masked)
         return self.logits
 
-    def planned(self, key: tuple, here: Tensor, wanted: Tensor) -> Plan:
-        """For the n rows that are left."""
-        r, shift = self.rows, self.layout.shift
-        start, late, awaited = (x[r] for x in key)                                      # (n,) each
-        width, written, here = int(late.max()), self.written[r, None], here[r]
+    def planned(self, key: tuple, wanted: Tensor) -> Plan:
+        """For the n rows that are left. `wanted` (B, K)."""
+        r, shift, (start, awaited) = self.rows, self.layout.shift, key
+        late = torch.where(awaited, start - self.written, 0)[r]                         # (n,) finished but not written
+        width, written, here = int(late.max()), self.written[r, None], start[r, None] + self.slot
         clean = written + torch.arange(width, device=here.device)                       # (n, width)
         # in a block of one slot, shifted, nobody reads or sees the slot itself: then AR text costs one position a token
-        noisy = here if (wanted & (self.slot >= shift)).any() else here[:, :0]          # (n, K) or none
+        noisy = here if (wanted & self.inside).any() else here[:, :0]                   # (n, K) or none
         position = torch.cat([clean, noisy], 1)                                         # (n, W)
-        used = torch.cat([clean < written + late[:, None], (noisy < self.end[r, None]) & awaited[:, None]], 1)
+        used = torch.cat([clean < written + late[:, None], (noisy < self.end[r, None]) & awaited[r, None]], 1)
         position = torch.where(used, position, 0)                                       # the others are padding
         denoised = (torch.arange(position.size(1), device=here.device) >= width).expand_as(position)
         mask = cached(position, denoised, self.prompt[r], self.end[r], self.layout, int(position.max()) + 1)
-        place = torch.where(self.slot >= shift, width, late[:, None]) + self.slot - shift       # (n, K) in its row
+        at = self.cache[0].place(torch.where(used, position, self.dump))
+        place = torch.where(self.inside, width, late[:, None]) + self.slot - shift              # (n, K) in its row
         place = place + torch.arange(len(r), device=here.device)[:, None] * position.size(1)
-        cost = (torch.zeros_like(self.written).index_put((r,), x) for x in (used.any(1).long(), used.sum(1)))
-        return Plan(key, position, mask, torch.where(used, position, self.dump), place, tuple(cost))
+        place, *cost = (start.new_zeros(len(start), *x.shape[1:]).index_put((r,), x)
+                        for x in (place, used.any(1).long(), used.sum(1)))
+        return Plan(key, position, mask, at, place, tuple(cost), width > 0)
 
-    def forward(self, tokens: Tensor, wanted: Tensor) -> Tensor:
-        """(N, V): one pass, read where `wanted` (B, K)."""
+    def forward(self, tokens: Tensor, at: tuple) -> Tensor:
+        """(N, V): one pass, read `at` rows and slots, (N,) each."""
         plan, (forwards, positions) = self.plan, self.plan.cost
         self.forwards, self.positions = self.forwards + forwards, self.positions + positions
-        if len(self.rows) < len(tokens):
-            tokens, wanted = tokens[self.rows], wanted[self.rows]
-        pushed, read = tokens.gather(1, plan.position), plan.place[wanted]
+        if plan.writes:
+            (start, awaited), self.plan = plan.key, None
+            self.written = torch.where(awaited, start, self.written)
+        tokens = tokens if len(self.rows) == len(tokens) else tokens[self.rows]
         with inference():
-            return self.net(pushed, plan.mask, plan.position, read, self.cache, plan.at)
+            return self.net(tokens.gather(1, plan.position), plan.mask, plan.position, plan.place[at], self.cache,
+                            plan.at)
 
     def drop(self, working: Tensor) -> None:
         """Forget the rows that have finished, several at a time, since it copies the cache. `working` (B,)."""

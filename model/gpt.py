@@ -75,7 +75,7 @@ class Cache:
     dump for padding."""
 
     def __init__(self, slots: int):
-        self.slots, self.kept = slots, None
+        self.slots, self.kept, self.flat = slots, None, None
 
     def place(self, at: Tensor) -> Tensor:
         """(B * T,): the slots `at` (B, T) of all rows as one index."""
@@ -84,14 +84,17 @@ class Cache:
     def write(self, kv: Tensor, place: Tensor, upto: int) -> Tensor:
         """Store keys and values (B, T, 2, G, D) at `place` (B * T,); those to attend to, (B, upto, 2, G, D)."""
         if self.kept is None:                        # rows, heads and number format are those of the first that come
-            self.kept = kv.new_zeros(kv.size(0), self.slots + 1, *kv.shape[2:])         # (B, S+1, 2, G, D)
-        self.kept.flatten(0, 1).index_copy_(0, place, kv.flatten(0, 1))
+            self.hold(kv.new_zeros(kv.size(0), self.slots + 1, *kv.shape[2:]))      # (B, S+1, 2, G, D)
+        self.flat.index_copy_(0, place, kv.flatten(0, 1))
         return self.kept[:, :upto]
 
     def keep(self, rows: Tensor) -> None:
         """Forget all rows but these (a bool or index tensor)."""
         if self.kept is not None:
-            self.kept = self.kept[rows]
+            self.hold(self.kept[rows])
+
+    def hold(self, kept: Tensor) -> None:
+        self.kept, self.flat = kept, kept.flatten(0, 1)                                 # one memory, (B * (S+1), ...)
 
 
 def taken(x: Tensor, read: Tensor | None) -> Tensor:
@@ -173,13 +176,12 @@ class GPT(nn.Module):
         """(N, V) logits at the places `read`, flat indices into the (B, T) of `tokens`; without `read` at all B * T.
 
         `mask`: bool, broadcast to (B, 1, T, T), or (B, 1, T, S) with a cache; none is causal. `position`: (T,), (B, T).
-        With `cache`, one a block, keys and values go to its slots `at` (B, T), and its first S slots are attended to.
+        With `cache`, one a block, keys and values go to its places `at` (B * T,); its first S slots are attended to.
         Another `head` makes something else of the hidden states (N, C) and the table (V, C): model/loss.py.
         """
         if position is None:
             position = torch.arange(tokens.size(1), device=tokens.device)
-        x, at = self.embed(tokens) + self.wpe(position), cache and cache[0].place(at)   # (B, T, C), (B * T,)
-        caches = cache or [None] * len(self.h)
+        x, caches = self.embed(tokens) + self.wpe(position), cache or [None] * len(self.h)      # (B, T, C)
         for block, its_cache in zip(self.h[:-1], caches):
             x = block(x, mask, its_cache, at)
         x = self.h[-1](x, mask, caches[-1], at, read)                                   # (N, C)

@@ -187,9 +187,8 @@ class Llama(nn.Module):
         """(N, V) logits; the arguments are those of `GPT.forward`."""
         if position is None:
             position = torch.arange(tokens.size(1), device=tokens.device)
-        x, at = self.embed(tokens), cache and cache[0].place(at)                        # (B, T, C), (B * T,)
+        x, caches = self.embed(tokens), cache or [None] * len(self.h)                   # (B, T, C)
         turn = rotations(position, self.config, x.dtype)
-        caches = cache or [None] * len(self.h)
         for block, its_cache in zip(self.h[:-1], caches):
             x = block(x, mask, turn, its_cache, at)
         x = self.h[-1](x, mask, turn, caches[-1], at, read)

@@ -135,23 +135,17 @@ class Scheduled:
         for denoiser in self.denoisers.values():
             denoiser.open(prompt, end)
 
-    def __call__(self, tokens: Tensor, start: Tensor) -> Tensor:
+    def __call__(self, tokens: Tensor, start: Tensor, masked: Tensor) -> Tensor:
         """(B, K, V) as Denoiser's, each row's from the model that it is to ask."""
         self.step, self.start = torch.where(start == self.start, self.step + 1, 0), start
-        share, logits = self.share(tokens, start), None
+        share, logits = masked.sum(1) / (self.end - start).clamp(1, self.layout.block), None      # (B,) of the block
         part = self.schedule(self.step, share)
         for name, denoiser in self.denoisers.items():
             mine = torch.tensor([of == name for of, _ in self.schedule.parts], device=part.device)[part] & (share > 0)
             if mine.any():
-                made = denoiser(tokens, start, mine)
+                made = denoiser(tokens, start, masked, mine)
                 logits = made if logits is None else torch.where(mine[:, None, None], made, logits)
         return logits
-
-    def share(self, tokens: Tensor, start: Tensor) -> Tensor:
-        """(B,) of each row's block that is still masked."""
-        here = start[:, None] + torch.arange(self.layout.block, device=start.device)
-        inside = here < self.end[:, None]
-        return ((tokens.gather(1, here) == self.mask_id) & inside).sum(1) / inside.sum(1).clamp(min=1)
 
     @property
     def forwards(self) -> Tensor:

@@ -44,8 +44,8 @@ class Stream:
         read = torch.cat([(behind - 1 - written[:, None]).clamp(min=0), ahead], 1)      # (B, (A + 1) max(K, 1))
         read = read + torch.arange(B, device=device)[:, None] * position.size(1)
         with inference():
-            hidden, table = self.net(pushed, self.mask(clean, noisy, behind), position, read.flatten(), self.cache, at,
-                                     head=lambda hidden, *table: (hidden, table))
+            hidden, table = self.net(pushed, self.mask(clean, noisy, behind), position, read.flatten(), self.cache,
+                                     self.cache[0].place(at), head=lambda hidden, *table: (hidden, table))
         self.forwards, self.positions, self.begun = self.forwards + working, self.positions + used.sum(1), True
         hidden = hidden.view(B, -1, hidden.size(-1))
         return hidden[:, :A + 1], hidden[:, A + 1:].reshape(B, A + 1, max(K - 1, 0), hidden.size(-1)), table

@@ -80,8 +80,10 @@ class Teacher:
         layout = self.drafter.layout
         done = (size - self.begin) % layout.block * (layout.clean_block > 1) * working  # (B,) of the block
         self.drafter.prompt = size - done                                  # from where blocks are counted
-        logits = self.drafter(tokens, size - done)                                      # (B, K, V)
-        slot = done[:, None] + torch.arange(layout.block, device=size.device)           # (B, K) of drafts, in the block
+        block = torch.arange(layout.block, device=size.device)
+        masked = (block >= done[:, None]) & ((size - done)[:, None] + block < self.drafter.end[:, None])    # (B, K)
+        logits = self.drafter(tokens, size - done, masked)                              # (B, K, V)
+        slot = done[:, None] + block                                       # (B, K) of drafts, in the block
         place = slot.clamp(max=layout.block - 1)[..., None].expand(-1, -1, logits.size(-1))
         q = warped(warp, logits.gather(1, place)) * (slot < layout.block)[..., None]
         drafts = drawn(q, u, size)

@@ -21,7 +21,8 @@ def test_cache_in_pieces_is_one_pass(tiny, block):
     tokens, mask = tokens_of(net), clean(12, 0, block)
     cache, pieces = [Cache(12) for _ in net.h], []
     for a, b in ((0, 4), (4, 8), (8, 12)):
-        pieces.append(net(tokens[:, a:b], mask[a:b, :b][None, None], where[:, a:b], None, cache, where[:, a:b]))
+        at = cache[0].place(where[:, a:b])
+        pieces.append(net(tokens[:, a:b], mask[a:b, :b][None, None], where[:, a:b], None, cache, at))
     whole = net(tokens, mask).view(3, 12, -1)
     assert torch.allclose(torch.cat([p.view(3, 4, -1) for p in pieces], 1), whole, atol=1e-10, rtol=0)
 

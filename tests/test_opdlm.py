@@ -26,8 +26,8 @@ class Spy(Denoiser):
         super().open(prompt, end)
         self.seen = []
 
-    def __call__(self, tokens, start):
-        logits = super().__call__(tokens, start)
+    def __call__(self, tokens, start, masked):
+        logits = super().__call__(tokens, start, masked)
         self.seen.append((tokens.clone(), start.clone(), logits.clone()))
         return logits
 
@@ -102,7 +102,7 @@ class Exact:
     def open(self, prompt, end):
         self.forwards = self.positions = torch.zeros_like(prompt)
 
-    def __call__(self, tokens, start):
+    def __call__(self, tokens, start, masked):
         block = tokens[:, 1:4]                                                            # (B, 3)
         fits = torch.ones(len(block), 3, 3, 3, dtype=torch.bool)
         for axis in range(3):

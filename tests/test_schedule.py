@@ -43,8 +43,8 @@ class Spy(Denoiser):
         super().open(prompt, end)
         self.seen = []
 
-    def __call__(self, tokens, start, asked=None):
-        logits = super().__call__(tokens, start, asked)
+    def __call__(self, tokens, start, masked, asked=None):
+        logits = super().__call__(tokens, start, masked, asked)
         self.seen.append((tokens.clone(), start.clone(), asked, None if logits is None else logits.clone()))
         return logits
 
@@ -111,9 +111,9 @@ def test_a_model_that_is_never_needed_costs_nothing():
 def test_a_pass_that_changes_nothing_is_not_made_and_not_missed(spec, seed, block, shift):
     """A step that revealed nothing leaves the state as it was: its logits are used again, the text is the same."""
     class Forgetful(Denoiser):
-        def __call__(self, tokens, start, asked=None):
-            self.state = torch.full_like(self.state, -1)
-            return super().__call__(tokens, start, asked)
+        def __call__(self, tokens, start, masked, asked=None):
+            self.masked = ~masked
+            return super().__call__(tokens, start, masked, asked)
     layout, rule = Layout(block, block, shift), reveal.parse(spec)
     prompt, u = torch.zeros(4, 2, dtype=torch.long), uniforms(seed, 0, range(4), (2 + R, rule.numbers(block)))
     kept, made = (opdlm.rollout(one(NETS["H"], layout), prompt, R, rule, u, -1) for one in (Denoiser, Forgetful))

@@ -220,7 +220,7 @@ class World:
     def open(self, prompt, end):
         self.forwards = self.positions = torch.zeros_like(prompt)
 
-    def __call__(self, tokens, start):
+    def __call__(self, tokens, start, masked):
         block = tokens.gather(1, start[:, None] + torch.arange(4))                      # (B, 4)
         known = torch.cat([torch.ones_like(block[:, :1]), (block != self.mask_id).long()], 1).cumprod(1)[:, :4].bool()
         right = known if self.chain else torch.ones_like(known)
