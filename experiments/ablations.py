@@ -4,8 +4,9 @@
     python -m experiments.ablations --quick     the plumbing, a minute
 
 Text is compared at equal cost, 1.5 and 2 tokens a forward, by the rule a row is sampled with: leftmost, but where the
-row says otherwise. Rows that learn from the student's own text do so at a rate of 0.005, at which methods.py found OPDLM
-best at 1.5 tokens a forward; those of stories at 0.02, as it found ours. Leaves experiments/ablations/results.json (every seed, every number, the commit) and curves.png.
+row says otherwise. What learns from the student's own text does so at a rate of 0.005, at which methods.py found OPDLM
+best at 1.5 tokens a forward; what learns from stories at 0.02, as it found ours. Leaves
+experiments/ablations/results.json (every seed, every number, the commit) and curves.png.
 """
 import statistics
 import sys
