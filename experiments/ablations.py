@@ -14,13 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
-
 from experiments import changes
 from experiments.job import Job, tiny
 from experiments.pool import run_all
-from experiments.results import at_cost, by_row, cell, finish
-from model.dist import facts
+from experiments.results import at_cost, by_row, cell, finish, head
 from report import cli
 from report.cli import option
 from train_tiny import PAPER
@@ -99,8 +96,8 @@ def main(argv: list[str]) -> None:
     options = cli.parse(Options, argv, __doc__)
     if options.quick:
         options = replace(options, seeds=1, updates=4)
-    results = {"command": "python -m experiments.ablations", **facts(torch.device("cpu")),
-               "runs": run_all(jobs_of(options))}
+    results = head("ablations", options)
+    results["runs"] = run_all(jobs_of(options))
     finish("ablations", results, draw, options.quick)
     print(table(results))
 

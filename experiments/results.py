@@ -2,9 +2,13 @@
 import math
 import statistics
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 import opdlm
+from model.dist import facts
 from report import measure
 from report.publish import write_json
 
@@ -61,6 +65,12 @@ def rounded(value):
     if isinstance(value, list):
         return [rounded(x) for x in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def head(command: str, options) -> dict:
+    """What a results file begins with: to be taken before the work, which a commit may overtake. No paths."""
+    said = {name: value for name, value in asdict(options).items() if "data" not in name}
+    return {"command": f"python -m experiments.{command}", "options": said, **facts(torch.device("cpu")), "threads": 1}
 
 
 def finish(name: str, results: dict, draw: Callable, quick: bool) -> None:

@@ -12,16 +12,13 @@ import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 
-import torch
-
 from experiments.pair import measured, sampled
 from experiments.placements import at, placements, predicted, segments, spearman
-from experiments.results import cell, finish
-from model.dist import facts
+from experiments.results import cell, finish, head
 from model.schedule import derived
 from report import cli
 from report.cli import option
@@ -64,17 +61,15 @@ def main(argv: list[str]) -> None:
     options = cli.parse(Options, argv, __doc__)
     if options.quick:
         options = replace(options, seeds=1, pretrain=10, updates=6, samples=4, steps=8)
-    runs, begun = [], time.perf_counter()
+    results, begun = head(f"scheduling --name={options.name}", options) | {"runs": []}, time.perf_counter()
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         for seed, curves in enumerate(pool.map(partial(measured, options), range(options.seeds))):
             todo = looks(options, seed, curves["kl"])[:: 9 if options.quick else 1]
             made = [pool.submit(sampled, options, seed, *look) for look in todo]
             numbers = [future.result() for future in made]
-            runs.append({"seed": seed, "curves": curves, "looks": [
+            results["runs"].append({"seed": seed, "curves": curves, "looks": [
                 {"name": name, "T": n, "samples": count, **said} for (name, _, n, count), said in zip(todo, numbers)]})
             print(f"seed {seed}: {(time.perf_counter() - begun) / 60:.0f} min", flush=True)
-    results = {"command": f"python -m experiments.scheduling --name={options.name}", **facts(torch.device("cpu")),
-               "options": {k: v for k, v in asdict(options).items() if "data" not in k}, "runs": runs}
     finish(options.name, results, draw, options.quick)
     print("quick" if options.quick else "\n".join([table(results), *claims(results)]))
 

@@ -29,9 +29,8 @@ from experiments.ablations import STORIES
 from experiments.conversion import opened, take_in, teacher_of, updates
 from experiments.job import WORK, Job
 from experiments.pool import prepare
-from experiments.results import cell, finish
+from experiments.results import cell, finish, head
 from model import hub, reveal, schedule
-from model.dist import facts
 from model.masks import Layout
 from report import cli, measure
 from report.cli import option
@@ -115,11 +114,10 @@ def main(argv: list[str]) -> None:
     options = cli.parse(Options, argv, __doc__)
     if options.quick:
         options = replace(options, seeds=1, updates=4, stories=16)
-    work = list(product((8, 16), range(options.seeds)))
+    results, work = head("shallow", options), list(product((8, 16), range(options.seeds)))
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         list(pool.map(prepare, [job_of(8, seed, options) for seed in range(options.seeds)]))
-        runs = list(pool.map(partial(looks, options), work))
-    results = {"command": "python -m experiments.shallow", **facts(torch.device("cpu")), "runs": runs}
+        results["runs"] = list(pool.map(partial(looks, options), work))
     finish("shallow", results, draw, options.quick)
     print(table(results))
 

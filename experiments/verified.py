@@ -10,13 +10,10 @@ import statistics
 import sys
 from dataclasses import dataclass, replace
 
-import torch
-
 from experiments import changes
 from experiments.job import Job, tiny, without_paths
 from experiments.pool import run_all
-from experiments.results import by_row, cell, finish
-from model.dist import facts
+from experiments.results import by_row, cell, finish, head
 from report import cli
 from report.cli import option
 
@@ -60,11 +57,11 @@ def main(argv: list[str]) -> None:
     options = cli.parse(Options, argv, __doc__)
     if options.quick:
         options = replace(options, seeds=1, updates=4)
+    results = head(f"verified --name={options.name}", options)
     runs = run_all([job_of(name, seed, options) for name in options.rows.split(";") for seed in range(options.seeds)])
     for run in runs:
         _, _, run["settings"]["name"] = run["settings"]["name"].partition(", ")
-    results = {"command": f"python -m experiments.verified --name={options.name}", **facts(torch.device("cpu")),
-               "runs": without_paths(runs)}
+    results["runs"] = without_paths(runs)
     finish(options.name, results, draw, options.quick)
     print(table(results))
 
