@@ -3,86 +3,108 @@
     python -m experiments.decoding              the story world, blocks 4, 8, 16, three seeds: about an hour and a half
     python -m experiments.decoding --quick      the plumbing, a minute
 
-Students are those of `train_tiny.py --data=toy --block=... --seed=...`, in out/; a look that is there is not taken
-again. Leaves experiments/decoding/results.json (every seed, every point, the commit) and curves.png.
+Two students of each block: one has learnt states that show a left part, the other any part, since most rules show
+tokens right of a mask. A look that is there is not taken again; speeds are taken at the end, in turns, by one process.
+Leaves experiments/decoding/results.json (every seed, every point, the commit) and curves.png.
 """
-import json
 import math
 import statistics
-import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from multiprocessing import get_context
 
 import torch
 
-from data import tokenizer, toy
-from data.corpus import open_corpus
+from data import toy
 from data.tinystories import stories
 from experiments import speed
-from experiments.results import at_cost, cell, finish
-from model import hub, reveal
-from model.dist import facts
-from model.masks import AR, Layout
+from experiments.conversion import opened, teacher_of
+from experiments.job import WORK, Job, tiny
+from experiments.pool import prepare
+from experiments.results import at_cost, cell, finish, head, kept
+from experiments.students import student
+from model import reveal
+from model.masks import AR
 from report import cli, measure
 from report.cli import option
-from report.publish import write_json
 
-ROOT = Path(__file__).parent.parent
-LEVELS = (0.5, 0.7, 0.9, 0.98, 1)
-WAYS = {                                # of rules by name: specs, and the confidence that they go by
-    "leftmost": ([f"leftmost:{level}" for level in LEVELS], None),
-    "threshold": ([f"threshold:{level}" for level in LEVELS], None),
-    "factor": ([f"factor:{bound}" for bound in (0.02, 0.1, 0.5, 1)], None),
-    "eb": ([f"eb:{bound}" for bound in (0, 0.02, 0.1, 0.5)], None),
-    **{f"static, {name}": ([f"static:{n}" for n in (1, 2, 4)], name) for name in ("largest", "margin", "entropy")},
-    "random": ([f"random:{n}" for n in (1, 2, 4)], None)}
+KINDS = {"left": "prefix", "any": "random"}     # which parts of a block a student has learnt with: --states
+LEVELS = (0.3, 0.5, 0.7, 0.9, 0.98, 0.995, 1)
+WAYS = {                                # of rules by name: the student, specs, and the confidence that they go by
+    "leftmost": ("left", [f"leftmost:{level}" for level in LEVELS], None),
+    "leftmost, any": ("any", [f"leftmost:{level}" for level in LEVELS], None),
+    "threshold": ("any", [f"threshold:{level}" for level in LEVELS], None),
+    "factor": ("any", [f"factor:{bound}" for bound in (0.02, 0.1, 0.5, 1)], None),
+    "eb": ("any", [f"eb:{bound}" for bound in (0, 0.02, 0.1, 0.5)], None),
+    **{f"static, {name}": ("any", [f"static:{n}" for n in (1, 2, 4)], name)
+       for name in ("largest", "margin", "entropy")},
+    "random": ("any", [f"random:{n}" for n in (1, 2, 4)], None)}
 POINTS = {"ar": "AR", "self": "verified by itself", "teacher": "verified by the teacher"}
+TURNS, CONTEXT = 3, 96              # CONTEXT: of the story world's networks, tokens
 
 
 @dataclass
 class Options:
-    quick: bool = option(False, "one tiny student, few looks: whether it runs at all")
-    seeds: int = option(3, "students of each block")
-    stories: int = option(256, "that a look is made of; their speed is that of the first 16, one at a time")
+    quick: bool = option(False, "tiny students, few looks: whether it runs at all")
+    seeds: int = option(3, "students of each block and kind")
+    updates: int = option(320, "of 16 rows, of every student")
+    stories: int = option(256, "that a look is made of; their speed is that of the first 8, one at a time")
 
 
-def student(block: int, seed: int, quick: bool) -> Path:
-    """The folder of a run, made if it is not there."""
-    folder = Path("out", "quick" if quick else "" if block == 4 else f"block-{block}", f"toy-{seed}")
-    short = ["--pretrain_steps=20", "--distill_steps=4", "--warm_steps=2", "--layers=1", "--width=64"] if quick else []
-    if not (folder / "summary.json").exists():
-        subprocess.run([sys.executable, str(ROOT / "train_tiny.py"), "--data=toy", f"--block={block}", f"--seed={seed}",
-                        f"--out={folder}", *short], check=True)
-    return folder
+def job_of(kind: str, block: int, seed: int, options: Options) -> Job:
+    flags = {"text": "data", "states": KINDS[kind], "target": "teacher", "weight": "first", "lr": 0.01, "block": block}
+    job = Job(f"decoding, {kind}, block {block}", seed, flags, (options.updates,), stories=options.stories)
+    return replace(tiny(job), stories=options.stories) if options.quick else job
 
 
-def looks(block: int, seed: int, options: Options) -> dict[str, dict]:
-    """Numbers by name, those of AR and verified text too."""
-    folder = student(block, seed, options.quick)
-    (net, _), (teacher, _), tok = hub.load(folder / "opdlm"), hub.load(folder / "ar"), tokenizer.load(folder / "ar")
-    layout, corpus = Layout(block, 1, 1), open_corpus("toy", None, 0, None)
-    held = measure.held_out(corpus.val, stories(corpus.val, tok.eot), options.stories, net.config.context)
-    writers = {"ar": measure.by_rule(teacher, AR, reveal.parse("static:1")), "self": measure.by_verifier(net, layout),
-               "teacher": measure.by_verifier(net, layout, teacher)}
-    for name, (specs, confidence) in WAYS.items():
-        writers |= {f"{name} {spec}": measure.by_rule(net, layout, reveal.parse(spec, confidence)) for spec in specs}
-    seen = {}
-    for name, writer in list(writers.items())[::6 if options.quick else 1]:
-        made = measure.generate(writer, held, tok.eot, net.config.context, seed)
-        _, seconds = alone = measure.generate(writer, held[:16], tok.eot, net.config.context, seed, batch=1)
-        count = sum(int(text.kept.sum()) for text, _ in alone[0])
-        seen[name] = measure.generated(teacher, *made, tok, toy.check) | {"tok_s": count / seconds}
-    prompt, length = torch.stack([story[:8] for story in held[:16]]), net.config.context - 8
-    seconds = sum(speed.timed(partial(speed.ar, teacher, row[None], length)) for row in prompt)
-    seen["ar"]["tok_s"] = 16 * length / seconds                             # a plain loop's, the fairest to AR
-    return seen
+def writers(block: int, seed: int, options: Options) -> tuple[dict[str, measure.Writer], torch.nn.Module]:
+    """Ways to write by name, and the teacher."""
+    jobs = {kind: job_of(kind, block, seed, options) for kind in KINDS}
+    nets, teacher = {kind: student(job) for kind, job in jobs.items()}, teacher_of(jobs["left"])
+    found = {"ar": measure.by_rule(teacher, AR, reveal.parse("static:1")),
+             "self": measure.by_verifier(*nets["left"]), "teacher": measure.by_verifier(*nets["left"], teacher)}
+    for way, (kind, specs, confidence) in WAYS.items():
+        found |= {f"{way} {spec}": measure.by_rule(*nets[kind], reveal.parse(spec, confidence)) for spec in specs}
+    return dict(list(found.items())[::6]) if options.quick else found, teacher
+
+
+def told(block: int, seed: int, options: Options) -> tuple:
+    """Held-out stories to go on from, the tokenizer."""
+    _, corpus = opened(job_of("left", block, seed, options))
+    starts = stories(corpus.val, corpus.tokenizer.eot)
+    return measure.held_out(corpus.val, starts, options.stories, CONTEXT), corpus.tokenizer
+
+
+def qualities(options: Options, block: int, seed: int) -> dict[str, dict]:
+    """Numbers by name."""
+    (made, teacher), (held, tok) = writers(block, seed, options), told(block, seed, options)
+    length = teacher.config.context
+    return {name: measure.generated(teacher, *measure.generate(writer, held, tok.eot, length, seed), tok, toy.check)
+            for name, writer in made.items()}
+
+
+def speeds(options: Options, block: int, seed: int) -> dict[str, list[float]]:
+    """Seconds a token by name, of 8 texts one at a time, a number a turn."""
+    (made, teacher), (held, tok) = writers(block, seed, options), told(block, seed, options)
+    length = teacher.config.context
+
+    def alone(writer):
+        texts, seconds = measure.generate(writer, held[:8], tok.eot, length, seed, batch=1)
+        return seconds / sum(int(text.kept.sum()) for text, _ in texts)
+
+    def plain(_):                                                           # a loop that does nothing else
+        prompts = [story[None, :1 + k] for k, story in enumerate(held[:8])]
+        return sum(speed.timed(partial(speed.ar, teacher, row, length - 8)) for row in prompts) / (8 * (length - 8))
+    turns = [{name: (plain if name == "ar" else alone)(writer) for name, writer in made.items()} for _ in range(TURNS)]
+    return {name: [turn[name] for turn in turns] for name in made}
 
 
 def aup(points: list[tuple[float, float]], best: float) -> float:
     """Accuracy under parallelism (d3LLM, 2601.07568): the area under accuracy, in percent, over tokens per forward, of
-    the points not more than 5 below the slowest; accuracy below the `best` of all counts exp(-3 (1 - accuracy / best))
+    the points not more than 5 below the slowest; accuracy below the `best`, AR's, counts exp(-3 (1 - accuracy / best))
     of itself. From 0 to the slowest point it is that point's."""
     points = sorted(points)
     points = [(x, y) for x, y in points if y >= points[0][1] - 5]
@@ -91,19 +113,29 @@ def aup(points: list[tuple[float, float]], best: float) -> float:
     return area + sum((b - a) * (y + z) / 2 for (a, y), (b, z) in zip(weighed, weighed[1:]))
 
 
+def look_at(look: Callable, options: Options, work: tuple[int, int]) -> dict:
+    """The looks of a block and seed; taken before, with these settings: read."""
+    torch.set_num_threads(1)
+    (block, seed), folder = work, WORK / ("quick" if options.quick else "decoding")
+    settings = {"updates": options.updates, "stories": options.stories, "turns": TURNS}
+    return kept(folder / f"{look.__name__}-{block}-{seed}.json", settings, partial(look, options, block, seed))
+
+
 def main(argv: list[str]) -> None:
     options = cli.parse(Options, argv, __doc__)
-    torch.set_num_threads(1)
-    blocks, seeds = ((4,), 1) if options.quick else ((4, 8, 16), options.seeds)
-    runs = []
-    for seed in range(seeds):
-        for block in blocks:
-            file = Path("out/experiments", "quick" if options.quick else "decoding", f"{block}-{seed}.json")
-            if not file.exists():
-                write_json(file, looks(block, seed, options))
-            runs.append({"block": block, "seed": seed, "looks": json.loads(file.read_text())})
-            print(f"{len(runs)}/{len(blocks) * seeds} block {block}, seed {seed}", flush=True)
-    results = {"command": "python -m experiments.decoding", **facts(torch.device("cpu")), "runs": runs}
+    if options.quick:
+        options = replace(options, seeds=1, updates=4, stories=16)
+    results, work = head("decoding", options), [(block, seed) for seed in range(options.seeds) for block in (4, 8, 16)]
+    work = work[:1] if options.quick else work
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        list(pool.map(prepare, [job_of("left", 4, seed, options) for seed in range(options.seeds)]))
+        seen = list(pool.map(partial(look_at, qualities, options), work))
+    results["runs"] = []
+    for (block, seed), look in zip(work, seen):
+        taken = look_at(speeds, options, (block, seed))
+        results["runs"].append({"block": block, "seed": seed, "looks": {
+            name: numbers | {"seconds": taken[name]} for name, numbers in look.items()}})
+        print(f"{len(results['runs'])}/{len(work)} block {block}, seed {seed}", flush=True)
     finish("decoding", results, draw, options.quick)
     print(table(results), points(results), sep="\n\n")
 
@@ -121,13 +153,19 @@ def ways(look: dict) -> dict[str, list[str]]:
     return {way: names for way in WAYS if (names := [name for name in look if name.rpartition(" ")[0] == way])}
 
 
+def reaches(seen: list[dict], names: list[str], cost: float) -> bool:
+    """Whether some look of each seed writes slower and some faster."""
+    costs = [[look[name]["tok_per_fwd"] for name in names] for look in seen]
+    return all(min(some) <= cost <= max(some) for some in costs)
+
+
 def table(results: dict) -> str:
     """Markdown: a row a block and rule, at equal cost; AR and verified text are points."""
     lines = ["| block | rule | `valid` at 1.5 | at 2 | `gen_nats` at 1.5 | at 2 | AUP |", "|" + "---|" * 7]
     for block, seen in by_block(results).items():
         for way, names in ways(seen[0]).items():
-            cells = [cell([at_cost(look, number, cost, tuple(names)) for look in seen])
-                     for number in ("valid", "gen_nats") for cost in (1.5, 2)]
+            cells = [cell([at_cost(look, number, cost, tuple(names)) for look in seen]) if reaches(seen, names, cost)
+                     else "-" for number in ("valid", "gen_nats") for cost in (1.5, 2)]
             areas = [aup([(look[n]["tok_per_fwd"], 100 * look[n]["valid"]) for n in names],
                          100 * look["ar"]["valid"]) for look in seen]
             lines.append(f"| {block} | {way} | {' | '.join(cells)} | {cell(areas, 0)} |")
@@ -137,11 +175,12 @@ def table(results: dict) -> str:
 def points(results: dict) -> str:
     """Markdown: AR and verified text, which have no parameter."""
     numbers = ("tok_per_fwd", "positions_per_tok", "valid", "gen_nats", "distinct2")
-    lines = [f"| block | | {' | '.join(f'`{n}`' for n in numbers)} | `tok_s` / AR's |", "|" + "---|" * 8]
+    lines = [f"| block | | {' | '.join(f'`{n}`' for n in numbers)} | times as fast as AR, alone |", "|" + "---|" * 8]
     for block, seen in by_block(results).items():
         for name in (name for name in POINTS if name in seen[0]):
             cells = [cell([look[name][number] for look in seen]) for number in numbers]
-            cells.append(cell([look[name]["tok_s"] / look["ar"]["tok_s"] for look in seen], 2))
+            turns = [[b / a for a, b in zip(look[name]["seconds"], look["ar"]["seconds"])] for look in seen]
+            cells.append(cell(list(map(statistics.median, turns)), 2))
             lines.append(f"| {block} | {POINTS[name]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

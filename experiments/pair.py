@@ -111,7 +111,7 @@ def sampled(options, seed: int, name: str, plan: Schedule, steps: int, samples: 
         check = toy.check if corpus.name == "toy" else None
         numbers = measure.generated(nets["judge"], texts, time.perf_counter() - begun, tok, check)
         return {"steps": plan.steps(), "passes": work, "saved": saved(nets, plan, length), **numbers}
-    return kept(options, f"{name}-{steps}-{seed}".replace(" ", "_"), make)
+    return kept(options, f"{name}-{steps}-{samples}-{seed}".replace(" ", "_"), make)
 
 
 def saved(nets: dict, plan: Schedule, length: int) -> dict:
@@ -124,4 +124,5 @@ def saved(nets: dict, plan: Schedule, length: int) -> dict:
 
 
 def folder_of(options) -> Path:
-    return WORK / ("quick" if options.quick else "") / options.name
+    """What was trained otherwise lies elsewhere."""
+    return WORK / ("quick" if options.quick else "") / f"{options.name}-{options.pretrain}-{options.updates}"

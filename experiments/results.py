@@ -1,4 +1,5 @@
 """What the experiments make of their conversions: targets reached, cells of tables, files and pictures."""
+import json
 import math
 import statistics
 from collections.abc import Callable
@@ -65,6 +66,15 @@ def rounded(value):
     if isinstance(value, list):
         return [rounded(x) for x in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def kept(file: Path, settings: dict, make: Callable) -> dict:
+    """What make() gives; made before with these settings: read."""
+    if file.exists() and (found := json.loads(file.read_text()))["settings"] == settings:
+        return found["made"]
+    made = make()
+    write_json(file, {"settings": settings, "made": made})
+    return made
 
 
 def head(command: str, options) -> dict:
