@@ -29,7 +29,7 @@ from model.masks import Layout
 class Text:
     """Finished text and how it came about: a whole denoising trajectory is two integer tensors, tokens and order."""
     tokens: Tensor          # (B, T) prompt and response; behind the block of the first end-of-text, end-of-text
-    order: Tensor           # (B, T) the step within its block that revealed a slot; more: none did; -1: not written
+    order: Tensor           # (B, T) the step of its block, from 0, that revealed a slot; more: none did; -1: no slot
     kept: Tensor            # (B, T) bool: the response up to its first end-of-text, included
     forwards: Tensor        # (B,) passes of the network a row has paid for, prefill and commits included
     positions: Tensor       # (B,) positions pushed through it
@@ -157,19 +157,19 @@ def one_hot(teacher, tokens: Tensor, rows: Tensor, at: Tensor) -> Tensor:
 # 4. loss --------------------------------------------------------------------------------------------------------------
 
 def student_logits(student, tokens: Tensor, noisy: Tensor, P: int, layout: Layout, rows: Tensor, at: Tensor,
-                   head: Callable = F.linear, clean: int = 0) -> Tensor:
+                   head: Callable = F.linear, ar_places: int = 0) -> Tensor:
     """(N, V): the logits about positions `at` of `rows`, in one pass over [clean text | noisy response].
 
     Logits about a slot stand `shift` before it: in the noisy stream if that is in its block, else in the clean one. The
-    last `clean` of the N are all read in the clean one, where a causal student is an AR model.
+    last `ar_places` of the N are all read in the clean one, where a causal student is an AR model.
     """
     T, device = tokens.size(1), tokens.device
-    C = T if clean else T - 1 - (T - P - 1) % layout.block           # nobody looks at the last block's clean text
+    C = T if ar_places else T - 1 - (T - P - 1) % layout.block           # nobody looks at the last block's clean text
     position = torch.cat([torch.arange(C, device=device), torch.arange(P, T, device=device)])     # (C + R,)
     mask = masks.two_stream(T, P, layout, device, C)                                     # (C + R, C + R)
     source = at - layout.shift
     inside = masks.block_of(source, P, layout.block) == masks.block_of(at, P, layout.block)
-    place = torch.where(inside & (torch.arange(len(at), device=device) < len(at) - clean), C + source - P, source)
+    place = torch.where(inside & (torch.arange(len(at), device=device) < len(at) - ar_places), C + source - P, source)
     return student(torch.cat([tokens[:, :C], noisy], 1), mask, position, rows * len(position) + place, head=head)
 
 
@@ -235,37 +235,38 @@ class Recipe:
     updates: int = 1                            # updates per rollout (paper: 16)
     prompt: int = 16                            # longest prompt, tokens; a batch's is drawn from 1 .. this
     seed: int = 0
-    clean: float = 0.0                          # weight of the same loss of the student as an AR model
+    clean_weight: float = 0.0                   # of the same loss once more, of the student as an AR model
     divergence: Callable = distill_loss         # from target to student, at each place
-    head: Callable = F.linear                   # the student's last step; model/loss.py has the three without (N, V)
+    head: Callable = F.linear                   # the student's last step; model/loss.py: all three without (N, V)
     show: Callable = repr                       # ids as text, for a debugger: p recipe.show(noisy[0])
 
     def __post_init__(self):
         if self.states is visited and self.text is not student_text:
             raise ValueError("states=visited needs text=student, as nobody denoised the others: take random or prefix")
-        if self.clean and (self.layout.clean_block, self.layout.shift) != (1, 1):
+        if self.clean_weight and (self.layout.clean_block, self.layout.shift) != (1, 1):
             raise ValueError("--clean_weight needs --align=ar --context=causal: else the student is no AR model")
 
 
 def train_step(student, teacher, text: Text, P: int, u: Tensor, recipe: Recipe, optimizer) -> dict:
-    """One update on `text` (B, T), whose responses begin at P; `u` (B, T, 2) picks the states. The step's record."""
+    """A forward and a backward on `text` (B, T), whose responses begin at P; `u` (B, T, 2) picks the states."""
     optimizer.zero_grad(set_to_none=True)                                 # here, to make room for the activations
     tokens, response = text.tokens, text.kept[:, P:]                                     # (B, T), (B, R)
     masked = recipe.states(text.order[:, P:], response, u[:, P:], recipe.layout.block)   # (B, R)
     noisy = tokens[:, P:].masked_fill(masked, student.mask_id)                           # (B, R) x_t
-    loss_at, clean = masked & response, response & bool(recipe.clean)                    # (B, R) twice
-    rows, slots = torch.cat([loss_at.nonzero(), clean.nonzero()]).unbind(1)              # (N,) twice
+    loss_at, again = masked & response, response & bool(recipe.clean_weight)             # (B, R) twice
+    rows, slots = torch.cat([loss_at.nonzero(), again.nonzero()]).unbind(1)              # (N,) twice
     target = recipe.target(teacher, tokens, rows, slots + P)                             # (N, V)
-    logits = student_logits(student, tokens, noisy, P, recipe.layout, rows, slots + P, recipe.head, int(clean.sum()))
+    logits = student_logits(student, tokens, noisy, P, recipe.layout, rows, slots + P, recipe.head, int(again.sum()))
     kl = recipe.divergence(target, logits)                                               # (N,)
-    weight = recipe.weight(masked, response, recipe.layout.block)[loss_at], recipe.clean * parts(clean.float())[clean]
-    loss = (kl * torch.cat(weight)).sum() / recipe.batch
+    weight = recipe.weight(masked, response, recipe.layout.block)[loss_at]
+    weight = torch.cat([weight, recipe.clean_weight * parts(again.float())[again]])      # (N,)
+    loss = (kl * weight).sum() / recipe.batch
     loss.backward()
     optimizer.step()
-    N, count = int(loss_at.sum()), int(response.sum())
-    said = -target.gather(1, tokens[rows, slots + P][:, None])[:N].log().mean()      # nats of the text, where masked
-    return {"loss": loss.item(), "kl": kl[:N].mean().item(), "gen_nats": said.item(), "tokens": count,
-            "places": len(rows), "masked": N / count, "len": count / len(tokens)}
+    M, count = int(loss_at.sum()), int(response.sum())
+    said = -target.gather(1, tokens[rows, slots + P][:, None])[:M].log().mean()      # nats of the text, where masked
+    return {"loss": loss.item(), "kl": kl[:M].mean().item(), "text_nats": said.item(), "tokens": count,
+            "places": len(rows), "masked": M / count, "len": count / len(tokens)}
 
 
 def train(student, teacher, data: Callable, recipe: Recipe, optimizer, length: Callable, steps: range) -> Iterator:

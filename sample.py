@@ -86,6 +86,8 @@ def find(name: str | None, mode: str) -> Path:
     """A checkpoint's folder: of a run, the model that a mode asks for; of no name, the last run, if it has that."""
     part = "ar" if mode == "ar" else "opdlm"
     folder = hub.fetch(name or (RUN if (RUN / part).is_dir() else SMALL))
+    if part == "ar" and (folder / "opdlm").is_dir() and not (folder / part).is_dir():
+        raise ValueError(f"{folder} has no ar/: its AR model is the checkpoint that --init named, so name that")
     return folder / part if (folder / part).is_dir() else folder
 
 
@@ -103,7 +105,7 @@ def load(options: Options) -> tuple[measure.Writer, tokenizer.Tokenizer]:
     if options.mode == "diffusion":
         rule = rule_of(options, folder)
         return measure.by_rule(net, layout, rule, warp, denoiser(options, tok, layout, rule, device)), tok
-    return measure.by_verifier(net, layout, verifier(options, folder, net, device), warp), tok
+    return measure.by_verifier(net, layout, verifier(options, folder, net, tok, device), warp), tok
 
 
 def rule_of(options: Options, folder: Path) -> rules.Rule:
@@ -134,7 +136,7 @@ def denoiser(options: Options, tok, layout: Layout, rule: rules.Rule, device) ->
     return lambda heavy, layout: schedule.Scheduled({"H": heavy, "L": net.to(device)}, layout, plan)
 
 
-def verifier(options: Options, folder: Path, student, device):
+def verifier(options: Options, folder: Path, student, tok, device):
     """The teacher; none if the student verifies itself."""
     if options.verifier == "self":
         return None
@@ -142,9 +144,9 @@ def verifier(options: Options, folder: Path, student, device):
     if teacher == folder and options.verifier == "teacher":
         raise ValueError(f"{folder} has no ar/ with a teacher in it: say --verifier=FOLDER, or --verifier=self")
     net, layout = hub.load(teacher)
-    if layout is not None or net.config.vocab != student.config.vocab:
-        raise ValueError(f"--verifier={options.verifier}: an AR model with the student's vocabulary, "
-                         f"{student.config.vocab} tokens, was wanted")
+    same = net.config.vocab == student.config.vocab and tokenizer.load(teacher).to_json() == tok.to_json()
+    if layout is not None or not same:
+        raise ValueError(f"--verifier={options.verifier}: an AR model with the student's tokenizer was wanted")
     return net.to(device)
 
 

@@ -106,7 +106,7 @@ def recipe_of(options: Options, eot: int, show=repr, vocab: int = 0) -> opdlm.Re
              opdlm.WEIGHTS[options.weight])
     made = opdlm.Recipe(*dials, layout, eot, rules.parse(options.reveal, options.confidence), batch=options.batch,
                         share=dist.share, passes=options.passes, updates=options.updates, seed=options.seed,
-                        clean=options.clean_weight, show=show)
+                        clean_weight=options.clean_weight, show=show)
     return replace(made, **lean(options.kl, options.target, vocab))
 
 
@@ -137,7 +137,7 @@ def convert(student, teacher, corpus, recipe, options: Options, optimizer, log: 
         step, tokens, seconds = record["step"], tokens + record["tokens"], record["seconds"]
         log.step({"phase": "distil", **record, "tokens": tokens}, total,
                  f"kl {record['kl']:.3f} nats | masked {record['masked']:.2f} | len {record['len']:.0f} | "
-                 f"gen {record['gen_nats']:.2f} nats | {record['tokens'] / seconds / 1e3:.1f}k tok/s | "
+                 f"text {record['text_nats']:.2f} nats | {record['tokens'] / seconds / 1e3:.1f}k tok/s | "
                  f"{seconds * 1e3:.0f} ms")
         own = step - options.warm_steps
         amid, due = own > 0 and own % each, own % (-(-options.every // each) * each) == 0

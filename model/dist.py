@@ -135,10 +135,11 @@ def merged(records: Iterator[dict], passes: int) -> Iterator[dict]:
         parts = [record for some in from_all(part) for record in some]
         total = {name: sum(record[name] for record in parts)
                  for name in ("loss", "tokens", "places", "forwards", "positions") if name in part[0]}
-        mean = {name: sum(record[name] * record["places"] for record in parts) / max(total["places"], 1)
-                for name in ("kl", "gen_nats")}
+        masked = [record["masked"] * record["tokens"] for record in parts]
+        mean = {name: sum(record[name] * n for record, n in zip(parts, masked)) / max(sum(masked), 1)
+                for name in ("kl", "text_nats")}
         yield part[0] if len(parts) == 1 else {
-            **part[0], **total, **mean, "masked": total["places"] / total["tokens"],
+            **part[0], **total, **mean, "masked": sum(masked) / total["tokens"],
             "len": sum(record["len"] for record in parts) / len(parts)}
 
 

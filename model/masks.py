@@ -1,8 +1,8 @@
 """Who may look at whom. Every mask is a bool tensor of queries by keys; True means "may look".
 
-Two integers say what an AR and a block diffusion model differ in (paper section 4; DESIGN: context and align): the size
-of the blocks in which finished text attends to itself, and how far before a slot its logits stand. A causal mask is the
-block-causal mask of block 1: an AR model is the layout of block 1 and shift 1; to convert it is to change an integer.
+Three integers say how a model is wired (paper section 4): how many tokens are denoised together, in blocks of what size
+finished text attends to itself, and how far before a slot its logits stand. An AR model is 1, 1, 1; the student here
+4, 1, 1, so that to convert is to change an integer; the paper's is 4, 4, 0.
 Letters: B rows, T positions, P prompt, R = T - P response, K block, W positions of one forward, S cache slots."""
 from dataclasses import dataclass
 

@@ -38,9 +38,11 @@ class Options:
     teacher: str = option("float32", "numbers that the frozen teacher is made of", ("float32", "bfloat16"))
     checkpointing: bool = option(False, "run blocks twice rather than keep what their backward pass needs: less memory")
     updates: int = option(4, "updates per rollout (paper: 16)")
-    ramp: int = option(0, "updates over which the response grows to its full length (paper: 1600)")
+    ramp: int = option(0, "updates over which the response grows to its full length (paper: 160, its "
+                       "release 1600)")
     optimizer: str = option("muon", "muon on the blocks' matrices, or adamw on all (paper)", ("muon", "adamw"))
-    schedule: str = option("linear", "of distillation's rate: linear to 0, or cosine to a tenth (paper)", tuple(SHAPES))
+    schedule: str = option("linear", "of distillation's rate: linear to 0, trapezoid, that in its second half "
+                           "only, cosine to a tenth (paper), constant", tuple(SHAPES))
     pretrain_steps: int | None = option(None, "updates of AR pretraining; none: 480 on toy, 640 on text, 0 with --init")
     rows: int | None = option(None, "windows of one update of AR pretraining; none: 32 on toy, 16 on text")
     distill_steps: int | None = option(None, "updates of distillation; none: 580 on toy, 246 on text")
@@ -66,11 +68,11 @@ class Options:
 
 
 # All of the paper's choices (arXiv 2606.06712, sections 4 and B) but the learning rate, 1e-5, which is for its sizes.
-# Where its release differs: the length ramp is a cosine over 100 rollouts, as here, the paper says linear over 10; the
+# Where its release differs: the length ramp is a cosine, as here, over 100 rollouts, the paper says linear over 10; the
 # release leaves the end-of-text itself out of the loss, the paper and we do not; at 4B and 8B it sums the KL over the
 # teacher's 16 likeliest tokens, the paper and we over all; its sampler and its trainer part a text into other blocks.
 PAPER = {"block": 4, "align": "paper", "context": "block", "reveal": "threshold:0.9", "confidence": "drawn", "batch": 8,
-         "text": "student", "states": "visited", "target": "teacher", "weight": "mean", "updates": 16, "ramp": 1600,
+         "text": "student", "states": "visited", "target": "teacher", "weight": "mean", "updates": 16, "ramp": 160,
          "warm_steps": 0, "optimizer": "adamw", "schedule": "cosine"}
 MDLM = {"block": 0, "align": "paper", "context": "block", "reveal": "ancestral:128", "text": "data", "states": "random",
         "target": "onehot", "weight": "1/t", "warm_steps": 0, "every": 1000}

@@ -8,7 +8,7 @@ from report import curves
 
 HEADER = {"config": {"block": 4}, "commit": "abc", "device": "cpu", "parameters": 812544}
 PRETRAIN = [{"phase": "pretrain", "step": s, "tokens": 64 * s, "loss": 5.0 / s + 1} for s in range(1, 200)]
-DISTIL = [{"phase": "distil", "step": s, "tokens": 48 * s, "kl": 2.0 / s, "gen_nats": 2.0} for s in range(1, 100)]
+DISTIL = [{"phase": "distil", "step": s, "tokens": 48 * s, "kl": 2.0 / s, "text_nats": 2.0} for s in range(1, 100)]
 EVALS = [{"phase": "eval", "of": of, "tokens": tokens, "val_nats": nats}
          for of, tokens, nats in [("ar", 64, 1.5), ("ar", 12800, 1.25), ("student", 0, 4.0), ("student", 480, 1.375)]]
 

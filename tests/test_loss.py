@@ -155,7 +155,7 @@ def test_the_same_steps(tiny, target, kl, chunk, monkeypatch):
     plain, lean = tiny(seed=1), tiny(seed=1)
     records = steps(plain, tiny(), recipe(target)), steps(lean, tiny(), recipe(target, kl))
     for a, b in zip(*records):
-        assert a == pytest.approx(b, rel=1e-5) and math.isfinite(a["gen_nats"])
+        assert a == pytest.approx(b, rel=1e-5) and math.isfinite(a["text_nats"])
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain.parameters(), lean.parameters()))
     assert any(not torch.allclose(a, b, atol=1e-2) for a, b in zip(lean.parameters(), tiny(seed=1).parameters()))
 

@@ -429,18 +429,19 @@ def test_the_clean_weight_adds_the_student_s_loss_as_an_ar_model(tiny):
     text = opdlm.student_text(net, teacher, prompts(3), 3, 18, opdlm.uniforms(0, 1, range(4), (21, 1)), plain)
     picks, loss = opdlm.uniforms(0, 2, range(4), (21, 2)), {}
     for weight in (0.0, 0.5):
-        step = partial(opdlm.train_step, copy.deepcopy(net), teacher, text, 3, picks, replace(plain, clean=weight))
+        weighed = replace(plain, clean_weight=weight)
+        step = partial(opdlm.train_step, copy.deepcopy(net), teacher, text, 3, picks, weighed)
         loss[weight] = step(torch.optim.SGD(net.parameters(), 0.0))
     own, theirs = (x(text.tokens).view(4, 21, -1)[:, 2:-1].log_softmax(-1) for x in (net, teacher))
     kl = (theirs.exp() * (theirs - own)).sum(-1) * text.kept[:, 3:]                      # (B, R)
     wanted = 0.5 * (kl.sum(1) / text.kept[:, 3:].sum(1)).sum() / plain.batch
     assert loss[0.5]["loss"] - loss[0.0]["loss"] == pytest.approx(wanted.item(), rel=1e-6)
-    assert all(loss[0.5][name] == loss[0.0][name] for name in ("kl", "gen_nats", "masked", "tokens"))
+    assert all(loss[0.5][name] == loss[0.0][name] for name in ("kl", "text_nats", "masked", "tokens"))
 
 
 def test_the_clean_weight_needs_an_ar_student():
     with pytest.raises(ValueError, match="--align=ar --context=causal"):
-        replace(recipe("opdlm"), layout=Layout(4, 4, 1), clean=0.1)
+        replace(recipe("opdlm"), layout=Layout(4, 4, 1), clean_weight=0.1)
 
 
 @pytest.mark.parametrize("method", GOLDEN)

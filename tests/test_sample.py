@@ -133,13 +133,17 @@ def test_verified_text_is_the_verifier_s(run, capsys):
 
 @pytest.mark.parametrize("flags, wrong", [
     (["--ckpt={run}/opdlm"], "has no ar/ with a teacher in it: say --verifier=FOLDER, or --verifier=self"),
-    (["--verifier={run}/opdlm"], "an AR model with the student's vocabulary"),
-    (["--verifier={other}/ar"], "an AR model with the student's vocabulary"),
+    (["--verifier={run}/opdlm"], "an AR model with the student's tokenizer"),
+    (["--verifier={other}/ar"], "an AR model with the student's tokenizer"),
+    (["--verifier={other}/words"], "an AR model with the student's tokenizer"),
+    (["--ckpt={other}/init"], "its AR model is the checkpoint that --init named"),
     (["--ckpt={other}", "--verifier=self"], "convert it with --align=ar --context=causal"),
     (["--ckpt={run}/ar"], "holds an AR model")])
 def test_a_verifier_that_cannot_be_is_one_sentence(run, tmp_path, capsys, flags, wrong):
     hub.save(tmp_path / "ar", GPT(GPTConfig(TOK.vocab_size - 1, CONTEXT, 1, 2, 16)), TOK)
     hub.save(tmp_path / "opdlm", network(1), TOK, Layout(4, 4, 0))
+    hub.save(tmp_path / "init/opdlm", network(1), TOK, Layout(4, 1, 1))
+    hub.save(tmp_path / "words", network(1), tokenizer.word_level(["One", " day", " a", " bell", "."]))
     given = [flag.format(run=run, other=tmp_path) for flag in flags]
     assert cli.run(sample.main, [f"--ckpt={run}", "--device=cpu", "--mode=verified", *given]) == 2
     out, err = capsys.readouterr()

@@ -52,7 +52,8 @@ def convert(folder: Path, passes: int = 1, steps: range = range(4), compile: boo
     noted = (load_state(folder / "state.safetensors", net, optimizer, {}) if steps.start
              else begin_states(folder / "state.safetensors", {}))
     recipe = opdlm.Recipe(opdlm.student_text, opdlm.visited, opdlm.teacher_probs, opdlm.first_most, Layout(4, 1, 1),
-                          EOT, parse("threshold:0.3"), batch=BATCH, share=dist.share, passes=passes, updates=2)
+                          EOT, parse("threshold:0.3"), batch=BATCH, share=dist.share, passes=passes, updates=2,
+                          clean_weight=0.5)
     recipe.text = text
     records = list(dist.merged(opdlm.train(net, frozen, stories, recipe, optimizer, lambda step: 20, steps), passes))
     grads = {name: dist.whole(p.grad).tolist() for name, p in net.named_parameters()}
