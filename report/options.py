@@ -20,7 +20,8 @@ class Options:
     stage: str = option("convert", "convert; policy: learn, for the student in --out, which masks come off", ("convert",
                         "policy"))
     preset: str | None = option(None, "paper: all the paper's choices; mdlm: masked diffusion of whole texts "
-                                "(2406.07524); flags given beside it win", ("paper", "mdlm"))
+                                "(2406.07524); else a method's dials, without --warm_steps; flags given beside it win",
+                                ("paper", "mdlm", *opdlm.METHODS))
     block: int = option(4, "tokens denoised together (paper: 4); 0: all of a text")
     align: str = option("ar", "ar: logits at i-1 are about token i, as the AR's; paper: those at i", tuple(ALIGN))
     context: str = option("causal", "finished text sees itself: causal, or in blocks (paper)", ("causal", "block"))
@@ -76,7 +77,9 @@ PAPER = {"block": 4, "align": "paper", "context": "block", "reveal": "threshold:
          "warm_steps": 0, "optimizer": "adamw", "schedule": "cosine"}
 MDLM = {"block": 0, "align": "paper", "context": "block", "reveal": "ancestral:128", "text": "data", "states": "random",
         "target": "onehot", "weight": "1/t", "warm_steps": 0, "every": 1000}
-PRESETS = {"paper": PAPER, "mdlm": MDLM}
+PRESETS = {"paper": PAPER, "mdlm": MDLM} | {
+    name: dict(zip(("text", "states", "target", "weight"), dials)) | {"warm_steps": 0}
+    for name, dials in opdlm.METHODS.items()}
 SIZES = {
     "toy": dict(pretrain_steps=480, rows=32, distill_steps=580, warm_steps=540, width=128, length=96),
     "text": dict(pretrain_steps=640, rows=16, distill_steps=246, warm_steps=230, width=192, length=256)}

@@ -16,6 +16,7 @@ import train_tiny
 from experiments import memory, methods, tiny
 from model.gpt import GPT, GPTConfig
 from model.muon import Muon
+from report import cli
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -38,8 +39,11 @@ def test_every_flag_named_is_there():
 
 
 def test_the_table_of_methods_is_the_one_in_the_code():
-    rows = re.findall(r"^\| [^|]+ \| (student|teacher|data) \| (\w+) \| (\w+) \| (mean|1/t) \|$", TEXT, re.M)
-    assert rows == list(opdlm.METHODS.values())
+    rows = re.findall(r"^\| `([\w-]+)`[^|]* \| (student|teacher|data) \| (\w+) \| (\w+) \| (mean|1/t) \|$", TEXT, re.M)
+    assert {name: tuple(dials) for name, *dials in rows} == opdlm.METHODS
+    for name, *dials in rows:
+        options = cli.parse(train_tiny.Options, [f"--preset={name}"], "", train_tiny.PRESETS)
+        assert [options.text, options.states, options.target, options.weight] == dials and options.warm_steps == 0
 
 
 def test_the_debugger_s_tour(tmp_path):
