@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 
 from experiments import changes
 from experiments.job import Job, tiny
@@ -100,28 +101,47 @@ def main(argv: list[str]) -> None:
     results["runs"] = run_all(jobs_of(options))
     finish("ablations", results, draw, options.quick)
     print(table(results))
+    for name, cost in product(("stories", "visited"), (1.5, 2)):
+        for block in (8, 16):
+            print(f"{name}, block {block}, at {cost}: {cell(share_lost(results, f'{name}, block {block}', cost), 2)}")
+
+
+COLUMNS = (("gen_nats", 1), ("gen_nats", 1.5), ("gen_nats", 2), ("valid", 1), ("valid", 1.5), ("distinct2", 1.5))
 
 
 def table(results: dict) -> str:
-    """Markdown: a row a choice, `gen_nats`, `valid` and `distinct2` at equal cost."""
-    columns = [(number, cost) for cost in (1.5, 2) for number in ("gen_nats", "valid", "distinct2")]
-    lines = ["| | " + " | ".join(f"`{number}` at {cost}" for number, cost in columns) + " |", "|---|" + "---|" * 6]
-    runs = by_row(results["runs"])
-    for name, row in ROWS.items():
-        last = [run["points"][-1] for run in runs[row.job or name]]
-        cells = [cell([at_cost(p, number, cost, row.by) for p in last]) for number, cost in columns]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    """Markdown: a row a choice; numbers at equal cost, and how much more nats at 1.5 than the row that it changes."""
+    lines = ["| | " + " | ".join(f"`{number}` at {cost}" for number, cost in COLUMNS) + " | less the base's |",
+             "|---|" + "---|" * (len(COLUMNS) + 1)]
+    for name in ROWS:
+        base = "stories, block 4" if name.startswith("stories") else "visited, block 4"
+        cells = [cell(numbers(results, name, number, cost), 2) for number, cost in COLUMNS]
+        more = zip(numbers(results, name, "gen_nats", 1.5), numbers(results, base, "gen_nats", 1.5))
+        lines.append(f"| {name} | {' | '.join(cells)} | {'' if name == base else cell([a - b for a, b in more], 2)} |")
     return "\n".join(lines)
+
+
+def numbers(results: dict, name: str, number: str, cost: float) -> list[float]:
+    """Of a row, by seed, after the last update."""
+    row = ROWS[name]
+    return [at_cost(run["points"][-1], number, cost, row.by) for run in by_row(results["runs"])[row.job or name]]
+
+
+def share_lost(results: dict, name: str, cost: float) -> list[float]:
+    """By seed, the nats that a row of some block lies above the teacher, over those of the paper's preset there."""
+    theirs = f"paper's preset, {name.partition(', ')[2]}"
+    teacher = [run["teacher"]["gen_nats"] for run in by_row(results["runs"])["stories, block 4"]]
+    ours, theirs = (numbers(results, row, "gen_nats", cost) for row in (name, theirs))
+    return [(a - t) / (b - t) for a, b, t in zip(ours, theirs, teacher)]
 
 
 def draw(results: dict, figure) -> None:
     """What is lost against the teacher, by block: ours and the paper's preset."""
-    runs = by_row(results["runs"])
+    teacher = [run["teacher"]["gen_nats"] for run in by_row(results["runs"])["stories, block 4"]]
     for axes, cost in zip(figure.subplots(1, 2, sharey=True), (1.5, 2)):
         for kind in ("visited", "random", "prefix", "stories", "paper's preset"):
             rows = [(f"{kind}, block {block}", block) for block in (4, 8, 16)]
-            lost = [[at_cost(run["points"][-1], "gen_nats", cost, ROWS[name].by) - run["teacher"]["gen_nats"]
-                     for run in runs[name]] for name, _ in rows]
+            lost = [[x - t for x, t in zip(numbers(results, name, "gen_nats", cost), teacher)] for name, _ in rows]
             axes.errorbar([block for _, block in rows], [statistics.mean(x) for x in lost],
                           [[statistics.mean(x) - min(x) for x in lost], [max(x) - statistics.mean(x) for x in lost]],
                           marker="o", capsize=3, label=kind)
