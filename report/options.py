@@ -38,7 +38,7 @@ class Options:
                             f"tokens and one bucket; none: full from a vocabulary of {VOCAB} on, else plain")
     teacher: str = option("float32", "numbers that the frozen teacher is made of", ("float32", "bfloat16"))
     checkpointing: bool = option(False, "run blocks twice rather than keep what their backward pass needs: less memory")
-    updates: int = option(4, "updates per rollout (paper: 16)")
+    updates: int = option(1, "updates per rollout (paper: 16)")
     ramp: int = option(0, "updates over which the response grows to its full length (paper: 160, its "
                        "release 1600)")
     optimizer: str = option("muon", "muon on the blocks' matrices, or adamw on all (paper)", ("muon", "adamw"))
