@@ -182,7 +182,7 @@ def test_the_dials_reach_the_method(flags, monkeypatch):
     assert recipe.states is opdlm.STATES[given.get("states", "visited")]
     assert recipe.target is opdlm.TARGETS[given.get("target", "teacher")]
     assert recipe.weight is opdlm.WEIGHTS[given.get("weight", "first")]
-    assert recipe.updates == int(given.get("updates", 4))
+    assert recipe.updates == int(given.get("updates", 1))
 
 
 def test_what_saves_memory_changes_no_loss():
