@@ -1,6 +1,6 @@
 """What each choice of the conversion is worth: one thing changed at a time, same teachers, same number of updates.
 
-    python -m experiments.ablations             the story world, three seeds: about two hours on two cores
+    python -m experiments.ablations             the story world, three seeds: an hour and a half on two cores
     python -m experiments.ablations --quick     the plumbing, a minute
 
 Text is compared at equal cost, 1.5 and 2 tokens a forward, by the rule a row is sampled with: leftmost, but where the

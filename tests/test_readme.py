@@ -13,7 +13,8 @@ import torch
 import opdlm
 import sample
 import train_tiny
-from experiments import memory, methods, tiny
+from experiments import ablations, memory, methods, tiny
+from experiments.results import cell
 from model.gpt import GPT, GPTConfig
 from model.muon import Muon
 from report import cli
@@ -82,6 +83,27 @@ def test_the_methods_table_and_what_is_said_of_it_are_made_of_the_results():
         assert found[pair] in said, (pair, cost, spent)
     paper = [run for name, runs in methods.rows_of(results, 1).items() if name.endswith("paper") for run in runs]
     assert all(methods.over(run, "gen_nats", 1)(point) > 0.25 for run in paper for point in run["points"])
+
+
+def test_the_ablations_table_and_what_is_said_of_it_are_made_of_the_results():
+    results = json.loads((ROOT / "experiments/ablations/results.json").read_text())
+    assert ablations.table(results) in TEXT
+    section = " ".join(TEXT.partition("\n- **Large blocks**")[2].partition("\n## ")[0].split())
+    shares = [ablations.share_lost(results, f"stories, block {block}", cost) for block in (8, 16) for cost in (1.5, 2)]
+    assert all(max(share) < 0.5 and cell(share, 2) in section for share in shares)
+    rows = ablations.table(results).splitlines()[2:]
+    known = {value.strip() for row in rows for value in row.split("|")} | {cell(share, 2) for share in shares}
+    known |= {cell(ablations.numbers(results, name, "valid", 1), 2) for name in ablations.ROWS}
+    said = re.findall(r"-?\d\.\d\d \(-?\d\.\d\d to -?\d\.\d\d\)", section)
+    assert len(said) > 15 and set(said) <= known
+
+
+def test_numbers_in_the_help_of_flags_are_means_of_the_ablations():
+    results = json.loads((ROOT / "experiments/ablations/results.json").read_text())
+    means = {value.split()[0] for row in ablations.table(results).splitlines()[2:] for value in row.split("|")[2:-2]}
+    helps = [f.metadata["help"] for f in fields(train_tiny.Options)]
+    said = [re.findall(r"\d\.\d\d\b", text.partition(". leftmost")[0]) for text in helps if "nats*" in text]
+    assert len(said) >= 6 and all(set(some) <= means for some in said)
 
 
 def test_the_memory_of_gpt2_xl_adds_up():
