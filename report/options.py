@@ -54,7 +54,7 @@ class Options:
     distill_steps: int | None = option(None, "updates of distillation; none: 580 on toy, 246 on text")
     warm_steps: int | None = option(None, "the first of these learn on training stories, the left part of each block "
                                     "shown (paper: 0); none: 540 on toy, 230 on text. All 0.78, half 1.83, none 2.23 "
-                                    "nats* (of text at 1.5 tokens a forward, the story world: experiments/ablations.py)")
+                                    "nats* (of text at 1.5 tokens a forward, story world: experiments/ablations.py)")
     batch: int = option(16, "rows of one distillation update, in all processes (paper: 8)")
     passes: int = option(1, "parts of an update that go through the network one after the other: less memory")
     lr: float | None = option(None, "peak rate of distillation; none: 0.02 (muon), 0.001 (adamw), with --init a tenth")
