@@ -21,21 +21,12 @@ from model.masks import Layout, cached
 class Plan:
     """One forward, but for the tokens: what stays as it is while a block is denoised."""
     key: tuple              # starts and who is awaited, (B,) each: what it was made from
-    position: Tensor        # (n, W), the first `width` of finished text
+    position: Tensor        # (n, W)
     mask: Tensor            # (n, 1, W, S)
-    at: Tensor              # (n, W) places in the cache
+    at: Tensor              # (n * W,) places in the cache
     place: Tensor           # (B, K) where a slot's logits stand, an index into the n * W
-    row: Tensor             # (B,) which of the n it is
-    cost: Tensor            # (2, B) forwards and positions
-    late: Tensor            # (B,) positions of finished text
-    width: int              # the most of these
-
-    def again(self) -> "Plan":
-        """The same, once the finished text is written."""
-        w = self.width
-        cost = torch.stack([self.cost[0], self.cost[1] - self.late])
-        return Plan(self.key, self.position[:, w:], self.mask[:, :, w:], self.at[:, w:],
-                    self.place - w * (self.row[:, None] + 1), self.row, cost, torch.zeros_like(self.late), 0)
+    cost: tuple             # forwards and positions, (B,) each
+    writes: bool            # finished text, which is done once
 
 
 class Denoiser:
@@ -54,7 +45,7 @@ class Denoiser:
         self.inside = self.slot >= self.layout.shift                          # (K,) whose logits stand in the block
         self.written = torch.zeros_like(prompt)                                         # (B,) how much of it
         self.masked = torch.zeros_like(self.slot.expand(len(prompt), -1), dtype=torch.bool)     # (B, K) logits are of
-        self.cost = torch.zeros_like(prompt.expand(2, -1))                              # (2, B) forwards, positions
+        self.forwards, self.positions = torch.zeros_like(prompt), torch.zeros_like(prompt)
 
     def __call__(self, tokens: Tensor, start: Tensor, masked: Tensor, asked: Tensor | None = None) -> Tensor:
         """(B, K, V) logits about the slots start .. start + K - 1 of each row of `tokens` (B, T), valid where `masked`
@@ -72,8 +63,6 @@ class Denoiser:
         if self.plan is None or not all(map(torch.equal, key, self.plan.key)):
             self.drop(masked.any(1))
             self.plan = self.planned(key, wanted)
-        elif self.plan.width:
-            self.plan = self.plan.again()
         at = wanted.nonzero(as_tuple=True)                                              # (N,) twice: rows, slots
         made = self.forward(tokens, at)                                                 # (N, V)
         if self.logits is None:
@@ -85,39 +74,34 @@ class Denoiser:
     def planned(self, key: tuple, wanted: Tensor) -> Plan:
         """For the n rows that are left. `wanted` (B, K)."""
         r, shift, (start, awaited) = self.rows, self.layout.shift, key
-        late = torch.where(awaited, start - self.written, 0)                            # (B,) finished but not written
-        width, written, here = int(late[r].max()), self.written[r, None], start[r, None] + self.slot
+        late = torch.where(awaited, start - self.written, 0)[r]                         # (n,) finished but not written
+        width, written, here = int(late.max()), self.written[r, None], start[r, None] + self.slot
         clean = written + torch.arange(width, device=here.device)                       # (n, width)
         # in a block of one slot, shifted, nobody reads or sees the slot itself: then AR text costs one position a token
         noisy = here if (wanted & self.inside).any() else here[:, :0]                   # (n, K) or none
         position = torch.cat([clean, noisy], 1)                                         # (n, W)
-        used = torch.cat([clean < written + late[r, None], (noisy < self.end[r, None]) & awaited[r, None]], 1)
+        used = torch.cat([clean < written + late[:, None], (noisy < self.end[r, None]) & awaited[r, None]], 1)
         position = torch.where(used, position, 0)                                       # the others are padding
         denoised = (torch.arange(position.size(1), device=here.device) >= width).expand_as(position)
         mask = cached(position, denoised, self.prompt[r], self.end[r], self.layout, int(position.max()) + 1)
-        at = self.cache[0].place(torch.where(used, position, self.dump)).view_as(position)
-        row = torch.zeros_like(start).index_put((r,), torch.arange(len(r), device=here.device))
-        place = row[:, None] * position.size(1) + torch.where(self.inside, width, late[:, None]) + self.slot - shift
-        cost = torch.stack([used.any(1), used.sum(1)])                                  # (2, n)
-        cost = torch.zeros_like(self.cost).index_copy(1, r, cost)
-        self.written = torch.where(awaited, start, self.written)                        # by the forward that comes now
-        return Plan(key, position, mask, at, place, row, cost, late, width)
+        at = self.cache[0].place(torch.where(used, position, self.dump))
+        place = torch.where(self.inside, width, late[:, None]) + self.slot - shift              # (n, K) in its row
+        place = place + torch.arange(len(r), device=here.device)[:, None] * position.size(1)
+        place, *cost = (start.new_zeros(len(start), *x.shape[1:]).index_put((r,), x)
+                        for x in (place, used.any(1).long(), used.sum(1)))
+        return Plan(key, position, mask, at, place, tuple(cost), width > 0)
 
     def forward(self, tokens: Tensor, at: tuple) -> Tensor:
         """(N, V): one pass, read `at` rows and slots, (N,) each."""
-        plan, self.cost = self.plan, self.cost + self.plan.cost
+        plan, (forwards, positions) = self.plan, self.plan.cost
+        self.forwards, self.positions = self.forwards + forwards, self.positions + positions
+        if plan.writes:
+            (start, awaited), self.plan = plan.key, None
+            self.written = torch.where(awaited, start, self.written)
         tokens = tokens if len(self.rows) == len(tokens) else tokens[self.rows]
         with inference():
             return self.net(tokens.gather(1, plan.position), plan.mask, plan.position, plan.place[at], self.cache,
-                            plan.at.flatten())
-
-    @property
-    def forwards(self) -> Tensor:
-        return self.cost[0]
-
-    @property
-    def positions(self) -> Tensor:
-        return self.cost[1]
+                            plan.at)
 
     def drop(self, working: Tensor) -> None:
         """Forget the rows that have finished, several at a time, since it copies the cache. `working` (B,)."""

@@ -63,7 +63,7 @@ def test_end_to_end(capsys):
     assert numbers["ar"]["tok_per_fwd"] == 1.0
     header = json.loads(Path("run/log.jsonl").read_text().splitlines()[0])
     assert {"config", "commit", "torch", "device", "parameters", "matmul_flops"} <= set(header)
-    line = r"distil +3/3 \| kl \d\.\d+ nats \| masked 0\.\d+ \| len \d+ \| gen .* nats \| .*k tok/s \| \d+ ms"
+    line = r"distil +3/3 \| kl \d\.\d+ nats \| masked 0\.\d+ \| len \d+ \| text .* nats \| .*k tok/s \| \d+ ms"
     assert re.search(line, said)
     assert "\033" not in said
 
