@@ -171,14 +171,6 @@ def write(options: Options, writer: measure.Writer, tok) -> tuple[opdlm.Text, fl
     return text, time.perf_counter() - begun
 
 
-def cost(text: opdlm.Text, seconds: float, net) -> str:
-    """The last line."""
-    tokens, forwards, positions = (int(x.sum()) for x in (text.kept, text.forwards, text.positions))
-    where = f"batch {len(text.tokens)}, {net.wte.weight.device.type}, {torch.get_num_threads()} threads"
-    return (f"{tokens} tokens | {tokens / forwards:.2f} tokens/forward | {positions / tokens:.2f} positions/token | "
-            f"{tokens / seconds:.0f} tokens/s ({where})")
-
-
 def main(argv: list[str]) -> None:
     options = cli.parse(Options, argv, __doc__)
     if options.export:
@@ -198,7 +190,7 @@ def main(argv: list[str]) -> None:
         print(trace.legend(max(story.most for story in stories), stories[0].colours))
     if options.picture is not None:
         PICTURES[Path(options.picture).suffix.lower()](stories[0], options.picture)
-    print(cost(text, seconds, writer.net))
+    print(measure.cost(text, seconds, writer.net))
 
 
 if __name__ == "__main__":

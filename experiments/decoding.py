@@ -7,8 +7,6 @@ Two students of each block: one has learnt states that show a left part, the oth
 tokens right of a mask. A look that is there is not taken again; speeds are taken at the end, in turns, by one process.
 Leaves experiments/decoding/results.json (every seed, every point, the commit) and curves.png.
 """
-import math
-import statistics
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -22,9 +20,10 @@ from data import toy
 from data.tinystories import stories
 from experiments import speed
 from experiments.conversion import opened, teacher_of
+from experiments.frontier import draw, points, table
 from experiments.job import WORK, Job, tiny
 from experiments.pool import prepare
-from experiments.results import at_cost, cell, finish, head, kept
+from experiments.results import finish, head, kept
 from experiments.students import student
 from model import reveal
 from model.masks import AR
@@ -42,7 +41,6 @@ WAYS = {                                # of rules by name: the student, specs, 
     **{f"static, {name}": ("any", [f"static:{n}" for n in (1, 2, 4)], name)
        for name in ("largest", "margin", "entropy")},
     "random": ("any", [f"random:{n}" for n in (1, 2, 4)], None)}
-POINTS = {"ar": "AR", "self": "verified by itself", "teacher": "verified by the teacher"}
 TURNS, CONTEXT = 3, 96              # CONTEXT: of the story world's networks, tokens
 
 
@@ -102,17 +100,6 @@ def speeds(options: Options, block: int, seed: int) -> dict[str, list[float]]:
     return {name: [turn[name] for turn in turns] for name in made}
 
 
-def aup(points: list[tuple[float, float]], best: float) -> float:
-    """Accuracy under parallelism (d3LLM, 2601.07568): the area under accuracy, in percent, over tokens per forward, of
-    the points not more than 5 below the slowest; accuracy below the `best`, AR's, counts exp(-3 (1 - accuracy / best))
-    of itself. From 0 to the slowest point it is that point's."""
-    points = sorted(points)
-    points = [(x, y) for x, y in points if y >= points[0][1] - 5]
-    weighed = [(x, y * min(math.exp(-3 * (1 - y / max(best, 1))), 1)) for x, y in points]
-    area = points[0][0] * points[0][1]
-    return area + sum((b - a) * (y + z) / 2 for (a, y), (b, z) in zip(weighed, weighed[1:]))
-
-
 def look_at(look: Callable, options: Options, work: tuple[int, int]) -> dict:
     """The looks of a block and seed; taken before, with these settings: read."""
     torch.set_num_threads(1)
@@ -138,67 +125,6 @@ def main(argv: list[str]) -> None:
         print(f"{len(results['runs'])}/{len(work)} block {block}, seed {seed}", flush=True)
     finish("decoding", results, draw, options.quick)
     print(table(results), points(results), sep="\n\n")
-
-
-def by_block(results: dict) -> dict[int, list[dict]]:
-    """The looks of all seeds."""
-    seen = {}
-    for run in results["runs"]:
-        seen.setdefault(run["block"], []).append(run["looks"])
-    return seen
-
-
-def ways(look: dict) -> dict[str, list[str]]:
-    """The names of its numbers by the rule they belong to."""
-    return {way: names for way in WAYS if (names := [name for name in look if name.rpartition(" ")[0] == way])}
-
-
-def reaches(seen: list[dict], names: list[str], cost: float) -> bool:
-    """Whether some look of each seed writes slower and some faster."""
-    costs = [[look[name]["tok_per_fwd"] for name in names] for look in seen]
-    return all(min(some) <= cost <= max(some) for some in costs)
-
-
-def table(results: dict) -> str:
-    """Markdown: a row a block and rule, at equal cost; AR and verified text are points."""
-    lines = ["| block | rule | `valid` at 1.5 | at 2 | `gen_nats` at 1.5 | at 2 | AUP |", "|" + "---|" * 7]
-    for block, seen in by_block(results).items():
-        for way, names in ways(seen[0]).items():
-            cells = [cell([at_cost(look, number, cost, tuple(names)) for look in seen]) if reaches(seen, names, cost)
-                     else "-" for number in ("valid", "gen_nats") for cost in (1.5, 2)]
-            areas = [aup([(look[n]["tok_per_fwd"], 100 * look[n]["valid"]) for n in names],
-                         100 * look["ar"]["valid"]) for look in seen]
-            lines.append(f"| {block} | {way} | {' | '.join(cells)} | {cell(areas, 0)} |")
-    return "\n".join(lines)
-
-
-def points(results: dict) -> str:
-    """Markdown: AR and verified text, which have no parameter."""
-    numbers = ("tok_per_fwd", "positions_per_tok", "valid", "gen_nats", "distinct2")
-    lines = [f"| block | | {' | '.join(f'`{n}`' for n in numbers)} | times as fast as AR, alone |", "|" + "---|" * 8]
-    for block, seen in by_block(results).items():
-        for name in (name for name in POINTS if name in seen[0]):
-            cells = [cell([look[name][number] for look in seen]) for number in numbers]
-            turns = [[b / a for a, b in zip(look[name]["seconds"], look["ar"]["seconds"])] for look in seen]
-            cells.append(cell(list(map(statistics.median, turns)), 2))
-            lines.append(f"| {block} | {POINTS[name]} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def draw(results: dict, figure) -> None:
-    """`valid` against tokens a forward, a picture a block, a line a rule, and the points."""
-    blocks = by_block(results)
-    for axes, (block, seen) in zip(figure.subplots(1, len(blocks), sharey=True, squeeze=False)[0], blocks.items()):
-        def mean(name, number, seen=seen):
-            return statistics.mean(look[name][number] for look in seen)
-        for way, names in ways(seen[0]).items():
-            axes.plot([mean(n, "tok_per_fwd") for n in names], [mean(n, "valid") for n in names], marker=".", label=way)
-        for name in (name for name in POINTS if name in seen[0]):
-            axes.plot(mean(name, "tok_per_fwd"), mean(name, "valid"), "*", ms=12, label=POINTS[name])
-        axes.set(xlabel="tokens a forward", title=f"block {block}")
-        axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("valid")
-    figure.axes[-1].legend(fontsize=8)
 
 
 if __name__ == "__main__":

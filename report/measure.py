@@ -143,6 +143,14 @@ def generated(teacher, texts: list, seconds: float, tokenizer, check: Callable |
     return numbers
 
 
+def cost(text: opdlm.Text, seconds: float, net) -> str:
+    """What a text took, in a line."""
+    tokens, forwards, positions = (int(x.sum()) for x in (text.kept, text.forwards, text.positions))
+    where = f"batch {len(text.tokens)}, {net.wte.weight.device.type}, {torch.get_num_threads()} threads"
+    return (f"{tokens} tokens | {tokens / forwards:.2f} tokens/forward | {positions / tokens:.2f} positions/token | "
+            f"{tokens / seconds:.0f} tokens/s ({where})")
+
+
 def finished(texts: list, eot: int) -> list[list[int]]:
     """The ids, prompt included, of the texts that reached an end-of-text."""
     rows = [(row[:n], row[keep]) for text, lens in texts

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import opdlm
-from experiments import ablations, changes, conversion, decoding, memory, methods, speed
+from experiments import ablations, changes, conversion, frontier, memory, methods, speed
 from experiments.job import Job, options_of
 from experiments.results import at_cost, gap, reached, tokens_cell
 from model import reveal
@@ -139,11 +139,11 @@ def test_every_row_of_the_methods_is_flags_of_the_command(name):
 
 def test_aup_by_hand():
     """80 % from 0 to 1 token a forward, then a trapezoid; what is 5 below the slowest, or more, does not count."""
-    assert decoding.aup([(1, 80)], 80) == 80
-    assert decoding.aup([(2, 80), (1, 80)], 80) == pytest.approx(160)
+    assert frontier.aup([(1, 80)], 80) == 80
+    assert frontier.aup([(2, 80), (1, 80)], 80) == pytest.approx(160)
     less = 76 * math.exp(-3 * (1 - 76 / 80))
-    assert decoding.aup([(1, 80), (2, 76), (4, 74.9)], 80) == pytest.approx(80 + (80 + less) / 2)
-    assert decoding.aup([(1, 80), (2, 90)], 80) == pytest.approx(80 + (80 + 90) / 2)        # above the best, as it is
+    assert frontier.aup([(1, 80), (2, 76), (4, 74.9)], 80) == pytest.approx(80 + (80 + less) / 2)
+    assert frontier.aup([(1, 80), (2, 90)], 80) == pytest.approx(80 + (80 + 90) / 2)        # above the best, as it is
 
 
 def test_a_peak_is_what_stood_at_once():
