@@ -228,8 +228,8 @@ class Recipe:
     weight: Callable
     layout: Layout
     eot: int                                    # id of end-of-text
-    rule: reveal.Rule = reveal.parse("leftmost:0.9")
-    batch: int = 32                             # rows of one update, over all processes
+    rule: reveal.Rule = reveal.parse("leftmost:0.98")
+    batch: int = 16                             # rows of one update, over all processes
     share: Callable = lambda numbers: numbers   # those of a range of rows that are worked on in this process
     passes: int = 1                             # forwards and backwards, one after the other, that an update is made of
     updates: int = 1                            # updates per rollout (paper: 16)

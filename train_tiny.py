@@ -112,7 +112,7 @@ def recipe_of(options: Options, eot: int, show=repr, vocab: int = 0) -> opdlm.Re
 
 def distil(student, teacher, corpus: Corpus, recipe: opdlm.Recipe, options: Options, optimizer, done: int = 0):
     """Drive `opdlm.train` from step `done` on: data, lengths, learning rate. Yields each step's record."""
-    rate, total = schedule(optimizer, options.schedule, options.distill_steps), options.distill_steps
+    rate, total = schedule(optimizer, options.lr_schedule, options.distill_steps), options.distill_steps
     data = partial(draw, corpus, length=options.length, seed=options.seed, device=student.wte.weight.device)
     length = ramp(options.block, options.length, options.ramp)
     # a student that can't write yet learns little from its own text: first a stretch of distillation on stories
@@ -202,7 +202,7 @@ def main(argv: list[str]) -> None:
         hub.save(out / "ar", teacher, tok, trained=untrained)
     student = dist.place(copy.deepcopy(teacher).init_mask(), options.compile)
     optimizer = dist.Careful(optimizer_named(options.optimizer, student, options.lr), options.passes)
-    teacher = dist.compiled(teacher.requires_grad_(False).to(getattr(torch, options.teacher)), options.compile)
+    teacher = dist.compiled(teacher.requires_grad_(False).to(getattr(torch, options.teacher_dtype)), options.compile)
     compared = Comparison(teacher, corpus, options.length, options.seed, log, prompt)
     compared.look("ar", teacher, AR, rules.parse("static:1"), options.pretrain_steps * options.rows * options.length)
     compared.look("before", student, recipe.layout, recipe.rule, 0)

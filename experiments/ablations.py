@@ -37,7 +37,7 @@ class Options:
     updates: int = option(160, "updates of 16 rows, of every row")
 
 
-PRESET = {k: v for k, v in PAPER.items() if k not in ("ramp", "warm_steps", "schedule", "batch")} | {"lr": 0.001}
+PRESET = {k: v for k, v in PAPER.items() if k not in ("ramp", "warm_steps", "lr_schedule", "batch")} | {"lr": 0.001}
 
 
 @dataclass

@@ -97,7 +97,7 @@ class Rule:
 
 
 COUNT, SHARE, BOUND = (int, 1, float("inf")), (float, 0, 1), (float, 0, float("inf"))   # kinds: number, least, most
-RULES = {"leftmost": (leftmost, SHARE, "P", "0.9"), "threshold": (threshold, SHARE, "P", "0.9"),
+RULES = {"leftmost": (leftmost, SHARE, "P", "0.98"), "threshold": (threshold, SHARE, "P", "0.9"),
          "static": (static, COUNT, "COUNT", "1"), "random": (random, COUNT, "COUNT", "1"),
          "factor": (factor, BOUND, "F", "1"), "eb": (eb, BOUND, "G", "0.1"),
          "ancestral": (ancestral, COUNT, "STEPS", "32")}

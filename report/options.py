@@ -41,13 +41,13 @@ class Options:
     clean_weight: float = option(0.0, "of the same loss of the student as an AR model, which --verifier=self relies on")
     kl: str | None = option(None, "plain: target and logits whole; full: the same in chunks; topk:K: the K likeliest "
                             f"tokens and one bucket; none: full from a vocabulary of {VOCAB} on, else plain")
-    teacher: str = option("float32", "numbers that the frozen teacher is made of", ("float32", "bfloat16"))
+    teacher_dtype: str = option("float32", "numbers that the frozen teacher is made of", ("float32", "bfloat16"))
     checkpointing: bool = option(False, "run blocks twice rather than keep what their backward pass needs: less memory")
     updates: int = option(1, "updates per rollout (paper: 16): by 1 1.88, by 4 2.23, by 16 2.93 nats*")
     ramp: int = option(0, "updates over which the response grows to its full length (paper: 160, its "
                        "release 1600)")
     optimizer: str = option("muon", "muon on the blocks' matrices, or adamw on all (paper)", ("muon", "adamw"))
-    schedule: str = option("linear", "of distillation's rate: linear to 0, trapezoid, that in its second half "
+    lr_schedule: str = option("linear", "of distillation's rate: linear to 0, trapezoid, that in its second half "
                            "only, cosine to a tenth (paper), constant", tuple(SHAPES))
     pretrain_steps: int | None = option(None, "updates of AR pretraining; none: 480 on toy, 640 on text, 0 with --init")
     rows: int | None = option(None, "windows of one update of AR pretraining; none: 32 on toy, 16 on text")
@@ -80,7 +80,7 @@ class Options:
 # teacher's 16 likeliest tokens, the paper and we over all; its sampler and its trainer part a text into other blocks.
 PAPER = {"block": 4, "align": "paper", "context": "block", "reveal": "threshold:0.9", "confidence": "drawn", "batch": 8,
          "text": "student", "states": "visited", "target": "teacher", "weight": "mean", "updates": 16, "ramp": 160,
-         "warm_steps": 0, "optimizer": "adamw", "schedule": "cosine"}
+         "warm_steps": 0, "optimizer": "adamw", "lr_schedule": "cosine"}
 MDLM = {"block": 0, "align": "paper", "context": "block", "reveal": "ancestral:128", "text": "data", "states": "random",
         "target": "onehot", "weight": "1/t", "warm_steps": 0, "every": 1000}
 PRESETS = {"paper": PAPER, "mdlm": MDLM} | {

@@ -187,7 +187,7 @@ def test_the_dials_reach_the_method(flags, monkeypatch):
 
 def test_what_saves_memory_changes_no_loss():
     """But for bf16, which rounds the teacher."""
-    ways = {"plain": [], "lean": ["--kl=full", "--checkpointing"], "bf16": ["--teacher=bfloat16"]}
+    ways = {"plain": [], "lean": ["--kl=full", "--checkpointing"], "bf16": ["--teacher_dtype=bfloat16"]}
     for out, flags in ways.items():
         assert train("--distill_steps=2", f"--out={out}", *flags) == 0
     losses = {out: [r["loss"] for phase in ("pretrain", "distil") for r in steps(out, phase)] for out in ways}
@@ -204,8 +204,8 @@ def test_what_saves_memory_changes_no_loss():
     (["--init=run/ar", "--length=97"], "--length=97 is more than the 96 positions of --init=run/ar"),
     (["--align=left"], "--align"), (["--width=33"], "--width"),
     (["--out=occupied/run"], "can't be written"), (["--resume", "--out=empty"], "nothing to resume"),
-    (["--watch_prompt=" + " a" * 64], "--watch_prompt has 65 tokens, its start counted, and 32 more must fit in"),
-    (["--batch=0"], "at least 1"), (["--kl=top"], "--kl=top is not known"), (["--teacher=int8"], "--teacher")])
+    (["--batch=0"], "at least 1"), (["--kl=top"], "--kl=top is not known"),
+    (["--teacher_dtype=int8"], "--teacher_dtype")])
 def test_bad_input_is_one_sentence_and_costs_nothing(flags, said, capsys):
     Path("occupied").write_text("a file")
     assert train("--distill_steps=1", "--out=run") == 0
