@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import opdlm
-from experiments import ablations, changes, conversion, frontier, memory, methods, speed
+from experiments import ablations, changes, conversion, frontier, hull, memory, methods, speed, unmasking
 from experiments.job import Job, options_of
 from experiments.results import at_cost, gap, reached, tokens_cell
 from model import reveal
@@ -183,3 +183,31 @@ def test_a_level_reveals_two_tokens_a_step():
     prompt = torch.randint(64, (1, speed.PROMPT), generator=torch.Generator().manual_seed(0))
     text = speed.write(net, layout, prompt, f"threshold:{speed.level(net, layout, prompt)}")
     assert 1.6 < (text.kept.sum() / text.forwards.sum()).item() < 2.4
+
+
+def test_the_hull_is_what_no_mixture_beats():
+    corners = [(10, 0.2), (20, 0.6), (40, 0.8)]
+    below = [(30, 0.65), (20, 0.5), (50, 0.8), (15, 0.39)]
+    assert hull.hull(below + corners) == corners
+    assert hull.at(below + corners, 30) == pytest.approx(0.7) and hull.at(corners, 99) == 0.8
+    assert hull.at(corners, 10) == pytest.approx(0.3)       # half of the texts by (20, 0.6), nothing of the others
+
+
+def test_the_volume_by_hand():
+    """Of 100 forwards: from 20 on 0.5, from 60 on 0.9; a point that another beats adds nothing."""
+    two = [(60, 0.9), (20, 0.5)]
+    assert hull.volume(two, 100) == pytest.approx((40 * 0.5 + 40 * 0.9) / 100)
+    assert hull.volume([*two, (30, 0.4), (120, 1.0)], 100) == pytest.approx(hull.volume(two, 100))
+
+
+def test_a_blind_rule_sees_the_same_numbers_at_other_slots():
+    source, seen = torch.Generator().manual_seed(0), []
+    sure, masked = torch.rand(50, 6, generator=source), torch.rand(50, 6, generator=source) < 0.6
+    numbers = torch.rand(50, 6, 2, generator=source)
+    for how in ("mean", "shuffled"):
+        unmasking.Blind(lambda *x: seen.append(x[0]), how)(sure, masked, torch.zeros(50), numbers)
+    mean, other = seen
+    for row, (m, a, b, c) in enumerate(zip(masked, sure, mean, other)):
+        assert torch.equal(a[~m], b[~m]) and torch.equal(a[~m], c[~m]) and a[m].sort()[0].equal(c[m].sort()[0]), row
+        assert not m.any() or torch.allclose(b[m], a[m].mean())
+    assert (sure != other).sum() > masked.sum() / 2
