@@ -133,6 +133,9 @@ def convert(student, teacher, corpus, recipe, options: Options, optimizer, log: 
     state, settings = Path(options.out, STATE), {**asdict(options), "resume": None, "processes": dist.count()}
     noted = load_state(state, student, optimizer, settings) if options.resume else begin_states(state, settings)
     each, total, stop, tokens = recipe.updates, options.distill_steps, dist.Stop(), noted["tokens"]
+    if options.text != "data" and options.warm_steps >= total and dist.first():
+        print(f"--warm_steps={options.warm_steps}: all {total} updates learn from stories, none from the "
+              f"{options.text}'s text")
     for record in distil(student, teacher, corpus, recipe, options, optimizer, noted["step"]):
         step, tokens, seconds = record["step"], tokens + record["tokens"], record["seconds"]
         log.step({"phase": "distil", **record, "tokens": tokens}, total,

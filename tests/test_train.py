@@ -107,6 +107,14 @@ def test_the_ar_model_is_used_again(capsys):
     assert "used again" not in capsys.readouterr().out and contents("run/ar") != before
 
 
+def test_a_run_that_never_comes_to_its_own_text_says_so(capsys):
+    said = []
+    for flags in (["--warm_steps=1"], ["--warm_steps=2"], ["--warm_steps=2", "--text=data", "--states=prefix"]):
+        assert train("--distill_steps=2", "--out=run", *flags) == 0
+        said.append("all 2 updates learn from stories, none from the student's text" in capsys.readouterr().out)
+    assert said == [False, True, False]
+
+
 def test_init_takes_a_checkpoint(capsys):
     assert train("--distill_steps=1", "--out=run") == 0
     assert train("--distill_steps=1", "--out=next", "--init=run/ar") == 0
