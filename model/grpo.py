@@ -56,9 +56,20 @@ class Seen:
 
     def logprob(self, policy: Policy) -> Tensor:
         """(S, B) of the actions under a policy: of each masked slot that its mask came off, or did not."""
-        S, B, K = self.sure.shape
-        logits = policy(self.sure.view(-1, K), self.masked.view(-1, K), self.time.view(-1)).view(S, B, K)
-        return (F.logsigmoid(torch.where(self.action, logits, -logits)) * self.masked).sum(-1)
+        alive = self.alive
+        logits, action, masked = policy(*self.states()), self.action[alive], self.masked[alive]      # (N, K)
+        said = (F.logsigmoid(torch.where(action, logits, -logits)) * masked).sum(-1)
+        return torch.zeros_like(alive, dtype=said.dtype).masked_scatter(alive, said)
+
+    def states(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What there was to see at the N steps of texts that had a mask: (N, K) twice, (N,)."""
+        return self.sure[self.alive], self.masked[self.alive], self.time[self.alive]
+
+    def relabelled(self, rule: Callable) -> "Seen":
+        """The same steps, with what a rule would have done; one that goes by the confidences."""
+        sure, masked, time = self.states()
+        step, nothing = (time * masked.size(1)).round().long(), sure.new_zeros(*sure.shape, 1)
+        return Seen(*(x[None] for x in (sure, masked, time, rule(sure, masked, step, nothing))))
 
 
 def reward(quality: Tensor, nfe: Tensor, length: int, alpha: float) -> Tensor:
@@ -95,8 +106,9 @@ class Settings:
     eps: float = 0.2                # (paper: 0.5 without experts)
     inner: int = 2                  # gradient steps on the same texts
     clip: float = 0.2               # of the gradient's norm
-    expert: Callable | None = None  # a rule that writes one more text of each group (paper: for whole texts only)
+    expert: Callable | None = None  # a rule
     imitated: int = 0               # updates, the first ones, that only make the expert's choices likelier (paper: 0)
+    steered: bool = False           # if the expert goes on to write a text of each group (paper: of whole texts only)
     reward: Callable = reward
 
 
@@ -107,7 +119,7 @@ def train(policy: Policy, write: Callable, quality: Callable, settings: Settings
     for update in updates:
         rate(update)
         parts = [(Recorded(Learned(policy, explore=True)), settings.group)]
-        parts += [(Recorded(settings.expert), 1)] if settings.expert else []
+        parts += [(Recorded(settings.expert), 1)] if update < settings.imitated or settings.steered else []
         texts = [write(rule, update, count) for rule, count in parts]
         seen, worth = [rule.stacked() for rule, _ in parts], [quality(text) for text in texts]
         rewards = [settings.reward(q, s.alive.sum(0), settings.length, settings.alpha) for q, s in zip(worth, seen)]
@@ -117,7 +129,7 @@ def train(policy: Policy, write: Callable, quality: Callable, settings: Settings
                   "nfe": seen[0].alive.sum(0).float().mean().item(),
                   "alike": (gain.abs().amax(1) < 1e-9).float().mean().item()}
         if update < settings.imitated:
-            record |= imitate(policy, seen[1], settings, optimizer)
+            record |= imitate(policy, [seen[1], seen[0].relabelled(settings.expert)], settings, optimizer)
         elif record["alike"] < 1:
             record |= learn(policy, seen, [part.flatten() for part in gain.split([g for _, g in parts], 1)], settings,
                             optimizer)
@@ -138,11 +150,13 @@ def learn(policy: Policy, seen: list[Seen], gains: list[Tensor], settings: Setti
     return descend(policy, loss, settings, optimizer)
 
 
-def imitate(policy: Policy, expert: Seen, settings: Settings, optimizer) -> dict:
-    """Before all that: a policy far from anything that is ever rewarded learns nothing from rewards. Here there is no
-    ratio that bounds the steps on one text: five times as many."""
+def imitate(policy: Policy, expert: list[Seen], settings: Settings, optimizer) -> dict:
+    """Before all that: a policy far from anything that is ever rewarded learns nothing from rewards. It learns what the
+    expert does in its own texts, and would have done in the policy's (DAgger, 1011.0686). Here there is no ratio that
+    bounds the steps on one text: five times as many."""
     often = replace(settings, inner=5 * settings.inner)
-    return descend(policy, lambda: -expert.logprob(policy)[expert.alive].mean(), often, optimizer)
+    return descend(policy, lambda: -torch.cat([some.logprob(policy)[some.alive] for some in expert]).mean(), often,
+                   optimizer)
 
 
 def descend(policy: Policy, loss: Callable, settings: Settings, optimizer) -> dict:

@@ -68,6 +68,7 @@ class Policy(nn.Module):
                     p.normal_(0, p.size(1) ** -0.5, generator=generator)
                 elif "norm" not in name:
                     p.zero_()
+            self.sure.bias.normal_(generator=generator)         # else norm1 would leave of a confidence its sign alone
             self.modulate.weight.zero_()
             self.head.weight.mul_(0.1)
             self.head.bias.fill_(self.config.bias)
@@ -78,8 +79,9 @@ class Policy(nn.Module):
         `masked` (N, K); `time` (N,), the share of the block's steps that is over."""
         pair = torch.arange(0, self.config.width, 2, device=time.device) / self.config.width
         angle = time[:, None] * (1000 * 1e4 ** -pair).to(time)                          # (N, C / 2)
-        told = self.masked(masked.long()) + self.time(torch.cat([angle.cos(), angle.sin()], 1))[:, None]
-        scale1, shift1, gate1, scale2, shift2, gate2 = self.modulate(F.silu(told)).chunk(6, -1)     # (N, K, C) each
+        told = self.masked.weight + self.time(torch.cat([angle.cos(), angle.sin()], 1))[:, None]    # (N, 2, C)
+        told = self.modulate(F.silu(told))[torch.arange(len(time), device=time.device)[:, None], masked.long()]
+        scale1, shift1, gate1, scale2, shift2, gate2 = told.chunk(6, -1)                # (N, K, C) each
         odds = torch.where(masked, sure, 1.0).logit(1e-4) / 2           # the paper takes it as it is: 0.98 is 0.99 then
         x = self.sure(odds[..., None])
         x = x + (1 + gate1) * self.attend(self.norm1(x) * (1 + scale1) + shift1)
@@ -137,15 +139,17 @@ class Learned:
 
 @dataclass(frozen=True)
 class Within:
-    """Any rule, kept to the leftmost `size` slots that have a mask: blocks inside a block, as models of whole texts are
-    mostly sampled, and as the paper's experts are."""
+    """Any rule, kept to blocks of `size` inside a block, from the left: so models of whole texts are mostly sampled,
+    and so are the paper's experts. Or, if it slides, to as many slots from the first mask on: what a policy can learn,
+    which sees no numbers of slots."""
     rule: Callable
     size: int
+    slides: bool = False
 
     def __call__(self, sure: Tensor, masked: Tensor, step: Tensor, numbers: Tensor) -> Tensor:
-        part = torch.arange(masked.size(1), device=masked.device) // self.size          # (K,)
-        first = masked.long().argmax(1, keepdim=True) // self.size                      # (B, 1)
-        return self.rule(sure, masked & (part == first), step, numbers)
+        slot, first = torch.arange(masked.size(1), device=masked.device), masked.long().argmax(1, keepdim=True)
+        near = slot < first + self.size if self.slides else slot // self.size == first // self.size     # (B, K)
+        return self.rule(sure, masked & near, step, numbers)
 
     def __getattr__(self, name: str):
         return getattr(self.rule, name)

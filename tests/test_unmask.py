@@ -113,6 +113,23 @@ def test_blocks_inside_a_block(net):
     assert torch.equal(whole.tokens, same.tokens) and torch.equal(whole.order, same.order)
 
 
+def test_a_window_slides(net):
+    """From the first mask on, wherever that is; what is far to the right waits."""
+    text = write(net, Within(reveal.parse("static:1"), 3, slides=True), Layout(16, 16, 0), eot=-1)
+    for row in text.order[:, 2:]:
+        for step in range(int(row.max()) + 1):
+            first = int((row >= step).nonzero()[0])
+            assert first <= int((row == step).nonzero()[0]) < first + 3
+
+
+def test_how_sure_a_slot_is_can_be_attended_to():
+    """From the first: a norm of one number's multiples would leave its sign alone."""
+    made = Policy(PolicyConfig(8)).init_weights(torch.Generator().manual_seed(0))
+    odds = torch.tensor([[0.6, 0.9, 0.99]]).logit()[..., None] / 2
+    low, middle, high = made.norm1(made.sure(odds))[0]
+    assert (low - middle).abs().max() > 0.3 and (middle - high).abs().max() > 0.1
+
+
 def test_saved_and_loaded_it_does_the_same(net, tmp_path):
     made = policy()
     save(tmp_path / "policy", made)
@@ -207,7 +224,17 @@ def test_imitation_makes_the_expert_s_choices_likely(net):
     some = rule.stacked()
     optimizer, settings = torch.optim.AdamW(made.parameters(), 0.02), Settings(length=14, inner=30, clip=1.0)
     before = some.logprob(made)[some.alive].mean().item()
-    assert imitate(made, some, settings, optimizer)["loss"] < -0.25 * before
+    assert imitate(made, [some], settings, optimizer)["loss"] < -0.25 * before
+
+
+def test_what_an_expert_would_have_done_is_what_it_does(net):
+    """In the states of its own texts."""
+    rule = Recorded(reveal.parse("threshold:0.35"))
+    write(net, rule, rows=20)
+    some = rule.stacked()
+    again = some.relabelled(reveal.parse("threshold:0.35"))
+    assert torch.equal(again.action[0], some.action[some.alive]) and again.action.any() and not again.action.all()
+    assert not torch.equal(some.relabelled(reveal.parse("static:1")).action, again.action)
 
 
 class World:
