@@ -49,14 +49,15 @@ class Itself:
         self.stream, self.before = Stream(student, block, begin, end), None
 
     def __call__(self, tokens, size, working, u, warp) -> tuple[Tensor, Tensor, Tensor]:
-        """p, q (B, A + 1, V) and drafts (B, A + 1), the last of them none."""
+        """p, q (B, A + 1, V) and drafts (B, A + 1), the last of them none; `u` (B, K + 1, 3) of the positions from
+        `size` on."""
         q, row = None, torch.arange(len(size), device=size.device)
         drafts = tokens[:, :0]
         if self.before is not None:
             before, ahead, table = self.before
             chosen = ahead[row, (size - before - 1).clamp(0, ahead.size(1) - 1)]        # (B, K - 1, C)
             q = warped(warp, F.linear(chosen, *table))
-            drafts = drawn(q, u, size)
+            drafts = drawn(q, u)
             tokens = put(tokens, drafts, size)
         behind, ahead, table = self.stream(tokens, size, drafts.size(1), working)
         self.before = size, ahead, table
@@ -86,7 +87,7 @@ class Teacher:
         slot = done[:, None] + block                                       # (B, K) of drafts, in the block
         place = slot.clamp(max=layout.block - 1)[..., None].expand(-1, -1, logits.size(-1))
         q = warped(warp, logits.gather(1, place)) * (slot < layout.block)[..., None]
-        drafts = drawn(q, u, size)
+        drafts = drawn(q, u)
         behind, _, table = self.stream(put(tokens, drafts, size), size, layout.block, working)
         return warped(warp, F.linear(behind, *table)), F.pad(q, (0, 0, 0, 1)), F.pad(drafts, (0, 1))
 
@@ -100,15 +101,9 @@ def warped(warp, logits: Tensor) -> Tensor:
     return warp(logits.float().softmax(-1).flatten(0, 1)).view(logits.shape)
 
 
-def at(u: Tensor, size: Tensor, count: int) -> Tensor:
-    """(B, count, 3): the numbers of the positions from `size` on."""
-    place = size[:, None] + torch.arange(count, device=size.device)
-    return u.gather(1, place.clamp(max=u.size(1) - 1)[..., None].expand(-1, -1, u.size(2)))
-
-
-def drawn(q: Tensor, u: Tensor, size: Tensor) -> Tensor:
+def drawn(q: Tensor, u: Tensor) -> Tensor:
     """(B, A): a draft of each position."""
-    return inverse_cdf(q.flatten(0, 1), at(u, size, q.size(1))[..., DRAFT].flatten()).view(q.shape[:2])
+    return inverse_cdf(q.flatten(0, 1), u[:, :q.size(1), DRAFT].flatten()).view(q.shape[:2])
 
 
 def put(tokens: Tensor, some: Tensor, size: Tensor) -> Tensor:
@@ -127,20 +122,23 @@ def verified(student, layout: Layout, prompt: Tensor, length: int, u: Tensor, eo
     B, P = prompt.shape
     size = torch.full((B,), P, device=prompt.device) if prompt_len is None else prompt_len       # (B,) accepted so far
     begin, end, turn = size, size + length, 0
-    tokens = F.pad(prompt, (0, length + layout.block + 1))
+    tokens, u = F.pad(prompt, (0, length + layout.block + 1)), F.pad(u, (0, 0, 0, layout.block + 1))
     tokens = tokens.masked_fill(torch.arange(tokens.size(1), device=size.device) >= size[:, None], student.mask_id)
-    when = torch.full_like(tokens, -1)
+    when, row = torch.full_like(tokens, -1), torch.arange(B, device=size.device)[:, None]
+    slot = torch.arange(layout.block + 1, device=size.device)
     verifier = Itself(student, layout, begin, end) if teacher is None else Teacher(student, layout, begin, end, teacher)
     while (working := size < end).any():
-        p, q, drafts = verifier(tokens, size, working, u, warp)
-        count, instead = accept(p, q, drafts, at(u, size, drafts.size(1)))
-        run, slot = drafts.scatter(1, count[:, None], instead[:, None]), torch.arange(p.size(1), device=size.device)
-        here = size[:, None] + slot                                                     # (B, A + 1)
-        fits = (slot <= count[:, None]) & (here < end[:, None])
+        here = size[:, None] + slot                                                     # (B, K + 1)
+        numbers = u[row, here]                                                          # (B, K + 1, 3)
+        p, q, drafts = verifier(tokens, size, working, numbers, warp)
+        here, numbers = here[:, :drafts.size(1)], numbers[:, :drafts.size(1)]           # (B, A + 1)
+        count, instead = accept(p, q, drafts, numbers)
+        run = drafts.scatter(1, count[:, None], instead[:, None])                       # (B, A + 1)
+        fits = (here <= (size + count)[:, None]) & (here < end[:, None])
         over = fits & (run == eot)
         fits &= over.cumsum(1) - over.long() == 0                                       # nothing behind an end-of-text
-        tokens = tokens.scatter(1, here, torch.where(fits, run, tokens.gather(1, here)))
-        when = when.scatter(1, here, torch.where(fits, turn, when.gather(1, here)))
+        tokens = tokens.scatter(1, here, torch.where(fits, run, student.mask_id))       # nothing stands there yet
+        when = when.scatter(1, here, torch.where(fits, turn, -1))
         size = torch.where(over.any(1), end, (size + count + 1).minimum(end))
         turn += 1
     tokens, when = tokens[:, :P + length], when[:, :P + length]
