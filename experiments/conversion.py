@@ -64,6 +64,11 @@ def updates(student, teacher, corpus, recipes: list, options) -> Iterator[dict]:
             rate(record["step"])
 
 
+def recipes_of(job: Job, recipe: opdlm.Recipe, options) -> list[opdlm.Recipe]:
+    """Those that rollouts take in turn."""
+    return job.recipes(recipe, -(-options.distill_steps // recipe.updates)) if job.recipes else [recipe]
+
+
 @torch.no_grad()
 def take_in(mean, net, step: int, power: int = 9) -> None:
     """Move the mean of the weights on, after the `step`-th update."""
@@ -82,9 +87,9 @@ def run(job: Job) -> dict:
     student = copy.deepcopy(teacher).init_mask().requires_grad_(True)
     if job.start:
         job.start(student)
-    mean, rollouts = copy.deepcopy(student), -(-options.distill_steps // recipe.updates)
-    recipes = job.recipes(recipe, rollouts) if job.recipes else [recipe]
-    spent, points = dict.fromkeys(("tokens", "places", "positions", "flops"), 0), []
+    mean, recipes = copy.deepcopy(student), recipes_of(job, recipe, options)
+    spent = dict.fromkeys(("tokens", "places", "positions", "flops"), 0)
+    points = [{"step": 0, **spent, **judge(mean, teacher, job, corpus, held, options)}] if 0 in job.points else []
     for record in updates(student, teacher, corpus, recipes, options):
         take_in(mean, student, record["step"])
         now = {**record, "flops": flops(student.config, record, recipe), "tokens": record["tokens"] / job.copies}

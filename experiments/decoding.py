@@ -4,8 +4,9 @@
     python -m experiments.decoding --quick      the plumbing, a minute
 
 Two students of each block: one has learnt states that show a left part, the other any part, since most rules show
-tokens right of a mask. A look that is there is not taken again; speeds are taken at the end, in turns, by one process.
-Leaves experiments/decoding/results.json (every seed, every point, the commit) and curves.png.
+tokens right of a mask; of these a teacher that reads from the left knows nothing, so its target is the text itself. A
+look that is there is not taken again; speeds are taken at the end, in turns, by one process. Leaves
+experiments/decoding/results.json (every seed, every point, the commit) and curves.png.
 """
 import sys
 from collections.abc import Callable
@@ -18,29 +19,29 @@ import torch
 
 from data import toy
 from data.tinystories import stories
-from experiments import speed
 from experiments.conversion import opened, teacher_of
 from experiments.frontier import draw, points, table
 from experiments.job import WORK, Job, tiny
 from experiments.pool import prepare
 from experiments.results import finish, head, kept
-from experiments.students import student
+from experiments.students import in_turns, student
 from model import reveal
 from model.masks import AR
 from report import cli, measure
 from report.cli import option
 
-KINDS = {"left": "prefix", "any": "random"}     # which parts of a block a student has learnt with: --states
-LEVELS = (0.3, 0.5, 0.7, 0.9, 0.98, 0.995, 1)
+KINDS = {"left": ("prefix", "teacher", "first"), "any": ("random", "onehot", "1/t")}    # --states, --target, --weight
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9, 0.98, 1)
 WAYS = {                                # of rules by name: the student, specs, and the confidence that they go by
     "leftmost": ("left", [f"leftmost:{level}" for level in LEVELS], None),
     "leftmost, any": ("any", [f"leftmost:{level}" for level in LEVELS], None),
     "threshold": ("any", [f"threshold:{level}" for level in LEVELS], None),
-    "factor": ("any", [f"factor:{bound}" for bound in (0.02, 0.1, 0.5, 1)], None),
-    "eb": ("any", [f"eb:{bound}" for bound in (0, 0.02, 0.1, 0.5)], None),
+    "factor": ("any", [f"factor:{bound}" for bound in (0.02, 0.1, 0.5, 1, 2)], None),
+    "eb": ("any", [f"eb:{bound}" for bound in (0, 0.02, 0.1, 0.5, 2)], None),
     **{f"static, {name}": ("any", [f"static:{n}" for n in (1, 2, 4)], name)
        for name in ("largest", "margin", "entropy")},
-    "random": ("any", [f"random:{n}" for n in (1, 2, 4)], None)}
+    "random": ("any", [f"random:{n}" for n in (1, 2, 4)], None),
+    "ancestral": ("any", [f"ancestral:{n}" for n in (2, 4, 8)], None)}
 TURNS, CONTEXT = 3, 96              # CONTEXT: of the story world's networks, tokens
 
 
@@ -53,7 +54,7 @@ class Options:
 
 
 def job_of(kind: str, block: int, seed: int, options: Options) -> Job:
-    flags = {"text": "data", "states": KINDS[kind], "target": "teacher", "weight": "first", "lr": 0.01, "block": block}
+    flags = dict(zip(("states", "target", "weight"), KINDS[kind])) | {"text": "data", "lr": 0.01, "block": block}
     job = Job(f"decoding, {kind}, block {block}", seed, flags, (options.updates,), stories=options.stories)
     return replace(tiny(job), stories=options.stories) if options.quick else job
 
@@ -87,24 +88,15 @@ def qualities(options: Options, block: int, seed: int) -> dict[str, dict]:
 def speeds(options: Options, block: int, seed: int) -> dict[str, list[float]]:
     """Seconds a token by name, of 8 texts one at a time, a number a turn."""
     (made, teacher), (held, tok) = writers(block, seed, options), told(block, seed, options)
-    length = teacher.config.context
-
-    def alone(writer):
-        texts, seconds = measure.generate(writer, held[:8], tok.eot, length, seed, batch=1)
-        return seconds / sum(int(text.kept.sum()) for text, _ in texts)
-
-    def plain(_):                                                           # a loop that does nothing else
-        prompts = [story[None, :1 + k] for k, story in enumerate(held[:8])]
-        return sum(speed.timed(partial(speed.ar, teacher, row, length - 8)) for row in prompts) / (8 * (length - 8))
-    turns = [{name: (plain if name == "ar" else alone)(writer) for name, writer in made.items()} for _ in range(TURNS)]
-    return {name: [turn[name] for turn in turns] for name in made}
+    return in_turns({name: made[name] for name in made if name != "ar"}, teacher, held[:8], tok.eot, seed, TURNS)
 
 
 def look_at(look: Callable, options: Options, work: tuple[int, int]) -> dict:
     """The looks of a block and seed; taken before, with these settings: read."""
     torch.set_num_threads(1)
     (block, seed), folder = work, WORK / ("quick" if options.quick else "decoding")
-    settings = {"updates": options.updates, "stories": options.stories, "turns": TURNS}
+    jobs = [job_of(kind, block, seed, options).settings for kind in KINDS]
+    settings = {"jobs": jobs, "ways": [[name, *way] for name, way in WAYS.items()], "turns": TURNS}
     return kept(folder / f"{look.__name__}-{block}-{seed}.json", settings, partial(look, options, block, seed))
 
 

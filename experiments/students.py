@@ -1,11 +1,16 @@
-"""A student that is looked at in many ways: converted once, and kept in out/."""
+"""A student that is looked at in many ways: converted once, and kept in out/. How fast they are."""
 import copy
 import json
+from functools import partial
+
+import torch
 
 import train_tiny
-from experiments.conversion import opened, take_in, teacher_of, updates
+from experiments import speed
+from experiments.conversion import opened, recipes_of, take_in, teacher_of, updates
 from experiments.job import Job
 from model import hub
+from report import measure
 from report.publish import write_json
 
 
@@ -28,6 +33,24 @@ def converted(job: Job) -> tuple:
     if job.start:
         job.start(net)
     mean = copy.deepcopy(net)
-    for record in updates(net, teacher, corpus, [recipe], options):
+    for record in updates(net, teacher, corpus, recipes_of(job, recipe, options), options):
         take_in(mean, net, record["step"])
     return mean, corpus.tokenizer, recipe.layout
+
+
+def in_turns(writers: dict[str, measure.Writer], teacher, held: list, eot: int, seed: int, turns: int) -> dict:
+    """Seconds a token by name, of texts that go on from the `held` stories one at a time, a number a turn; "ar" is a
+    loop that writes the teacher's greedy text and does nothing else. Nothing else may run meanwhile."""
+    length = teacher.config.context
+
+    def alone(writer):
+        texts, seconds = measure.generate(writer, held, eot, length, seed, batch=1)
+        return seconds / sum(int(text.kept.sum()) for text, _ in texts)
+
+    def plain():
+        prompts = [story[None, :1 + k % 8] for k, story in enumerate(held)]
+        return sum(speed.timed(partial(speed.ar, teacher, row, length - 8)) for row in prompts) / (
+            len(held) * (length - 8))
+    torch.set_num_threads(1)
+    seen = [{"ar": plain(), **{name: alone(writer) for name, writer in writers.items()}} for _ in range(turns)]
+    return {name: [turn[name] for turn in seen] for name in seen[0]}

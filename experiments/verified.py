@@ -2,30 +2,37 @@
 
     python -m experiments.verified              the story world, three seeds: about an hour on two cores
     python -m experiments.verified --quick      the plumbing, a minute
-    python -m experiments.verified --name=verified_text --data=FILE.txt --val_data=FILE.txt
+    python -m experiments.verified --name=verified_text --data=FILE.txt --val_data=FILE.txt --length=128
 
-Leaves experiments/NAME/results.json (every seed, every number, the commit) and curves.png.
+At the end, by one process: seconds a token beside those of AR with its cache. Leaves experiments/NAME/results.json
+(every seed, every number, the commit) and curves.png.
 """
 import statistics
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 
+from data.tinystories import stories
 from experiments import changes
+from experiments.conversion import opened, teacher_of
 from experiments.job import Job, tiny, without_paths
 from experiments.pool import run_all
 from experiments.results import by_row, cell, finish, head
-from report import cli
+from experiments.students import in_turns, student
+from report import cli, measure
 from report.cli import option
 
 LOOKS = tuple(f"verifier={verifier}{cold}" for verifier in ("self", "teacher") for cold in ("", " temperature=0"))
-STORIES = {"text": "data", "states": "prefix", "target": "teacher", "weight": "first"}
+LEFT = {"text": "data", "states": "prefix", "target": "teacher", "weight": "first"}
+DRAFTS = LEFT | {"weight": "mean"}      # and all of a block masked: that is where drafts come from
 ROWS = {                                # flags, and a change of the recipe
-    **{f"block {block}": (STORIES | {"block": block}, None) for block in (4, 8, 16)},
-    "mean weight": (STORIES | {"weight": "mean"}, None),
-    "all masked": (STORIES | {"weight": "mean"}, changes.all_masked),
-    "all masked, clean 0.5": (STORIES | {"weight": "mean", "clean_weight": 0.5}, changes.all_masked),
-    "clean 0.5": (STORIES | {"clean_weight": 0.5}, None),
-    "one-hot": (STORIES | {"target": "onehot"}, None)}
+    **{f"block {block}": (DRAFTS | {"block": block}, changes.all_masked) for block in (4, 8, 16)},
+    **{f"block {block}, clean 0.5": (DRAFTS | {"block": block, "clean_weight": 0.5}, changes.all_masked)
+       for block in (4, 8)},
+    "block 4, one-hot": (DRAFTS | {"target": "onehot"}, changes.all_masked),
+    "block 4, left parts": (LEFT, None)}
+TIMED, TURNS = ("block 4", "block 8"), 5
 
 
 @dataclass
@@ -36,8 +43,9 @@ class Options:
     rows: str = option(";".join(ROWS), "which, apart by semicolons")
     quick: bool = option(False, "tiny models, four updates: whether it runs at all")
     seeds: int = option(3, "teachers, and conversions of each")
-    updates: int = option(320, "of 16 rows, of every row; looked at after all, half, a quarter, an eighth")
+    updates: int = option(320, "of 16 rows, of every row; looked at after all, half, a quarter, an eighth, none")
     stories: int = option(64, "that a look is made of")
+    length: int | None = option(None, "--length of train_tiny.py")
 
     def __post_init__(self):
         if not set(self.rows.split(";")) <= set(ROWS):
@@ -46,11 +54,21 @@ class Options:
 
 def job_of(name: str, seed: int, options: Options) -> Job:
     text = {} if options.data == "toy" else {"data": options.data, "val_data": options.val_data}
+    text |= {"length": options.length} if options.length else {}
     (flags, change), last = ROWS[name], options.updates
-    points = tuple(sorted({last >> k for k in range(4) if last >> k}))
+    points = (0, *sorted({last >> k for k in range(4) if last >> k}))
     job = Job(f"{options.name}, {name}", seed, flags | text | {"lr": 0.01}, points, LOOKS, change,
-              stories=options.stories)
+              stories=options.stories, folder="full" if options.data == "toy" else options.name)
     return tiny(job) if options.quick else job
+
+
+def speeds(job: Job) -> dict[str, list[float]]:
+    """Seconds a token of 8 texts, verified by the student itself and by its teacher, and AR's; a number a turn."""
+    (net, layout), teacher, (_, corpus) = student(job), teacher_of(job), opened(job)
+    eot = corpus.tokenizer.eot
+    held = measure.held_out(corpus.val, stories(corpus.val, eot), 8, teacher.config.context)
+    writers = {"self": measure.by_verifier(net, layout), "teacher": measure.by_verifier(net, layout, teacher)}
+    return in_turns(writers, teacher, held, eot, job.seed, TURNS)
 
 
 def main(argv: list[str]) -> None:
@@ -61,9 +79,13 @@ def main(argv: list[str]) -> None:
     runs = run_all([job_of(name, seed, options) for name in options.rows.split(";") for seed in range(options.seeds)])
     for run in runs:
         _, _, run["settings"]["name"] = run["settings"]["name"].partition(", ")
+    timed = [job_of(name, seed, options) for name in TIMED for seed in range(options.seeds)]
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        list(pool.map(student, timed))
     results["runs"] = without_paths(runs)
+    results["speeds"] = [{"name": job.name.partition(", ")[2], "seconds": speeds(job)} for job in timed]
     finish(options.name, results, draw, options.quick)
-    print(table(results))
+    print(table(results), times(results), sep="\n\n")
 
 
 def table(results: dict) -> str:
@@ -82,6 +104,18 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
+def times(results: dict) -> str:
+    """Markdown: a row a student that was timed; how many times as fast as AR with its cache, one text at a time."""
+    lines = ["| | AR, ms a token | verified by itself | by the teacher |", "|" + "---|" * 4]
+    for name in dict.fromkeys(run["name"] for run in results["speeds"]):
+        some = [run["seconds"] for run in results["speeds"] if run["name"] == name]
+        cells = [cell([1000 * statistics.median(x["ar"]) for x in some], 2)]
+        cells += [cell([statistics.median(a / b for a, b in zip(x["ar"], x[way])) for x in some], 2)
+                  for way in ("self", "teacher")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def draw(results: dict, figure) -> None:
     """Tokens a forward against the tokens learned from, a line a row, a band of its seeds."""
     for axes, look in zip(figure.subplots(1, 2), ("verifier=self", "verifier=teacher")):
@@ -91,7 +125,8 @@ def draw(results: dict, figure) -> None:
             y = [[p[look]["tok_per_fwd"] for p in some] for some in points]
             axes.plot(x, [statistics.mean(some) for some in y], marker=".", label=name)
             axes.fill_between(x, list(map(min, y)), list(map(max, y)), alpha=0.15)
-        axes.set(xscale="log", xlabel="response tokens trained on", title=look.replace("verifier=", "verified by "))
+        axes.set_xscale("symlog", linthresh=1e4)
+        axes.set(xlabel="response tokens trained on", title=look.replace("verifier=", "verified by "))
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("tokens a forward")
     figure.axes[0].legend(fontsize=8)
