@@ -5,7 +5,6 @@ judge. What is trained, measured or sampled lies in out/ and is not made again.
 """
 import copy
 import io
-import json
 import time
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -20,6 +19,7 @@ from data import toy
 from data.corpus import open_corpus
 from data.tinystories import Corpus, stories
 from experiments.job import WORK
+from experiments.results import kept
 from model import hub, reveal
 from model.dist import Log
 from model.masks import Layout
@@ -73,49 +73,63 @@ def models(options, seed: int) -> dict:
     return {name: model(name, seed, options.flags, folder_of(options)) for name in LAYERS}
 
 
-def kept(options, name: str, make) -> dict:
-    """What make() gives; made before: read."""
-    file = folder_of(options) / f"{name}.json"
-    if not file.exists():
-        write_json(file, make())
-    return json.loads(file.read_text())
-
-
 def measured(options, seed: int) -> dict:
     """The curves, and the gap of the bounds that they should integrate to."""
+    draws, count = (2, 16) if options.quick else (32, 512)
+
     def make():
         nets, corpus = models(options, seed), corpus_of(options.data, options.val_data)
         eot, length = corpus.tokenizer.eot, nets["H"].config.context
-        held = measure.held_out(corpus.val, stories(corpus.val, eot), 16 if options.quick else 512, length)
+        held = measure.held_out(corpus.val, stories(corpus.val, eot), count, length)
         both = nets["H"], nets["L"], held, length, eot
-        found = {**importance.curves(*both), "gap": importance.gap(*both, draws=2 if options.quick else 16, seed=1)}
-        write_json(folder_of(options) / f"L-{seed}" / MEASURED, found)
-        return found
-    return kept(options, f"curves-{seed}", make)
+        return {**importance.curves(*both), "gap": importance.gap(*both, draws=draws, seed=1)}
+    found = kept(folder_of(options) / f"curves-{seed}.json", {"stories": count, "draws": draws}, make)
+    write_json(folder_of(options) / f"L-{seed}" / MEASURED, found)
+    return found
+
+
+def written(nets: dict, plan: Schedule, steps: int, rows: range, seed: int, eot: int) -> tuple[opdlm.Text, Scheduled]:
+    """Texts of the `rows` of a seed, from nothing, and what wrote them."""
+    length, rule = nets["H"].config.context, reveal.parse(f"ancestral:{steps}")
+    denoiser, u = Scheduled(nets, Layout(length, length, 0), plan), opdlm.uniforms(
+        seed, 0, rows, (length, rule.numbers(length)))
+    return opdlm.rollout(denoiser, torch.full((len(rows), 1), eot), length - 1, rule, u, eot), denoiser
 
 
 def sampled(options, seed: int, name: str, plan: Schedule, steps: int, samples: int) -> dict:
-    """What is said of texts written from nothing by the plan, and what each model did for them."""
+    """What is said of texts written by the plan, and what each model did for one."""
     def make():
         nets, corpus = models(options, seed), corpus_of(options.data, options.val_data)
-        length, tok = nets["H"].config.context, corpus.tokenizer
-        denoiser, rule = Scheduled(nets, Layout(length, length, 0), plan), reveal.parse(f"ancestral:{steps}")
-        texts, work, begun = [], {}, time.perf_counter()
+        tok, texts, work = corpus.tokenizer, [], {}
         for i in range(0, samples, 128):
-            rows = range(i, min(i + 128, samples))
-            u = opdlm.uniforms(seed, 0, rows, (length, rule.numbers(length)))
-            prompt = torch.full((len(rows), 1), tok.eot)
-            texts.append((opdlm.rollout(denoiser, prompt, length - 1, rule, u, tok.eot), prompt[:, 0] * 0 + 1))
-            for name, one in denoiser.denoisers.items():
-                work[name] = work.get(name, 0) + int(one.forwards.sum()) / samples
+            text, denoiser = written(nets, plan, steps, range(i, min(i + 128, samples)), seed, tok.eot)
+            texts.append((text, torch.ones(len(text.tokens), dtype=torch.long)))
+            for letter, one in denoiser.denoisers.items():
+                now = {"forwards": int(one.forwards.sum()), "positions": int(one.positions.sum())}
+                work[letter] = {what: work.get(letter, {}).get(what, 0) + n / samples for what, n in now.items()}
         check = toy.check if corpus.name == "toy" else None
-        numbers = measure.generated(nets["judge"], texts, time.perf_counter() - begun, tok, check)
-        return {"steps": plan.steps(), "passes": work, "saved": saved(nets, plan, length), **numbers}
-    return kept(options, f"{name}-{steps}-{samples}-{seed}".replace(" ", "_"), make)
+        numbers = measure.generated(nets["judge"], texts, 1.0, tok, check)
+        return {"steps": plan.steps(), "work": work, "saved": saved(nets, plan, nets["H"].config.context), **numbers}
+    file = folder_of(options) / f"{name}-{steps}-{samples}-{seed}.json".replace(" ", "_")
+    return kept(file, {"steps": plan.steps()}, make)
+
+
+def seconds(options, seed: int, plans: dict[str, Schedule], steps: int, samples: int, turns: int) -> dict:
+    """Of `samples` texts at once, by plan, a number a turn. Nothing else may run meanwhile."""
+    torch.set_num_threads(1)
+    nets, eot = models(options, seed), corpus_of(options.data, options.val_data).tokenizer.eot
+    found = {name: [] for name in plans}
+    for _ in range(turns):
+        for name, plan in plans.items():
+            begun = time.perf_counter()
+            written(nets, plan, steps, range(samples), seed, eot)
+            found[name].append(time.perf_counter() - begun)
+    return found
 
 
 def saved(nets: dict, plan: Schedule, length: int) -> dict:
-    """The share of a text's FLOPs, a pass at each step: of the blocks' (the paper's count), and with the head."""
+    """The share of a text's FLOPs, a pass of all positions at each step: of the blocks' (the paper's count), and with
+    the head."""
     body, head = ({name: f(nets[name]) for name in "HL"} for f in (
         lambda net: measure.body_flops(net.config, length), lambda net: measure.head_flops(net.config)))
     light = plan.steps().count("L") / len(plan.steps())

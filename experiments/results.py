@@ -70,7 +70,7 @@ def rounded(value):
 
 def kept(file: Path, settings: dict, make: Callable) -> dict:
     """What make() gives; made before with these settings: read."""
-    if file.exists() and (found := json.loads(file.read_text()))["settings"] == settings:
+    if file.exists() and (found := json.loads(file.read_text())).get("settings") == settings:
         return found["made"]
     made = make()
     write_json(file, {"settings": settings, "made": made})

@@ -9,7 +9,6 @@ the finished text too, and what that costs is counted. Leaves experiments/shallo
 number, the commit) and curves.png.
 """
 import copy
-import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -17,7 +16,6 @@ from functools import partial
 from itertools import product
 from multiprocessing import get_context
 
-import numpy as np
 import torch
 
 from data import toy
@@ -25,17 +23,16 @@ from data.tinystories import stories
 from experiments.conversion import opened, teacher_of
 from experiments.job import WORK, Job
 from experiments.pool import prepare
-from experiments.results import cell, finish, head, kept
-from experiments.students import student
+from experiments.results import finish, head, kept
+from experiments.spending import LEVELS, PLANS, SHOWN, draw, table
+from experiments.students import in_turns, student
 from model import reveal, schedule
 from model.masks import Layout
 from report import cli, measure
 from report.cli import option
 
-HEAVY, LIGHT = 6, 2                                 # blocks
-PLANS = {"heavy": "mask:1-0=H", "light": "mask:1-0=L", "light first": "mask:1-0.5=L,0.5-0=H",
-         "light last": "mask:1-0.5=H,0.5-0=L", "light first and last": "mask:1-0.75=L,0.75-0.25=H,0.25-0=L"}
-LEVELS, SHOWN, BLOCKS = (0, 0.3, 0.5, 0.7, 0.9, 0.98, 1), 0.9, (8, 16)      # of leftmost; that of the table
+HEAVY, LIGHT = 6, 2                 # blocks of the network
+BLOCKS, TURNS = (8, 16), 3
 
 
 @dataclass
@@ -80,15 +77,18 @@ def looks(options: Options, block: int, seed: int) -> dict[str, dict]:
             for plan, level in product(PLANS, LEVELS)}
 
 
-def look(nets: dict, teacher, tok, held: list, plan: str, level: float, block: int, seed: int) -> dict:
-    """Also FLOPs of a kept token of the blocks, by every position that either model was given."""
-    context, used = teacher.config.context, []
-
+def writer(nets: dict, plan: str, level: float, block: int, used: list) -> measure.Writer:
+    """Text by a plan; who wrote it is added to `used`, a text each."""
     def both(heavy, layout):
         used.append(schedule.Scheduled(nets, layout, schedule.parse(plan)))
         return used[-1]
-    writer = measure.by_rule(nets["H"], Layout(block, 1, 1), reveal.parse(f"leftmost:{level}"), denoiser=both)
-    texts, seconds = measure.generate(writer, held, tok.eot, context, seed)
+    return measure.by_rule(nets["H"], Layout(block, 1, 1), reveal.parse(f"leftmost:{level}"), denoiser=both)
+
+
+def look(nets: dict, teacher, tok, held: list, plan: str, level: float, block: int, seed: int) -> dict:
+    """Also FLOPs of a kept token of the blocks, by every position that either model was given."""
+    context, used = teacher.config.context, []
+    texts, seconds = measure.generate(writer(nets, plan, level, block, used), held, tok.eot, context, seed)
     count = sum(int(text.kept.sum()) for text, _ in texts)
     positions = {name: sum(int(some.denoisers[name].positions.sum()) for some in used) / count
                  for name in used[0].denoisers}
@@ -96,11 +96,22 @@ def look(nets: dict, teacher, tok, held: list, plan: str, level: float, block: i
         n * measure.body_flops(nets[name].config, context / 2) for name, n in positions.items())}
 
 
+def speeds(options: Options, block: int, seed: int) -> dict[str, list[float]]:
+    """Seconds a token of each plan at the level shown, 8 texts one at a time, a number a turn; "ar": the teacher's."""
+    nets, teacher, job = students(block, seed, options)
+    _, corpus = opened(job)
+    eot = corpus.tokenizer.eot
+    held = measure.held_out(corpus.val, stories(corpus.val, eot), 8, teacher.config.context)
+    writers = {name: writer(nets, plan, SHOWN, block, []) for name, plan in PLANS.items()}
+    return in_turns(writers, teacher, held, eot, seed, TURNS)
+
+
 def look_at(options: Options, work: tuple[int, int]) -> dict:
     """The looks of a block and seed; taken before, with these settings: read."""
     torch.set_num_threads(1)
     file = WORK / job_of(HEAVY, 8, 0, options).folder / "looks-{}-{}.json".format(*work)
-    settings = {"updates": options.updates, "stories": options.stories}
+    jobs = [job_of(layers, work[0], work[1], options).settings for layers in (HEAVY, LIGHT)]
+    settings = {"jobs": jobs, "plans": PLANS, "levels": list(LEVELS)}
     return kept(file, settings, partial(looks, options, *work))
 
 
@@ -109,53 +120,16 @@ def main(argv: list[str]) -> None:
     if options.quick:
         options = replace(options, seeds=1, updates=4, stories=16)
     results, work = head("shallow", options), [(block, seed) for block in BLOCKS for seed in range(options.seeds)]
+    work = work[:1] if options.quick else work
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         list(pool.map(prepare, [job_of(layers, 8, seed, options) for seed in range(options.seeds)
                                 for layers in (HEAVY, LIGHT)]))
         seen = pool.map(partial(look_at, options), work)
         results["runs"] = [{"block": block, "seed": seed, "looks": look} for (block, seed), look in zip(work, seen)]
+    for run in results["runs"]:
+        run["seconds"] = speeds(options, run["block"], run["seed"])
     finish("shallow", results, draw, options.quick)
     print(table(results))
-
-
-def of_block(results: dict, block: int) -> list[dict]:
-    """The looks of all seeds."""
-    return [run["looks"] for run in results["runs"] if run["block"] == block]
-
-
-def heavy_at(seen: dict, flops: float, number: str) -> float:
-    """The heavy student's number where it spends as much, between two of its levels by a straight line; nan, where it
-    always spends more."""
-    points = sorted((seen[f"heavy {level}"]["flops"], seen[f"heavy {level}"][number]) for level in LEVELS)
-    return float(np.interp(flops, *zip(*points), left=np.nan))
-
-
-def table(results: dict) -> str:
-    """Markdown: a row a block and plan, at the level shown."""
-    lines = ["| block, schedule | `valid` | heavy's at these FLOPs | `gen_nats` | heavy's at these FLOPs | "
-             "FLOPs / heavy's |", "|" + "---|" * 6]
-    for block, plan in product(BLOCKS, PLANS):
-        seen, name = of_block(results, block), f"{plan} {SHOWN}"
-        cells = []
-        for number in ("valid", "gen_nats"):
-            cells.append(cell([one[name][number] for one in seen]))
-            cells.append(cell([heavy_at(one, one[name]["flops"], number) for one in seen]))
-        cells.append(cell([one[name]["flops"] / one[f"heavy {SHOWN}"]["flops"] for one in seen], 2))
-        lines.append(f"| {block}, {plan} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def draw(results: dict, figure) -> None:
-    """`valid` against FLOPs a token, a line a plan over its levels."""
-    for axes, block in zip(figure.subplots(1, 2, sharey=True), BLOCKS):
-        for plan in PLANS:
-            mean = [[statistics.mean(one[f"{plan} {level}"][number] for one in of_block(results, block))
-                     for level in LEVELS] for number in ("flops", "valid")]
-            axes.plot(*mean, marker=".", label=plan)
-        axes.set(xlabel="FLOPs of the blocks, a token", title=f"block {block}", xscale="log")
-        axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("valid")
-    figure.axes[0].legend(fontsize=8)
 
 
 if __name__ == "__main__":
