@@ -1,4 +1,4 @@
-"""What experiments/shallow.py says of its looks: quality by schedule, beside what heavy reaches by as much arithmetic."""
+"""What experiments/shallow.py says of its looks: quality by schedule, beside what heavy reaches with as many FLOPs."""
 import statistics
 from itertools import product
 
