@@ -168,8 +168,9 @@ def unmasking(options: Options, device) -> None:
     length = min(options.length or student.config.context, student.config.context)
     whole = layout.block >= length
     expert = rules.parse(options.expert or ("threshold:0.9" if whole else hub.read_config(folder)["reveal"]))
-    expert = Within(expert, 8) if whole else expert
-    settings = Settings(length - 8, options.alpha, expert=expert, imitated=40)
+    expert = Within(expert, 8, slides=True) if whole else expert
+    settings = Settings(policy.room(length), options.alpha, eps=0.2 if whole else 0.5, expert=expert, imitated=40,
+                        steered=whole)
     data = partial(draw, corpus, length=length, seed=options.seed, device=device)
     policy.learn(student.to(device).requires_grad_(False), layout, teacher, corpus, data, settings,
                  options.policy_updates, options.seed, options.lr or 0.003, writable(Path(options.out)),

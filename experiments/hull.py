@@ -1,7 +1,7 @@
 """What experiments/unmasking.py says of its looks: the hull of all heuristics, and what lies above it.
 
-A point is (NFE, share of valid texts). Looks are numbers by name: a heuristic's on the stories for choosing, "dev", and
-on the others, "test"; a policy's on these alone.
+A point is (NFE, share of valid texts). A heuristic has numbers on the stories for choosing, "dev", and on the others,
+"test"; a policy's are of these.
 """
 from experiments.results import cell
 
@@ -40,62 +40,90 @@ def volume(points: list[tuple], length: float) -> float:
     return area / length
 
 
-def point(look: dict, part: str = "test") -> tuple:
-    return look[part]["nfe"], look[part]["valid"]
+def point(numbers: dict) -> tuple:
+    return numbers["nfe"], numbers["valid"]
 
 
-def bar(look: dict) -> list[tuple]:
+def of_world(results: dict, world: str, rules: str = "") -> list[dict]:
+    """The heuristics of a world, or those whose name begins so."""
+    return [rule for rule in results["heuristics"] if rule["world"] == world and rule["rule"].startswith(rules)]
+
+
+def best_rule(results: dict, world: str, alpha: float) -> str:
+    """The heuristic with the best reward on the stories for choosing."""
+    return max(of_world(results, world), key=lambda rule: rule["dev"]["reward"][str(alpha)])["rule"]
+
+
+def bar(results: dict, world: str, rules: str = "") -> list[tuple]:
     """The heuristics that lie on the hull on the stories for choosing, as they are on the others."""
-    names = {point(numbers, "dev"): numbers for numbers in look.values() if "dev" in numbers}
-    return [point(names[corner]) for corner in hull(list(names))]
+    found = {point(rule["dev"]): point(rule["test"]) for rule in of_world(results, world, rules)}
+    return [found[corner] for corner in hull(list(found))]
 
 
-def constant(look: dict, alpha: str) -> dict:
-    """The heuristic whose reward is best on the stories for choosing, as it is on the others."""
-    best = max((numbers for numbers in look.values() if "dev" in numbers), key=lambda x: x["dev"]["reward"][alpha])
-    return best["test"]
+def policies(results: dict, world: str, reward: str = "reward") -> dict[float, list[dict]]:
+    """By alpha, a policy a seed."""
+    found = {}
+    for policy in results["policies"]:
+        if (policy["world"], policy["reward"]) == (world, reward):
+            found.setdefault(policy["alpha"], []).append(policy)
+    return found
 
 
-def policies(look: dict) -> dict[str, dict]:
-    return {name: numbers["test"] for name, numbers in look.items() if "dev" not in numbers}
-
-
-def by_world(results: dict) -> dict[str, list[dict]]:
-    """The looks of all seeds."""
-    seen = {}
-    for run in results["runs"]:
-        seen.setdefault(run["world"], []).append(run["looks"])
-    return seen
+def worlds(results: dict) -> list[str]:
+    return list(dict.fromkeys(policy["world"] for policy in results["policies"]))
 
 
 def table(results: dict) -> str:
-    """Markdown: a row a policy; the heuristics beside it at the same NFE, and that of the best reward."""
-    lines = ["| world | policy | NFE | `valid` | heuristics' at that NFE | reward | the best heuristic's | s a text |",
-             "|" + "---|" * 8]
-    for world, seen in by_world(results).items():
-        for name in policies(seen[0]):
-            some, alpha = [policies(look)[name] for look in seen], name.split()[1].rstrip(",")
-            cells = [cell([x["nfe"] for x in some], 1), cell([x["valid"] for x in some], 2),
-                     cell([at(bar(look), x["nfe"]) for look, x in zip(seen, some)], 2),
-                     cell([x["reward"][alpha] for x in some]),
-                     cell([constant(look, alpha)["reward"][alpha] for look in seen]),
-                     cell([x["seconds"] for x in some])]
-            lines.append(f"| {world} | {name} | {' | '.join(cells)} |")
+    """Markdown: a row a policy, and what was made of it; the heuristics beside it at the same NFE, and the one whose
+    reward is best."""
+    lines = ["| world | policy | NFE | `valid` | heuristics' hull at that NFE | reward | the best heuristic's | "
+             "minutes to train |", "|" + "---|" * 8]
+    for world in worlds(results):
+        for alpha, some in policies(results, world).items():
+            best = next(rule for rule in of_world(results, world) if rule["rule"] == some[0]["expert"])["test"]
+            minutes = cell([policy["seconds"] / 60 for policy in some], 0)
+            for what in some[0]["looks"]:
+                seen = [policy["looks"][what] for policy in some]
+                cells = [cell([x["nfe"] for x in seen], 1), cell([x["valid"] for x in seen], 2),
+                         cell([at(bar(results, world), x["nfe"]) for x in seen], 2),
+                         cell([x["reward"][str(alpha)] for x in seen]),
+                         f"{best['reward'][str(alpha)]:.3f} +- {best['error'][str(alpha)]:.3f}"]
+                lines.append(f"| {world} | alpha {alpha}{what and ', ' + what} | {' | '.join(cells)} | {minutes} |")
     return "\n".join(lines)
 
 
+def volumes(results: dict, world: str, length: int) -> dict[str, list[float]]:
+    """What a seed's policies dominate together, and what heuristics do: all, and thresholds over the whole block."""
+    seeds = zip(*policies(results, world).values())
+    ours = [volume([point(x) for policy in some for what, x in policy["looks"].items() if what[:4] in ("", "beta")],
+                   length) for some in seeds]
+    largest = max(int(rule["rule"].split()[-1]) for rule in of_world(results, world))
+    wide = [point(rule["test"]) for rule in of_world(results, world, "threshold")
+            if rule["rule"].endswith(f" {largest}")]
+    return {"policies": ours, "heuristics": [volume(bar(results, world), length)],
+            "thresholds of the whole block": [volume(wide, length)]}
+
+
 def draw(results: dict, figure) -> None:
-    """`valid` against NFE, a picture a world: heuristics, their hull, the policies."""
-    worlds = by_world(results)
-    for axes, (world, seen) in zip(figure.subplots(1, len(worlds), squeeze=False)[0], worlds.items()):
-        for look in seen:
-            rules = [point(numbers) for numbers in look.values() if "dev" in numbers]
-            axes.plot(*zip(*rules), ".", color="0.8")
-            axes.plot(*zip(*sorted(bar(look))), color="0.5")
-        for i, name in enumerate(policies(seen[0])):
-            some = [policies(look)[name] for look in seen]
-            axes.plot([x["nfe"] for x in some], [x["valid"] for x in some], "*", color=f"C{i % 10}", label=name)
-        axes.set(xlabel="NFE, forwards a text", title=world)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=6)
-    figure.axes[0].set_ylabel("valid")
+    """`valid` against NFE, a picture a world: heuristics, their hull, the policies. And the reward that collapses."""
+    figure.set_size_inches(14, 4.8)
+    axes = figure.subplots(1, len(worlds(results)) + 1)
+    for one, world in zip(axes, worlds(results)):
+        one.plot(*zip(*(point(rule["test"]) for rule in of_world(results, world))), ".", color="0.8")
+        one.plot(*zip(*sorted(bar(results, world))), color="0.5", label="hull of the heuristics")
+        for alpha, some in policies(results, world).items():
+            one.plot(*zip(*(point(policy["looks"][""]) for policy in some)), "*", label=f"policies, alpha {alpha}")
+            if len(some[0]["looks"]) > 1:
+                scaled = [x for policy in some for what, x in policy["looks"].items() if what.startswith("beta")]
+                one.plot(*zip(*map(point, scaled)), "+", label=f"alpha {alpha}, times beta")
+        one.set(xlabel="NFE, steps a text", title=world)
+        one.grid(alpha=0.3)
+        one.legend(fontsize=6)
+    axes[0].set_ylabel("valid")
+    for policy in results["policies"]:
+        if policy["world"] == "blocks" and policy["alpha"] == 1:
+            steps, quality, _ = zip(*policy["log"])
+            axes[-1].plot(steps, quality, color="C3" if policy["reward"] == "additive" else "0.6",
+                          label=policy["reward"])
+    axes[-1].set(xlabel="update", title="quality of what explores, two rewards")
+    axes[-1].legend(fontsize=6)

@@ -1,27 +1,30 @@
 """What a learned unmasking policy is worth: beside every heuristic, in blocks and over whole texts (2512.09106).
 
-    python -m experiments.unmasking             the story world, three seeds
+    python -m experiments.unmasking             the story world, three policies of each kind
     python -m experiments.unmasking --quick     the plumbing, a minute
 
-A policy learns from prompts of training stories; of the held-out ones one half is for choosing among heuristics, the
-other for what is said here. Text is greedy, as it is in training: what differs is which masks come off, and when.
-Leaves experiments/unmasking/results.json (every seed, every number, the commit) and curves.png.
+A policy learns from prompts of training stories; of the held-out ones one half is for choosing, among heuristics and
+among a policy's temperatures, the other for what is said here. Text is greedy, as it is in training: what differs is
+which masks come off, and when. Policies begin by imitating the heuristic whose reward is best. Leaves
+experiments/unmasking/results.json (every seed, every number, the commit) and curves.png.
 """
+import json
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
+from pathlib import Path
 
 import torch
 
 import train_tiny
 from data.tinystories import stories
 from experiments.conversion import opened
-from experiments.hull import draw, table
+from experiments.hull import best_rule, draw, table
 from experiments.job import WORK, Job, tiny
-from experiments.pool import prepare
 from experiments.results import finish, head, kept
 from experiments.students import student
 from model import grpo, reveal, unmask
@@ -29,9 +32,11 @@ from model.draw import Warp
 from model.state import writable
 from report import cli, measure, policy
 from report.cli import option
+from report.publish import write_json
 
 ANY = {"text": "data", "states": "random", "target": "onehot", "weight": "1/t", "lr": 0.01}
-LEVELS, BETAS, SHOWN = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99), (0.25, 0.5, 1, 2, 4), 1      # SHOWN: alpha of these betas
+LEVELS, TEMPERATURES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99), (0.5, 1)
+BETAS, SHOWN = (0.25, 0.5, 2, 4), 1         # SHOWN: the alpha whose policy is scaled by them, and blinded
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ WORLDS = {"blocks": World({**ANY, "block": 8}, 480, (2, 4, 8), (0, 0.3, 1, 3)),
 @dataclass
 class Options:
     quick: bool = option(False, "tiny students, two updates: whether it runs at all")
-    seeds: int = option(3, "students of each world, and policies of each")
+    seeds: int = option(3, "policies of each world and alpha")
     updates: int = option(300, "of a policy, 64 texts each")
     stories: int = option(256, "that a look is made of")
 
@@ -73,86 +78,112 @@ class Blind:
         return getattr(self.rule, name)
 
 
-def job_of(name: str, seed: int, options: Options) -> Job:
+def job_of(name: str, options: Options) -> Job:
     world = WORLDS[name]
-    job = Job(f"unmasking, {name}", seed, world.flags, (world.updates,), folder="full")
+    job = Job(f"unmasking, {name}", 0, world.flags, (world.updates,))
     return replace(tiny(job), points=(4,)) if options.quick else job
 
 
-def expert(name: str) -> Callable:
-    """What a policy imitates at first: of whole texts, as in the paper, threshold:0.9 in blocks."""
-    return unmask.Within(reveal.parse("threshold:0.9"), 8)
-
-
-def trained(name: str, alpha: float, seed: int, options: Options, reward: Callable = grpo.reward) -> unmask.Policy:
-    """The policy of a world's student; trained on, if it is not finished."""
-    (net, layout), (settled, corpus) = student(job := job_of(name, seed, options)), opened(job)
-    out = WORK / ("quick" if options.quick else "unmasking") / f"{name}-{reward.__name__}-{alpha}-{seed}"
-    settings = grpo.Settings(settled.length - 8, alpha, expert=expert(name), imitated=40, reward=reward)
-    header = {**asdict(options), "settings": repr(replace(settings, expert=None, reward=None))}
-    data = partial(train_tiny.draw, corpus, length=settled.length, seed=seed, device="cpu")
-    policy.learn(net, layout, None, corpus, data, settings, options.updates, seed, 0.003, writable(out), header,
-                 (out / "policy" / policy.STATE).exists())
-    return unmask.load(out / "policy")
+def opened_world(name: str, options: Options) -> tuple:
+    """The student, its layout, the length of a text, the corpus."""
+    settled, corpus = opened(job := job_of(name, options))
+    return *student(job), settled.length, corpus
 
 
 def heuristics(name: str) -> dict[str, Callable]:
-    """Every rule over its parameter, in blocks of each size."""
-    specs = {f"{rule}:{x}" for rule in ("threshold", "leftmost") for x in LEVELS}
-    specs |= {f"{rule}:{n}" for rule in ("static", "random") for n in (1, 2, 4)} | {"factor:0.5", "eb:0.1", "eb:0.5"}
-    return {f"{spec} in {size}": unmask.Within(reveal.parse(spec), size)
-            for spec in sorted(specs) for size in WORLDS[name].sizes}
+    """Every rule over its parameter, in blocks of each size; a rule that comes again under another name is left out."""
+    specs = [f"{rule}:{x}" for rule in ("threshold", "leftmost") for x in LEVELS] + ["factor:0.5", "eb:0.1", "eb:0.5"]
+    found = {f"{spec} in {size}": unmask.Within(reveal.parse(spec), size) for spec in specs
+             for size in WORLDS[name].sizes}
+    return found | {f"{rule}:{n} in {size}": unmask.Within(reveal.parse(f"{rule}:{n}"), size)
+                    for rule in ("static", "random") for n in (1, 2, 4) for size in WORLDS[name].sizes if n < size}
 
 
-def learned(name: str, seed: int, options: Options) -> dict[str, Callable]:
-    """The policies of each alpha; one at several betas, and one that may not see."""
-    made = {alpha: unmask.Learned(trained(name, alpha, seed, options)) for alpha in WORLDS[name].alphas}
-    found = {f"alpha {alpha}": rule for alpha, rule in made.items()}
-    found |= {f"alpha {SHOWN}, beta {beta}": replace(made[SHOWN], beta=beta) for beta in BETAS}
-    return found | {f"alpha {SHOWN}, {how}": Blind(made[SHOWN], how) for how in ("mean", "shuffled")}
-
-
-def look(net, layout, rule: Callable, held: list, tok, length: int, alphas: tuple) -> dict:
-    """What is said of a rule's texts: the share that is valid, forwards a text, each alpha's mean reward; seconds."""
-    texts, seconds = measure.generate(measure.by_rule(net, layout, rule, Warp(temperature=0)), held, tok.eot, length, 0)
-    right = torch.cat([policy.valid(text, tok) for text, _ in texts])
-    nfe = torch.cat([text.forwards for text, _ in texts])
-    worth = {str(a): grpo.reward(right, nfe, length - 8, a) for a in alphas}
-    return {"valid": right.mean().item(), "nfe": nfe.float().mean().item(), "seconds": seconds / len(held),
+def look(options: Options, name: str, rule: Callable, part: str) -> dict:
+    """What is said of a rule's texts: the share that is valid, steps and forwards a text, each alpha's mean reward."""
+    net, layout, length, corpus = opened_world(name, options)
+    starts, tok, N = stories(corpus.val, corpus.tokenizer.eot), corpus.tokenizer, options.stories
+    held = measure.held_out(corpus.val, starts, 2 * N, length)[:N] if part == "dev" else measure.held_out(
+        corpus.val, starts, 2 * N, length)[N:]
+    right, nfe, forwards = [], [], 0
+    for i in range(0, N, 128):
+        noted = grpo.Recorded(rule)
+        writer = measure.by_rule(net, layout, noted, Warp(temperature=0))
+        (text, _), = measure.generate(writer, held[i:i + 128], tok.eot, length, i, least=policy.LEAST)[0]
+        right.append(policy.valid(text, tok))
+        nfe.append(noted.stacked().alive.sum(0))
+        forwards += int(text.forwards.sum()) / N
+    right, nfe = torch.cat(right), torch.cat(nfe)
+    worth = {str(a): grpo.reward(right, nfe, policy.room(length), a) for a in WORLDS[name].alphas}
+    return {"valid": right.mean().item(), "nfe": nfe.float().mean().item(), "forwards": forwards,
             "reward": {a: r.mean().item() for a, r in worth.items()},
             "error": {a: (r.std() / len(r) ** 0.5).item() for a, r in worth.items()}}
 
 
-def looks(options: Options, work: tuple[str, int]) -> dict:
-    """Those of a world and seed; taken before, with these settings: read."""
+def looked(options: Options, name: str, rule: Callable, part: str, title: str, said: dict) -> dict:
+    """The same; taken before, of the same: read."""
     torch.set_num_threads(1)
-    name, seed = work
-    file = WORK / ("quick" if options.quick else "unmasking") / f"looks-{name}-{seed}.json"
-    return kept(file, {"updates": options.updates, "stories": options.stories}, partial(made, options, name, seed))
+    settings = {"student": job_of(name, options).settings, "stories": options.stories, **said}
+    file = folder(options) / "looks" / f"{name}, {title}, {part}.json".replace(" ", "")
+    return kept(file, settings, partial(look, options, name, rule, part))
 
 
-def made(options: Options, name: str, seed: int) -> dict:
-    """Of every rule, on the stories for choosing, "dev", and on the others, "test"; policies on these alone."""
-    (net, layout), (settled, corpus) = student(job := job_of(name, seed, options)), opened(job)
-    starts, alphas = stories(corpus.val, corpus.tokenizer.eot), WORLDS[name].alphas
-    held = measure.held_out(corpus.val, starts, 2 * options.stories, settled.length)
-    parts = {"dev": held[:options.stories], "test": held[options.stories:]}
-    def of(rule, part):
-        return look(net, layout, rule, parts[part], corpus.tokenizer, settled.length, alphas)
-    rules = dict(list(heuristics(name).items())[:: 40 if options.quick else 1])
-    found = {rule: {part: of(one, part) for part in parts} for rule, one in rules.items()}
-    return found | {rule: {"test": of(one, "test")} for rule, one in learned(name, seed, options).items()}
+def folder(options: Options) -> Path:
+    return WORK / ("quick" if options.quick else "unmasking")
+
+
+def of_heuristics(options: Options, work: tuple[str, str]) -> dict:
+    """Both looks of one."""
+    name, title = work
+    return {part: looked(options, name, heuristics(name)[title], part, title, {}) for part in ("dev", "test")}
+
+
+def trained(options: Options, work: tuple[str, float, int, str, str]) -> dict:
+    """A policy's looks; it is trained if it is not there, or was trained otherwise. Its temperature is the one whose
+    reward is best on the stories for choosing."""
+    torch.set_num_threads(1)
+    name, alpha, seed, expert, reward = work
+    title, (net, layout, length, corpus) = f"alpha {alpha}, {reward}, seed {seed}", opened_world(name, options)
+    rule = heuristics(name)[expert]
+    settings = grpo.Settings(policy.room(length), alpha, eps=0.2 if name == "whole" else 0.5, imitated=40,
+                             expert=replace(rule, slides=True), steered=name == "whole", reward=getattr(grpo, reward))
+    said = {"expert": expert, "updates": options.updates, "settings": repr(replace(settings, expert=None, reward=None))}
+    out, data = folder(options) / f"{name}, {title}".replace(" ", ""), partial(
+        train_tiny.draw, corpus, length=length, seed=seed, device="cpu")
+    if not (out / "job.json").exists() or json.loads((out / "job.json").read_text()) != said:
+        begun = time.perf_counter()
+        policy.learn(net, layout, None, corpus, data, settings, options.updates, seed, 0.003, writable(out), said,
+                     resume=False)
+        write_json(out / "seconds.json", time.perf_counter() - begun)
+        write_json(out / "job.json", said)
+    made = unmask.Learned(unmask.load(out / "policy"))
+    def of(rule, part, what):
+        return looked(options, name, rule, part, f"{title}, {what}", said)
+    best = max(TEMPERATURES, key=lambda t: of(replace(made, temperature=t), "dev", f"at {t}")["reward"][str(alpha)])
+    made, looks = replace(made, temperature=best), {"": of(replace(made, temperature=best), "test", f"at {best}")}
+    if alpha == SHOWN and reward == "reward":
+        looks |= {f"beta {beta}": of(replace(made, beta=beta), "test", f"beta {beta}") for beta in BETAS}
+        looks |= {how: of(Blind(made, how), "test", how) for how in ("mean", "shuffled")}
+    log = [json.loads(line) for line in (out / "policy.jsonl").read_text().splitlines()[1:]]
+    return {"world": name, "alpha": alpha, "seed": seed, "expert": expert, "reward": reward, "temperature": best,
+            "seconds": json.loads((out / "seconds.json").read_text()), "looks": looks,
+            "log": [[x["step"], x["quality"], x["nfe"]] for x in log[::5]]}
 
 
 def main(argv: list[str]) -> None:
     options = cli.parse(Options, argv, __doc__)
     if options.quick:
         options = replace(options, seeds=1, updates=2, stories=8)
-    results, work = head("unmasking", options), [(name, seed) for name in WORLDS for seed in range(options.seeds)]
+    results, every = head("unmasking", options), 40 if options.quick else 1
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        list(pool.map(prepare, [job_of("blocks", seed, options) for seed in range(options.seeds)]))
-        seen = list(pool.map(partial(looks, options), work))
-    results["runs"] = [{"world": name, "seed": seed, "looks": look} for (name, seed), look in zip(work, seen)]
+        list(pool.map(student, [job_of(name, options) for name in WORLDS]))
+        work = [(name, title) for name in reversed(WORLDS) for title in list(heuristics(name))[::every]]
+        seen = pool.map(partial(of_heuristics, options), work)
+        results["heuristics"] = [{"world": name, "rule": rule, **both} for (name, rule), both in zip(work, seen)]
+        tries = [(name, alpha, seed, best_rule(results, name, alpha), "reward") for name in reversed(WORLDS)
+                 for alpha in WORLDS[name].alphas for seed in range(options.seeds)]
+        tries.append(("blocks", SHOWN, 0, best_rule(results, "blocks", SHOWN), "additive"))
+        results["policies"] = list(pool.map(partial(trained, options), tries[::4 if options.quick else 1]))
     finish("unmasking", results, draw, options.quick)
     print(table(results))
 

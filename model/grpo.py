@@ -103,7 +103,7 @@ class Settings:
     alpha: float = 1.0              # how much speed counts
     group: int = 8                  # G
     prompts: int = 8                # of an update (paper: 16)
-    eps: float = 0.2                # (paper: 0.5 without experts)
+    eps: float = 0.2                # (paper: 0.5 where no expert steers)
     inner: int = 2                  # gradient steps on the same texts
     clip: float = 0.2               # of the gradient's norm
     expert: Callable | None = None  # a rule

@@ -114,15 +114,15 @@ def by_verifier(student, layout: Layout, teacher=None, warp: Callable = Warp()) 
 
 
 def generate(writer: Writer, stories: list[Tensor], eot: int, length: int, seed: int,
-             batch: int = 128) -> tuple[list, float]:
-    """Texts that go on from the first 1 to 8 tokens of `stories`, batch by batch with the prompts' lengths, and the
-    seconds they took. A response has `length` - 8 tokens at most, whatever its prompt."""
+             batch: int = 128, least: int = 1) -> tuple[list, float]:
+    """Texts that go on from the first 1 to 8 tokens of `stories`, or `least` and up to 7 more, batch by batch with the
+    prompts' lengths, and the seconds they took. A response has what is left of `length` by the longest prompt."""
     texts, device, begun = [], writer.net.wte.weight.device, time.perf_counter()
     for i in range(0, len(stories), batch):
-        prompts = [s[:1 + k % 8] for k, s in enumerate(stories[i:i + batch], i)]
+        prompts = [s[:least + k % 8] for k, s in enumerate(stories[i:i + batch], i)]
         tokens, lens = padded(prompts, eot).to(device), torch.tensor([len(p) for p in prompts])
         rows = range(i, i + len(prompts))
-        texts.append((writer(tokens, length - 8, seed, rows, eot, lens.to(device)), lens))
+        texts.append((writer(tokens, length - 7 - least, seed, rows, eot, lens.to(device)), lens))
     return texts, time.perf_counter() - begun
 
 

@@ -26,6 +26,7 @@ from report import measure
 
 NUMBERS = 5         # the stream of uniform numbers; opdlm.py has 1 to 4
 STATE = "state.safetensors"
+LEAST = 12          # tokens of a prompt
 
 
 def valid(text: opdlm.Text, tokenizer) -> Tensor:
@@ -33,6 +34,11 @@ def valid(text: opdlm.Text, tokenizer) -> Tensor:
     ends = [int(keep.nonzero()[-1]) for keep in text.kept]
     told = [row[:end + 1].tolist() for row, end in zip(text.tokens, ends)]
     return torch.tensor([float(ids[-1] == tokenizer.eot and toy.check(tokenizer.decode(ids)) is None) for ids in told])
+
+
+def room(length: int) -> int:
+    """Tokens of a response, so that it fits behind any prompt."""
+    return length - LEAST - 7
 
 
 def rows(text: opdlm.Text) -> list[opdlm.Text]:
@@ -53,10 +59,11 @@ def fluent(text: opdlm.Text, teacher, most: float, least: float) -> Tensor:
 
 
 def writer(student, layout: Layout, data: Callable, settings: Settings, seed: int, eot: int) -> Callable:
-    """write(rule, update, G): G texts after each of an update's prompts, 1 to 8 tokens of training stories."""
+    """write(rule, update, G): G texts after each of an update's prompts, LEAST and up to 7 more tokens of training
+    stories: of shorter ones many are the same."""
     def write(rule, update: int, count: int) -> opdlm.Text:
         stories = data(range(update * settings.prompts, (update + 1) * settings.prompts))
-        P = 1 + int(opdlm.uniforms(seed, NUMBERS, range(update, update + 1), (1,)) * 8)
+        P = LEAST + int(opdlm.uniforms(seed, NUMBERS, range(update, update + 1), (1,)) * 8)
         prompt = stories[:, :P].repeat_interleave(count, 0)
         first = settings.prompts * (update * (settings.group + 1) + (count != settings.group) * settings.group)
         u = opdlm.uniforms(seed + 1, NUMBERS, range(first, first + len(prompt)),
