@@ -13,7 +13,7 @@ import torch
 import opdlm
 import sample
 import train_tiny
-from experiments import ablations, memory, methods, tiny
+from experiments import ablations, memory, reaching, tiny
 from experiments.results import cell
 from model.gpt import GPT, GPTConfig
 from model.muon import Muon
@@ -73,16 +73,29 @@ def test_the_tables_are_made_of_the_results(name):
 
 def test_the_methods_table_and_what_is_said_of_it_are_made_of_the_results():
     results = json.loads((ROOT / "experiments/methods/results.json").read_text())
-    assert methods.table(results) in TEXT
+    assert reaching.table(results) in TEXT
     said = " ".join(TEXT.split())
     whole, states = "whole recipe", "the same of texts in 4 states"
     for pair, cost, spent in ((whole, 1, "tokens"), (whole, 1, "flops"), (whole, 1.5, "tokens"), (states, 1, "tokens"),
                               (states, 1.5, "tokens"), (states, 1, "flops"), ("alignment and context", 1, "tokens"),
                               ("on-policy alone", 1, "tokens")):
-        found = {what.partition(":")[0]: value for what, value in methods.ratios(results, 0.1, cost, spent).items()}
+        found = {what.partition(":")[0]: value for what, value in reaching.ratios(results, 0.1, cost, spent).items()}
         assert found[pair] in said, (pair, cost, spent)
-    paper = [run for name, runs in methods.rows_of(results, 1).items() if name.endswith("paper") for run in runs]
-    assert all(methods.over(run, "gen_nats", 1)(point) > 0.25 for run in paper for point in run["points"])
+    paper = [run for name, runs in reaching.rows_of(results, 1).items() if name.endswith("paper") for run in runs]
+    assert all(reaching.over(run, "gen_nats", 1)(point) > 0.25 for run in paper for point in run["points"])
+
+
+def test_what_is_said_of_real_text_is_made_of_the_results():
+    results = json.loads((ROOT / "experiments/methods_text/results.json").read_text())
+    assert reaching.short(results) in TEXT
+    said = " ".join(TEXT.partition("**On real text**")[2].partition("\n## ")[0].split())
+    found = {what.partition(":")[0]: value for what, value in reaching.ratios(results, 0.5, 1).items()}
+    assert all(value.removeprefix("> ") in said for value in found.values()) and found["whole recipe"][0] == ">"
+    ends = {name: [reaching.over(run, "gen_nats", 1)(run["points"][-1]) for run in runs]
+            for name, runs in reaching.rows_of(results, 1).items()}
+    assert all(a < b for a, b in zip(ends["opdlm, ar"], ends["sft, ar"]))
+    assert max(ends["ours, ar"]) < min(ends["opdlm, ar"] + ends["sdar, ar"])
+    assert {run["settings"]["flags"]["lr"] for runs in reaching.rows_of(results, 1).values() for run in runs} == {0.005}
 
 
 def test_the_ablations_table_and_what_is_said_of_it_are_made_of_the_results():
