@@ -14,7 +14,7 @@ of a step. Letters: S steps, B texts, K slots of a block, G policy's texts and E
 """
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -129,7 +129,7 @@ def train(policy: Policy, write: Callable, quality: Callable, settings: Settings
                   "nfe": seen[0].alive.sum(0).float().mean().item(),
                   "alike": (gain.abs().amax(1) < 1e-9).float().mean().item()}
         if update < settings.imitated:
-            record |= imitate(policy, [seen[1], seen[0].relabelled(settings.expert)], settings, optimizer)
+            record |= imitate(policy, [some.relabelled(settings.expert) for some in seen], settings, optimizer)
         elif record["alike"] < 1:
             record |= learn(policy, seen, [part.flatten() for part in gain.split([g for _, g in parts], 1)], settings,
                             optimizer)
@@ -147,21 +147,22 @@ def learn(policy: Policy, seen: list[Seen], gains: list[Tensor], settings: Setti
         each = [surrogate(n, o, gain, some.alive, settings.eps) * len(gain)
                 for n, o, gain, some in zip(said(), old, gains, seen)]
         return -sum(each) / sum(map(len, gains))
-    return descend(policy, loss, settings, optimizer)
+    return descend([loss] * settings.inner, policy, settings, optimizer)
 
 
 def imitate(policy: Policy, expert: list[Seen], settings: Settings, optimizer) -> dict:
     """Before all that: a policy far from anything that is ever rewarded learns nothing from rewards. It learns what the
     expert does in its own texts, and would have done in the policy's (DAgger, 1011.0686). Here there is no ratio that
-    bounds the steps on one text: five times as many."""
-    often = replace(settings, inner=5 * settings.inner)
-    return descend(policy, lambda: -torch.cat([some.logprob(policy)[some.alive] for some in expert]).mean(), often,
-                   optimizer)
+    bounds the steps on one text: five times as many, each of another part of what was seen."""
+    parts = 5 * settings.inner
+    seen = [torch.cat(x, 1) for x in zip(*((some.sure, some.masked, some.time, some.action) for some in expert))]
+    seen = [Seen(*(x[:, i::parts] for x in seen)) for i in range(parts)]                # (1, N / parts, K) each
+    return descend([lambda some=some: -some.logprob(policy).mean() for some in seen], policy, settings, optimizer)
 
 
-def descend(policy: Policy, loss: Callable, settings: Settings, optimizer) -> dict:
-    """The inner steps."""
-    for _ in range(settings.inner):
+def descend(losses: list[Callable], policy: Policy, settings: Settings, optimizer) -> dict:
+    """A step down each."""
+    for loss in losses:
         value = loss()
         optimizer.zero_grad(set_to_none=True)
         value.backward()
