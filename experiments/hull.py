@@ -126,4 +126,5 @@ def draw(results: dict, figure) -> None:
             axes[-1].plot(steps, quality, color="C3" if policy["reward"] == "additive" else "0.6",
                           label=policy["reward"])
     axes[-1].set(xlabel="update", title="quality of what explores, two rewards")
-    axes[-1].legend(fontsize=6)
+    if axes[-1].lines:
+        axes[-1].legend(fontsize=6)

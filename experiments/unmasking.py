@@ -22,86 +22,31 @@ import torch
 
 import train_tiny
 from data.tinystories import stories
-from experiments.conversion import opened
 from experiments.hull import best_rule, draw, table
-from experiments.job import WORK, Job, tiny
+from experiments.job import WORK
 from experiments.results import finish, head, kept
 from experiments.students import student
-from model import grpo, reveal, unmask
+from experiments.worlds import WORLDS, Blind, heuristics, job_of, opened_world
+from model import grpo, unmask
 from model.draw import Warp
 from model.state import writable
 from report import cli, measure, policy
 from report.cli import option
 from report.publish import write_json
 
-ANY = {"text": "data", "states": "random", "target": "onehot", "weight": "1/t", "lr": 0.01}
-LEVELS, TEMPERATURES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99), (0.5, 1)
-BETAS, SHOWN = (0.25, 0.5, 2, 4), 1         # SHOWN: the alpha whose policy is scaled by them, and blinded
-
-
-@dataclass(frozen=True)
-class World:
-    """A student, and what is tried on it."""
-    flags: dict         # of train_tiny.py
-    updates: int        # of 16 rows
-    sizes: tuple        # of blocks inside its blocks, for the heuristics
-    alphas: tuple       # a policy each
-
-
-WORLDS = {"blocks": World({**ANY, "block": 8}, 480, (2, 4, 8), (0, 0.3, 1, 3)),
-          "whole": World({**ANY, "block": 0, "context": "block"}, 1600, (4, 8, 16, 32, 96), (0.3, 1))}
+TEMPERATURES, BETAS, SHOWN = (0.5, 1), (0.25, 0.5, 2, 4), 1     # SHOWN: the alpha whose policy is scaled and blinded
 
 
 @dataclass
 class Options:
     quick: bool = option(False, "tiny students, two updates: whether it runs at all")
     seeds: int = option(3, "policies of each world and alpha")
-    updates: int = option(300, "of a policy, 64 texts each")
     stories: int = option(256, "that a look is made of")
-
-
-@dataclass(frozen=True)
-class Blind:
-    """A rule that does not see how sure the model is of a slot, but of which it is not: does the rule use it at all?"""
-    rule: Callable
-    how: str            # "mean": each masked slot has their mean; "shuffled": they change places, by the rule's numbers
-
-    def __call__(self, sure: torch.Tensor, masked: torch.Tensor, step: torch.Tensor, numbers: torch.Tensor):
-        mean = (sure * masked).sum(1, keepdim=True) / masked.sum(1, keepdim=True).clamp(min=1)
-        if self.how == "mean":
-            return self.rule(torch.where(masked, mean, sure), masked, step, numbers)
-        place = masked.long().argsort(dim=1, descending=True, stable=True)               # (B, K) masked slots first
-        other = numbers[..., 0].masked_fill(~masked, 2.0).argsort(dim=1, stable=True)      # in another order
-        return self.rule(sure.scatter(1, place, sure.gather(1, other)), masked, step, numbers)
-
-    def __getattr__(self, name: str):
-        return getattr(self.rule, name)
-
-
-def job_of(name: str, options: Options) -> Job:
-    world = WORLDS[name]
-    job = Job(f"unmasking, {name}", 0, world.flags, (world.updates,))
-    return replace(tiny(job), points=(4,)) if options.quick else job
-
-
-def opened_world(name: str, options: Options) -> tuple:
-    """The student, its layout, the length of a text, the corpus."""
-    settled, corpus = opened(job := job_of(name, options))
-    return *student(job), settled.length, corpus
-
-
-def heuristics(name: str) -> dict[str, Callable]:
-    """Every rule over its parameter, in blocks of each size; a rule that comes again under another name is left out."""
-    specs = [f"{rule}:{x}" for rule in ("threshold", "leftmost") for x in LEVELS] + ["factor:0.5", "eb:0.1", "eb:0.5"]
-    found = {f"{spec} in {size}": unmask.Within(reveal.parse(spec), size) for spec in specs
-             for size in WORLDS[name].sizes}
-    return found | {f"{rule}:{n} in {size}": unmask.Within(reveal.parse(f"{rule}:{n}"), size)
-                    for rule in ("static", "random") for n in (1, 2, 4) for size in WORLDS[name].sizes if n < size}
 
 
 def look(options: Options, name: str, rule: Callable, part: str) -> dict:
     """What is said of a rule's texts: the share that is valid, steps and forwards a text, each alpha's mean reward."""
-    net, layout, length, corpus = opened_world(name, options)
+    net, layout, length, corpus = opened_world(name, options.quick)
     starts, tok, N = stories(corpus.val, corpus.tokenizer.eot), corpus.tokenizer, options.stories
     held = measure.held_out(corpus.val, starts, 2 * N, length)[:N] if part == "dev" else measure.held_out(
         corpus.val, starts, 2 * N, length)[N:]
@@ -123,7 +68,7 @@ def look(options: Options, name: str, rule: Callable, part: str) -> dict:
 def looked(options: Options, name: str, rule: Callable, part: str, title: str, said: dict) -> dict:
     """The same; taken before, of the same: read."""
     torch.set_num_threads(1)
-    settings = {"student": job_of(name, options).settings, "stories": options.stories, **said}
+    settings = {"student": job_of(name, options.quick).settings, "stories": options.stories, **said}
     file = folder(options) / "looks" / f"{name}, {title}, {part}.json".replace(" ", "")
     return kept(file, settings, partial(look, options, name, rule, part))
 
@@ -143,17 +88,17 @@ def trained(options: Options, work: tuple[str, float, int, str, str]) -> dict:
     reward is best on the stories for choosing."""
     torch.set_num_threads(1)
     name, alpha, seed, expert, reward = work
-    title, (net, layout, length, corpus) = f"alpha {alpha}, {reward}, seed {seed}", opened_world(name, options)
-    rule = heuristics(name)[expert]
-    settings = grpo.Settings(policy.room(length), alpha, eps=0.2 if name == "whole" else 0.5, imitated=40,
-                             expert=replace(rule, slides=True), steered=name == "whole", reward=getattr(grpo, reward))
-    said = {"expert": expert, "updates": options.updates, "settings": repr(replace(settings, expert=None, reward=None))}
+    title, (net, layout, length, corpus) = f"alpha {alpha}, {reward}, seed {seed}", opened_world(name, options.quick)
+    world, rule = WORLDS[name], heuristics(name)[expert]
+    settings = grpo.Settings(policy.room(length), alpha, expert=replace(rule, slides=True),
+                             reward=getattr(grpo, reward), **world.learning)
+    updates = 2 if options.quick else world.policy_updates
+    said = {"expert": expert, "updates": updates, **world.learning}
     out, data = folder(options) / f"{name}, {title}".replace(" ", ""), partial(
         train_tiny.draw, corpus, length=length, seed=seed, device="cpu")
     if not (out / "job.json").exists() or json.loads((out / "job.json").read_text()) != said:
         begun = time.perf_counter()
-        policy.learn(net, layout, None, corpus, data, settings, options.updates, seed, 0.003, writable(out), said,
-                     resume=False)
+        policy.learn(net, layout, None, corpus, data, settings, updates, seed, 0.003, writable(out), said, resume=False)
         write_json(out / "seconds.json", time.perf_counter() - begun)
         write_json(out / "job.json", said)
     made = unmask.Learned(unmask.load(out / "policy"))
@@ -173,10 +118,10 @@ def trained(options: Options, work: tuple[str, float, int, str, str]) -> dict:
 def main(argv: list[str]) -> None:
     options = cli.parse(Options, argv, __doc__)
     if options.quick:
-        options = replace(options, seeds=1, updates=2, stories=8)
+        options = replace(options, seeds=1, stories=8)
     results, every = head("unmasking", options), 40 if options.quick else 1
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        list(pool.map(student, [job_of(name, options) for name in WORLDS]))
+        list(pool.map(student, [job_of(name, options.quick) for name in WORLDS]))
         work = [(name, title) for name in reversed(WORLDS) for title in list(heuristics(name))[::every]]
         seen = pool.map(partial(of_heuristics, options), work)
         results["heuristics"] = [{"world": name, "rule": rule, **both} for (name, rule), both in zip(work, seen)]

@@ -89,18 +89,19 @@ def main(argv: list[str]) -> None:
 
 
 def table(results: dict) -> str:
-    """Markdown: a row a way to convert; tokens a forward after the last update, the positions that a token took, and
-    what became of the AR model."""
-    names = dict(zip(LOOKS, ("itself", "itself, greedy", "the teacher", "the teacher, greedy")))
-    heads = [*(f"`tok_per_fwd`, verified by {name}" for name in names.values()), "`positions_per_tok`, by itself",
-             "by the teacher", "`val_nats` as an AR model, less the teacher's"]
-    lines = [f"| | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
+    """Markdown: a row a way to convert; after the last update tokens a forward, positions a token, and what became of
+    the AR model that verifies itself: its nats, and in the story world the share of its texts that is valid."""
+    heads = ["`tok_per_fwd`, verified by itself", "greedy", "by the teacher", "greedy", "`positions_per_tok`, itself",
+             "teacher", "`val_nats` as an AR model, less the teacher's", "`valid`, itself", "teacher"]
+    toy = "valid" in results["runs"][0]["teacher"]
+    lines = [f"| | {' | '.join(heads if toy else heads[:-2])} |", "|---|" + "---|" * len(heads if toy else heads[:-2])]
     for name, runs in by_row(results["runs"]).items():
         last = [run["points"][-1] for run in runs]
-        cells = [cell([p[look]["tok_per_fwd"] for p in last], 2) for look in names]
+        cells = [cell([p[look]["tok_per_fwd"] for p in last], 2) for look in LOOKS]
         cells += [cell([p[look]["positions_per_tok"] for p in last], 1) for look in LOOKS[::2]]
-        lost = cell([p["ar_nats"] - run["teacher"]["val_nats"] for p, run in zip(last, runs)])
-        lines.append(f"| {name} | {' | '.join(cells)} | {lost} |")
+        cells.append(cell([p["ar_nats"] - run["teacher"]["val_nats"] for p, run in zip(last, runs)]))
+        cells += [cell([p[look]["valid"] for p in last], 2) for look in LOOKS[::2]] if toy else []
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import opdlm
-from experiments import ablations, changes, conversion, frontier, hull, memory, methods, speed, unmasking
+from experiments import ablations, changes, conversion, frontier, hull, memory, methods, speed, worlds
 from experiments.job import Job, options_of
 from experiments.results import at_cost, gap, reached, tokens_cell
 from model import reveal
@@ -205,7 +205,7 @@ def test_a_blind_rule_sees_the_same_numbers_at_other_slots():
     sure, masked = torch.rand(50, 6, generator=source), torch.rand(50, 6, generator=source) < 0.6
     numbers = torch.rand(50, 6, 2, generator=source)
     for how in ("mean", "shuffled"):
-        unmasking.Blind(lambda *x: seen.append(x[0]), how)(sure, masked, torch.zeros(50), numbers)
+        worlds.Blind(lambda *x: seen.append(x[0]), how)(sure, masked, torch.zeros(50), numbers)
     mean, other = seen
     for row, (m, a, b, c) in enumerate(zip(masked, sure, mean, other)):
         assert torch.equal(a[~m], b[~m]) and torch.equal(a[~m], c[~m]) and a[m].sort()[0].equal(c[m].sort()[0]), row

@@ -1,0 +1,75 @@
+"""The two worlds of experiments/unmasking.py, and every training-free rule that policies are compared with there.
+
+In blocks: a student with blocks of 8. Over whole texts: one whose block is the text, and what follows its end.
+"""
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from experiments.conversion import opened
+from experiments.job import Job, tiny
+from experiments.students import student
+from model import reveal, unmask
+
+ANY = {"text": "data", "states": "random", "target": "onehot", "weight": "1/t", "lr": 0.01}
+LEVELS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
+
+
+@dataclass(frozen=True)
+class World:
+    """A student, and what is tried on it."""
+    flags: dict             # of train_tiny.py
+    updates: int            # of 16 rows
+    sizes: tuple            # of blocks inside its blocks, for the heuristics
+    alphas: tuple           # policies of each
+    learning: dict          # how these are learned: grpo.Settings
+    policy_updates: int
+
+
+WORLDS = {
+    "blocks": World({**ANY, "block": 8}, 480, (2, 4, 8), (0, 0.3, 1, 3), {"eps": 0.5, "imitated": 40}, 300),
+    "whole": World({**ANY, "block": 0, "context": "block"}, 1600, (8, 32, 96), (0.3, 1, 3),
+                   {"eps": 0.2, "imitated": 40, "steered": True, "prompts": 4}, 150)}
+
+
+def job_of(name: str, quick: bool) -> Job:
+    """The world's student."""
+    job = Job(f"unmasking, {name}", 0, WORLDS[name].flags, (WORLDS[name].updates,))
+    return replace(tiny(job), points=(4,)) if quick else job
+
+
+def opened_world(name: str, quick: bool) -> tuple:
+    """The student, its layout, the length of a text, the corpus."""
+    settled, corpus = opened(job := job_of(name, quick))
+    return *student(job), settled.length, corpus
+
+
+def heuristics(name: str) -> dict[str, unmask.Within]:
+    """Rules over their parameters, in blocks of several sizes."""
+    sizes = WORLDS[name].sizes
+    specs = [(f"threshold:{level}", size) for level in LEVELS for size in sizes]
+    specs += [(f"leftmost:{level}", sizes[-1]) for level in LEVELS]
+    specs += [(f"{rule}:{n}", size) for rule in ("static", "random") for n in (1, 2, 4) for size in sizes[::2]
+              if n < size]
+    specs += [(spec, size) for spec in ("factor:0.5", "eb:0.1", "eb:0.5") for size in sizes[1:]]
+    return {f"{spec} in {size}": unmask.Within(reveal.parse(spec), size) for spec, size in specs}
+
+
+@dataclass(frozen=True)
+class Blind:
+    """A rule that does not see how sure the model is of a slot, but of which it is not: does the rule use it at all?"""
+    rule: Callable
+    how: str            # "mean": each masked slot has their mean; "shuffled": they change places, by the rule's numbers
+
+    def __call__(self, sure: Tensor, masked: Tensor, step: Tensor, numbers: Tensor) -> Tensor:
+        mean = (sure * masked).sum(1, keepdim=True) / masked.sum(1, keepdim=True).clamp(min=1)
+        if self.how == "mean":
+            return self.rule(torch.where(masked, mean, sure), masked, step, numbers)
+        place = masked.long().argsort(dim=1, descending=True, stable=True)              # (B, K) masked slots first
+        other = numbers[..., 0].masked_fill(~masked, 2.0).argsort(dim=1, stable=True)   # the same in another order
+        return self.rule(sure.scatter(1, place, sure.gather(1, other)), masked, step, numbers)
+
+    def __getattr__(self, name: str):
+        return getattr(self.rule, name)
