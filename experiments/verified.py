@@ -32,7 +32,7 @@ ROWS = {                                # flags, and a change of the recipe
        for block in (4, 8)},
     "block 4, one-hot": (DRAFTS | {"target": "onehot"}, changes.all_masked),
     "block 4, left parts": (LEFT, None)}
-TIMED, TURNS = ("block 4", "block 8"), 5
+TIMED, TURNS = ("block 4, clean 0.5", "block 8, clean 0.5"), 5
 
 
 @dataclass
