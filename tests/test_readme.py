@@ -13,8 +13,8 @@ import torch
 import opdlm
 import sample
 import train_tiny
-from experiments import ablations, memory, reaching, tiny
-from experiments.results import cell
+from experiments import ablations, memory, reaching, tiny, verified
+from experiments.results import by_row, cell
 from model.gpt import GPT, GPTConfig
 from model.muon import Muon
 from report import cli
@@ -96,6 +96,20 @@ def test_what_is_said_of_real_text_is_made_of_the_results():
     assert all(a < b for a, b in zip(ends["opdlm, ar"], ends["sft, ar"]))
     assert max(ends["ours, ar"]) < min(ends["opdlm, ar"] + ends["sdar, ar"])
     assert {run["settings"]["flags"]["lr"] for runs in reaching.rows_of(results, 1).values() for run in runs} == {0.005}
+
+
+def test_what_is_said_of_verified_text_is_made_of_the_results():
+    results = json.loads((ROOT / "experiments/verified/results.json").read_text())
+    assert verified.table(results) in TEXT and verified.times(results) in TEXT
+    section = TEXT.partition("![Tokens a forward while the student learns]")[2].partition("\nForwards are")[0]
+    section = " ".join(section.split())
+    known = {value.strip() for row in verified.table(results).splitlines()[2:] for value in row.split("|")}
+    begin = by_row(results["runs"])["block 4, clean 0.5"]
+    known.add(cell([run["points"][0]["verifier=self"]["tok_per_fwd"] for run in begin], 2))
+    said = re.findall(r"\d+\.\d+ \(\d+\.\d+ to \d+\.\d+\)", section)
+    assert len(said) == 10 and set(said) <= known
+    first = results["runs"][0]["points"][-1]
+    assert first["step"] == 320 and "(305k response tokens)" in TEXT and abs(first["tokens"] / 1000 - 305) < 2
 
 
 def test_the_ablations_table_and_what_is_said_of_it_are_made_of_the_results():
