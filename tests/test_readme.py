@@ -13,7 +13,7 @@ import torch
 import opdlm
 import sample
 import train_tiny
-from experiments import ablations, memory, reaching, tiny, verified
+from experiments import ablations, memory, pace, reaching, tiny, verified
 from experiments.results import by_row, cell
 from model.gpt import GPT, GPTConfig
 from model.muon import Muon
@@ -110,6 +110,16 @@ def test_what_is_said_of_verified_text_is_made_of_the_results():
     assert len(said) == 10 and set(said) <= known
     first = results["runs"][0]["points"][-1]
     assert first["step"] == 320 and "(305k response tokens)" in TEXT and abs(first["tokens"] / 1000 - 305) < 2
+
+
+def test_the_table_of_speed_is_made_of_the_results_and_says_what_is_said():
+    results = json.loads((ROOT / "experiments/speed/results.json").read_text())
+    assert pace.table(results, pace.peers()) in TEXT
+    over = {pace.key_of(row): statistics.median(row["over_ar"]) for row in results["rows"]}
+    one, two = ({key: x for key, x in over.items() if key[3] == rule} for rule in ("static:1", "threshold"))
+    assert max(one.values()) < 1 and {key[:2] for key, x in two.items() if x > 1} == {("wide, 6 x 384", 1)}
+    assert all(over[net, 1, 16, "static:4"] > 1 for net in ("small, 4 x 128", "wide, 6 x 384"))
+    assert all(row["forwards"] == row["tokens"] for row in results["rows"] if row["rule"] == "static:1")
 
 
 def test_the_ablations_table_and_what_is_said_of_it_are_made_of_the_results():
