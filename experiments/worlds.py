@@ -29,9 +29,9 @@ class World:
 
 
 WORLDS = {
-    "blocks": World({**ANY, "block": 8}, 480, (2, 4, 8), (0, 0.3, 1, 3), {"eps": 0.5, "imitated": 40}, 300),
+    "blocks": World({**ANY, "block": 8}, 480, (2, 4, 8), (0, 0.3, 1, 3), {"eps": 0.5, "imitated": 150}, 400),
     "whole": World({**ANY, "block": 0, "context": "block"}, 1600, (8, 32, 96), (0.3, 1, 3),
-                   {"eps": 0.2, "imitated": 40, "steered": True, "prompts": 4}, 150)}
+                   {"eps": 0.2, "imitated": 100, "steered": True, "prompts": 4}, 200)}
 
 
 def job_of(name: str, quick: bool) -> Job:
