@@ -64,8 +64,8 @@ class Options:
     vocab: int = option(2048, "ids of the BPE that is learned from a text")
     seed: int = option(0, "of everything that is drawn")
     alpha: float = option(1.0, "of --stage=policy: how much speed counts beside quality (paper: 10 to 0)")
-    expert: str | None = option(None, "of --stage=policy: a rule that half of the updates imitate; none: the student's own; "
-                                "of whole texts threshold:0.9, 8 tokens at a time, and then write along")
+    expert: str | None = option(None, "of --stage=policy: a rule that half of the updates imitate; none: the student's "
+                                "own; of whole texts threshold:0.9, 8 tokens at a time, and then write along")
     policy_updates: int = option(300, "of --stage=policy, each of 8 prompts, of whole texts 4, and 8 texts of each")
     device: str = option("auto", "auto: cuda, else mps, else cpu", ("auto", "cpu", "cuda", "mps"))
     compile: bool = option(False, "torch.compile the blocks")
