@@ -166,6 +166,9 @@ def unmasking(options: Options, device) -> None:
     corpus = open_corpus(options.data, options.val_data, options.vocab, tokenizer.load(folder))
     teacher = None if corpus.name == "toy" else hub.load(run / "ar")[0].to(device)
     length = min(options.length or student.config.context, student.config.context)
+    if policy.room(length) < 1:
+        raise ValueError(f"--length={length}: a policy learns behind prompts of up to "
+                         f"{length - policy.room(length)} tokens: give it more positions")
     whole = layout.block >= length
     expert = rules.parse(options.expert or ("threshold:0.9" if whole else hub.read_config(folder)["reveal"]))
     expert = Within(expert, 8, slides=True) if whole else expert
@@ -197,7 +200,7 @@ def main(argv: list[str]) -> None:
     recipe = recipe_of(options, tok.eot, partial(trace.show, tok), tok.vocab_size)
     teacher, untrained = ar_model(options, corpus, device)
     checkpointed(teacher, options.checkpointing)                      # and so its copies
-    header = {"config": asdict(options), **dist.facts(device), "matmul_flops": measure.matmul_rate(device),
+    header = {"config": asdict(options), **measure.facts(device), "matmul_flops": measure.matmul_rate(device),
               "parameters": sum(p.numel() for p in teacher.parameters())}
     log = dist.Log(out / "log.jsonl", header, options.resume)
     if untrained:

@@ -10,24 +10,15 @@ experiments/ablations/results.json (every seed, every number, the commit) and cu
 """
 import statistics
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import product
 
-from experiments import changes
+from experiments.choices import ROWS
 from experiments.job import Job, tiny
 from experiments.pool import run_all
 from experiments.results import at_cost, by_row, cell, finish, head
 from report import cli
 from report.cli import option
-from train_tiny import PAPER
-
-LEFTMOST = tuple(f"reveal=leftmost:{level}" for level in (0, 0.4, 0.7, 0.9, 0.98, 1))
-THRESHOLD = tuple(f"reveal=threshold:{level}" for level in (0, 0.4, 0.7, 0.9, 1))
-DRAWN, LARGEST = (tuple(f"{look} confidence={name}" for look in THRESHOLD) for name in ("drawn", "largest"))
-OWN = {"text": "student", "states": "visited", "target": "teacher", "weight": "first", "updates": 4, "lr": 0.005}
-STORIES = {"text": "data", "states": "prefix", "target": "teacher", "weight": "first"}
 
 
 @dataclass
@@ -35,51 +26,6 @@ class Options:
     quick: bool = option(False, "tiny models, four updates: whether it runs at all")
     seeds: int = option(3, "teachers, and conversions of each")
     updates: int = option(160, "updates of 16 rows, of every row")
-
-
-PRESET = {k: v for k, v in PAPER.items() if k not in ("ramp", "warm_steps", "lr_schedule", "batch")} | {"lr": 0.001}
-
-
-@dataclass
-class Row:
-    flags: dict
-    by: tuple = LEFTMOST                # the looks between whose levels it is compared
-    recipes: Callable | None = None
-    start: Callable | None = None
-    job: str | None = None              # rows of one job are one conversion, looked at in several ways
-
-
-def at_block(block: int) -> tuple:
-    return tuple(f"block={block} {look}" for look in LEFTMOST)
-
-
-ROWS = {
-    **{f"{states}, block {block}": Row(OWN | {"states": states, "block": block})
-       for block in (4, 8, 16) for states in ("visited", "random", "prefix")},
-    **{f"paper's preset, block {block}": Row(PRESET | {"block": block}, DRAWN) for block in (4, 8, 16)},
-    "visited, by threshold": Row(OWN, THRESHOLD, job="visited, block 4"),
-    "trained by threshold": Row(OWN | {"reveal": "threshold:0.9"}, job="threshold"),
-    "trained and sampled by threshold": Row(OWN | {"reveal": "threshold:0.9"}, THRESHOLD, job="threshold"),
-    "trained one a step, by confidence": Row(OWN | {"reveal": "static:1"}, job="static"),
-    "the same, sampled by threshold": Row(OWN | {"reveal": "static:1"}, THRESHOLD, job="static"),
-    "drawn token's confidence": Row(OWN | {"reveal": "threshold:0.9", "confidence": "drawn"}, DRAWN, job="drawn"),
-    "the same, sampled by the largest": Row(OWN | {"reveal": "threshold:0.9", "confidence": "drawn"}, LARGEST,
-                                            job="drawn"),
-    "reverse KL": Row(OWN, recipes=partial(changes.with_divergence, changes.reverse_kl)),
-    "Jensen-Shannon": Row(OWN, recipes=partial(changes.with_divergence, changes.jensen_shannon)),
-    "every state": Row(OWN, recipes=changes.every_state),
-    **{f"{n} updates a rollout": Row(OWN | {"updates": n}) for n in (1, 16)},
-    "half of it on stories": Row(OWN, recipes=partial(changes.stories_first, 0.5)),
-    **{f"stories, block {block}": Row(STORIES | {"block": block}) for block in (4, 8, 16)},
-    **{f"stories, mixed blocks, at {block}": Row(STORIES, at_block(block), changes.mixed, job="mixed")
-       for block in (4, 8, 16)},
-    "stories, random": Row(STORIES | {"states": "random"}),
-    "stories, every left part": Row(STORIES, recipes=changes.every_prefix),
-    **{f"stories, weight {weight}": Row(STORIES | {"weight": weight}) for weight in ("mean", "1/t")},
-    "stories, context block": Row(STORIES | {"context": "block"}),
-    "stories, zero as [MASK]": Row(STORIES, start=changes.zero_mask),
-    "stories, end-of-text as [MASK]": Row(STORIES, start=changes.end_mask),
-}
 
 
 def jobs_of(options: Options) -> list[Job]:

@@ -20,7 +20,7 @@ from experiments.results import finish
 from model import dist, masks, reveal
 from model.denoiser import Denoiser
 from model.gpt import GPT, GPTConfig
-from report import cli
+from report import cli, measure
 from report.cli import option
 
 EOT, PROMPT = 0, 8
@@ -95,7 +95,7 @@ def draw(results: dict, figure) -> None:
 def main(argv: list[str]) -> None:
     options = cli.parse(Options, argv, __doc__)
     torch.set_num_threads(1)
-    results = {"command": "python -m experiments.compiled", **dist.facts(torch.device("cpu")), "rows": []}
+    results = {"command": "python -m experiments.compiled", **measure.facts(torch.device("cpu")), "rows": []}
     for name, (config, rows) in (SMALL if options.quick else SIZES).items():
         results["rows"] += measured(name, config, rows, 2 if options.quick else options.repeats)
     finish("compiled", results, draw, options.quick)

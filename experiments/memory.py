@@ -27,10 +27,9 @@ from torch.profiler import ProfilerActivity, profile
 import opdlm
 from experiments.results import finish
 from model import loss
-from model.dist import facts
 from model.gpt import GPT, GPTConfig, checkpointed
 from model.masks import Layout
-from report import cli
+from report import cli, measure
 from report.cli import option
 
 KINDS = ("plain", "full", "topk:64")
@@ -136,7 +135,8 @@ def draw(results: dict, figure) -> None:
 def main(argv: list[str]) -> None:
     options = cli.parse(Options, argv, __doc__)
     config, repeats = (SMALL, 2) if options.quick else (GPTConfig(), options.repeats)
-    results = {"command": "python -m experiments.memory", **facts(torch.device("cpu")), "config": asdict(config),
+    here = measure.facts(torch.device("cpu"))
+    results = {"command": "python -m experiments.memory", **here, "config": asdict(config),
                "chunk": loss.CHUNK, "table_gradient": 4 * config.vocab * config.width}
     results["rows"] = measured(config, repeats)
     finish("memory", results, draw, options.quick)

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 import opdlm
-from model.dist import facts
 from report import measure
 from report.publish import write_json
 
@@ -80,7 +79,8 @@ def kept(file: Path, settings: dict, make: Callable) -> dict:
 def head(command: str, options) -> dict:
     """What a results file begins with: to be taken before the work, which a commit may overtake. No paths."""
     said = {name: value for name, value in asdict(options).items() if "data" not in name}
-    return {"command": f"python -m experiments.{command}", "options": said, **facts(torch.device("cpu")), "threads": 1}
+    here = measure.facts(torch.device("cpu"))
+    return {"command": f"python -m experiments.{command}", "options": said, **here, "threads": 1}
 
 
 def finish(name: str, results: dict, draw: Callable, quick: bool) -> None:

@@ -22,11 +22,10 @@ from experiments.pace import draw, peers, table
 from experiments.results import finish
 from model import reveal
 from model.denoiser import Denoiser
-from model.dist import facts
 from model.draw import Warp
 from model.gpt import GPT, Cache, GPTConfig
 from model.masks import Layout
-from report import cli
+from report import cli, measure
 from report.cli import option
 
 PROMPT, NEVER = 16, -1              # tokens; an id that nobody can emit
@@ -126,7 +125,7 @@ def main(argv: list[str]) -> None:
     if options.quick:
         options.repeats = 2
     torch.set_num_threads(1)
-    results = {"command": "python -m experiments.speed", **facts(torch.device("cpu")), "rows": []}
+    results = {"command": "python -m experiments.speed", **measure.facts(torch.device("cpu")), "rows": []}
     for name, (config, gain) in (TINY if options.quick else SIZES).items():
         results["rows"] += cells(name, config, gain, options)
     finish("speed", results, draw, options.quick)

@@ -5,10 +5,7 @@ its shards of the student (FSDP2); the teacher is whole everywhere. Without torc
 """
 import json
 import os
-import platform
-import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
@@ -195,7 +192,7 @@ class Stop:
         return any(from_all(self.asked))
 
 
-# 2. device, facts, log ------------------------------------------------------------------------------------------------
+# 2. device, log -------------------------------------------------------------------------------------------------------
 
 def device_named(name: str) -> torch.device:
     """auto is cuda, else mps, else cpu; a device that is not there is refused."""
@@ -205,16 +202,6 @@ def device_named(name: str) -> torch.device:
     if not there[name]:
         raise ValueError(f"--device={name}: torch finds no such device here; use --device=auto")
     return torch.device(name)
-
-
-def facts(device: torch.device) -> dict:
-    """What a number depends on besides the settings: commit, versions, device, threads, processes."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False,
-                         cwd=Path(__file__).parent) if shutil.which("git") else None
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"commit": (git and git.stdout.strip()) or "unknown", "torch": torch.__version__,
-            "python": platform.python_version(), "device": f"{device} ({name})", "threads": torch.get_num_threads(),
-            "processes": count()}
 
 
 class Log:

@@ -10,17 +10,21 @@
     positions_per_tok, tok_s
 """
 import math
+import platform
+import shutil
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import opdlm
-from model import verify
+from model import dist, verify
 from model.denoiser import Denoiser
 from model.draw import Warp
 from model.masks import Layout
@@ -185,6 +189,16 @@ def distill_flops(config, record: dict) -> float:
     body, written = body_flops(config, record["len"] / 2), record["tokens"] * (record["positions"] > 0)
     head = head_flops(config) * (written + (1 + 3) * record["places"])
     return body * (written + (1 + 2 * 3) * record["tokens"]) + head
+
+
+def facts(device: torch.device) -> dict:
+    """What a number depends on besides the settings: commit, versions, device, threads, processes."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False,
+                         cwd=Path(__file__).parent) if shutil.which("git") else None
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"commit": (git and git.stdout.strip()) or "unknown", "torch": torch.__version__,
+            "python": platform.python_version(), "device": f"{device} ({name})", "threads": torch.get_num_threads(),
+            "processes": dist.count()}
 
 
 def matmul_rate(device, size: int = 1024) -> float:

@@ -92,3 +92,9 @@ def test_an_ar_model_has_no_masks_to_reveal(student, capsys):
     hub.save("ar", hub.load("run/opdlm")[0], TOK)
     assert learn("--init=ar") == 2
     assert "ar holds an AR model: convert it first" in capsys.readouterr().err
+
+
+def test_a_text_has_to_fit_behind_the_prompts(student, capsys):
+    assert learn("--length=19", "--policy_updates=1") == 2
+    assert "behind prompts of up to 19 tokens: give it more positions" in capsys.readouterr().err
+    assert learn("--length=20", "--policy_updates=1") == 0
