@@ -18,10 +18,10 @@ def spread(values: list[float]) -> str:
 
 
 def table(results: dict, others: list[dict]) -> str:
-    """Markdown: a row a network, batch, block and rule."""
-    names = list(dict.fromkeys(row["peer"] for row in others))
+    """Markdown: a row a network, batch, block and rule. Peers' code as it is; with copies made free: in the file."""
+    names = [name for name in dict.fromkeys(row["peer"] for row in others) if "copies free" not in name]
     lines = ["| network, batch, block, rule | tokens/s | forwards of N | times as fast as AR |"
-             + "".join(f" {name} |" for name in names), "|" + "---|" * (4 + len(names))]
+             + "".join(f" as {name} |" for name in names), "|" + "---|" * (4 + len(names))]
     found = {(other["peer"], *key_of(other)): spread(other["faster"]) for other in others}
     for row in results["rows"]:
         net, batch, block, kind = key = key_of(row)

@@ -120,6 +120,12 @@ def test_the_table_of_speed_is_made_of_the_results_and_says_what_is_said():
     assert max(one.values()) < 1 and {key[:2] for key, x in two.items() if x > 1} == {("wide, 6 x 384", 1)}
     assert all(over[net, 1, 16, "static:4"] > 1 for net in ("small, 4 x 128", "wide, 6 x 384"))
     assert all(row["forwards"] == row["tokens"] for row in results["rows"] if row["rule"] == "static:1")
+    faster = {(row["peer"], row["batch"]): [] for row in pace.peers()}
+    for row in pace.peers():
+        faster[row["peer"], row["batch"]].append(statistics.median(row["faster"]))
+    for peer, batch, said in (("OPDLM's release", 32, "1.28 to 1.60"), ("dllm", 32, "1.87 to 5.78"),
+                              ("OPDLM's release, copies free", 32, "1.22 to 1.30"), ("SDAR", 1, "0.73 to 1.01")):
+        assert f"{min(faster[peer, batch]):.2f} to {max(faster[peer, batch]):.2f}" == said and said in TEXT
 
 
 def test_the_ablations_table_and_what_is_said_of_it_are_made_of_the_results():
