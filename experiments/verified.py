@@ -2,7 +2,8 @@
 
     python -m experiments.verified              the story world, three seeds: about an hour on two cores
     python -m experiments.verified --quick      the plumbing, a minute
-    python -m experiments.verified --name=verified_text --data=FILE.txt --val_data=FILE.txt --length=128
+    python -m experiments.verified --name=verified_text --data=FILE.txt --val_data=FILE.txt --length=128 --lr=0.005 \
+        --rows="block 4, clean 0.5;block 4, left parts"
 
 At the end, by one process: seconds a token beside those of AR with its cache. Leaves experiments/NAME/results.json
 (every seed, every number, the commit) and curves.png.
@@ -46,6 +47,7 @@ class Options:
     updates: int = option(320, "of 16 rows, of every row; looked at after all, half, a quarter, an eighth, none")
     stories: int = option(64, "that a look is made of")
     length: int | None = option(None, "--length of train_tiny.py")
+    lr: float = option(0.01, "--lr of train_tiny.py")
 
     def __post_init__(self):
         if not set(self.rows.split(";")) <= set(ROWS):
@@ -57,7 +59,7 @@ def job_of(name: str, seed: int, options: Options) -> Job:
     text |= {"length": options.length} if options.length else {}
     (flags, change), last = ROWS[name], options.updates
     points = (0, *sorted({last >> k for k in range(4) if last >> k}))
-    job = Job(f"{options.name}, {name}", seed, flags | text | {"lr": 0.01}, points, LOOKS, change,
+    job = Job(f"{options.name}, {name}", seed, flags | text | {"lr": options.lr}, points, LOOKS, change,
               stories=options.stories, folder="full" if options.data == "toy" else options.name)
     return tiny(job) if options.quick else job
 
@@ -76,10 +78,11 @@ def main(argv: list[str]) -> None:
     if options.quick:
         options = replace(options, seeds=1, updates=4)
     results = head(f"verified --name={options.name}", options)
-    runs = run_all([job_of(name, seed, options) for name in options.rows.split(";") for seed in range(options.seeds)])
+    names = options.rows.split(";")
+    runs = run_all([job_of(name, seed, options) for name in names for seed in range(options.seeds)])
     for run in runs:
         _, _, run["settings"]["name"] = run["settings"]["name"].partition(", ")
-    timed = [job_of(name, seed, options) for name in TIMED for seed in range(options.seeds)]
+    timed = [job_of(name, seed, options) for name in TIMED if name in names for seed in range(options.seeds)]
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         list(pool.map(student, timed))
     results["runs"] = without_paths(runs)
