@@ -126,6 +126,11 @@ def test_the_table_of_speed_is_made_of_the_results_and_says_what_is_said():
     for peer, batch, said in (("OPDLM's release", 32, "1.28 to 1.60"), ("dllm", 32, "1.87 to 5.78"),
                               ("OPDLM's release, copies free", 32, "1.22 to 1.30"), ("SDAR", 1, "0.73 to 1.01")):
         assert f"{min(faster[peer, batch]):.2f} to {max(faster[peer, batch]):.2f}" == said and said in TEXT
+    took = json.loads((ROOT / "experiments/speed/peers.json").read_text())["microseconds"]["rows"]
+    for whose, part, said in (("ours", "within", "1.2 to 1.5"), ("ours", "beside", "0.3 to 0.5"),
+                              ("SDAR", "beside", "0.1")):
+        some = {f"{row[part] / 1000:.1f}" for row in took if row["whose"] == whose}
+        assert " to ".join(dict.fromkeys((min(some), max(some)))) == said and f"{said} ms" in TEXT
 
 
 def test_the_ablations_table_and_what_is_said_of_it_are_made_of_the_results():
