@@ -105,8 +105,8 @@ def recipe_of(options: Options, eot: int, show=repr, vocab: int = 0) -> opdlm.Re
     dials = (opdlm.TEXTS[options.text], opdlm.STATES[options.states], opdlm.TARGETS[options.target],
              opdlm.WEIGHTS[options.weight])
     made = opdlm.Recipe(*dials, layout, eot, rules.parse(options.reveal, options.confidence), batch=options.batch,
-                        share=dist.share, passes=options.passes, updates=options.updates, seed=options.seed,
-                        clean_weight=options.clean_weight, show=show)
+                        share=dist.share, passes=options.passes, updates=options.updates,
+                        prompt=options.longest_prompt, seed=options.seed, clean_weight=options.clean_weight, show=show)
     return replace(made, **lean(options.kl, options.target, vocab))
 
 

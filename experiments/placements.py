@@ -2,9 +2,7 @@
 import itertools
 import random
 
-import torch
-
-from model.schedule import Schedule, derived, interpolated, placed
+from model.schedule import Schedule, costs, derived, placed
 
 SEGMENTS, LIGHT = 8, 2          # of the exhaustive search: 28 schedules
 
@@ -14,7 +12,7 @@ def at(steps: int, light) -> Schedule:
     return placed([k in chosen for k in range(steps)])
 
 
-def placements(steps: int, share: float, kl: list[float], seed: int) -> dict[str, Schedule]:
+def placements(steps: int, share: float, curves: dict, seed: int) -> dict[str, Schedule]:
     """The same share of the steps light, in seven ways; step 0 sees nothing but masks."""
     n = round(share * steps)
     begin, end = n - n // 2, steps - n // 2
@@ -22,7 +20,7 @@ def placements(steps: int, share: float, kl: list[float], seed: int) -> dict[str
             "all late": at(steps, range(steps - n, steps)),
             "middle": at(steps, range((steps - n) // 2, (steps + n) // 2)),
             "evenly": at(steps, (int((k + 0.5) * steps / n) for k in range(n))),
-            "random": at(steps, random.Random(seed).sample(range(steps), n)), "derived": derived(kl, steps, share)}
+            "random": at(steps, random.Random(seed).sample(range(steps), n)), "derived": derived(curves, steps, share)}
 
 
 def segments(steps: int) -> dict[str, Schedule]:
@@ -35,9 +33,7 @@ def segments(steps: int) -> dict[str, Schedule]:
 def predicted(names: list[str], curves: dict) -> float:
     """Nats per token that the light ones of these steps cost, to first order: each reveals as many tokens as the next.
     """
-    t, kl = (torch.tensor(curves[name], dtype=torch.float64) for name in ("t", "kl"))
-    cost = interpolated(1 - torch.arange(len(names), dtype=torch.float64) / len(names), t, kl)
-    return sum(x for x, name in zip(cost.tolist(), names) if name == "L") / len(names)
+    return sum(x for x, name in zip(costs(curves, len(names)).tolist(), names) if name == "L") / len(names)
 
 
 def spearman(x: list[float], y: list[float]) -> float:

@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 
-from experiments.pair import measured, sampled, seconds
+from experiments.asked import measured, sampled, seconds
 from experiments.placements import at, placements, segments
 from experiments.results import finish, head
-from experiments.savings import claims, draw, table
+from experiments.savings import claims, draw, table, with_errors
 from model.schedule import derived
 from report import cli
 from report.cli import option
@@ -34,9 +34,9 @@ class Options:
     quick: bool = option(False, "tiny models, few samples: whether it runs at all")
     seeds: int = option(3, "heavy, light and judge of each")
     pretrain: int = option(480, "AR updates that each begins with")
-    updates: int = option(4000, "of 16 rows, of heavy and light")
-    samples: int = option(512, "texts of each placement; of each of the search's schedules half as many")
-    steps: int = option(32, "of a text, ancestral; four times as many for a quarter of the samples")
+    updates: int = option(3000, "of 16 rows, of heavy and light")
+    samples: int = option(512, "texts of each placement; of each of the search's schedules a quarter as many")
+    steps: int = option(32, "of a text, ancestral; and four times as many, for four placements and half the texts")
 
     @property
     def flags(self) -> dict:
@@ -46,23 +46,26 @@ class Options:
             {"width": 64, "rows": 4, "batch": 4} if self.quick else {})
 
 
-def looks(options: Options, seed: int, kl: list[float]) -> list[tuple]:
+def few(steps: int, curves: dict, seed: int) -> dict:
+    """All heavy, the paper's placement, the derived one, all light."""
+    plans = placements(steps, 0.25, curves, seed)
+    return {"heavy": at(steps, []), **{name: plans[name] for name in ("sandwich (paper)", "derived")},
+            "light": at(steps, range(steps))}
+
+
+def looks(options: Options, seed: int, curves: dict) -> list[tuple]:
     """All that is sampled: name, schedule, steps, samples."""
-    many, few, steps = options.samples, max(options.samples // 4, 1), options.steps
-    ends = {"heavy": lambda n: at(n, []), "light": lambda n: at(n, range(n))}
-    found = [(name, plan(n), n, count) for name, plan in ends.items() for n, count in ((steps, many), (4 * steps, few))]
-    found += [(name, plan, n, count) for n, count in ((steps, many), (4 * steps, few))
-              for name, plan in placements(n, 0.25, kl, seed).items()]
-    found += [(f"derived {share}", derived(kl, steps, share), steps, many) for share in SHARES]
-    return found + [(f"segments {name}", plan, steps, 2 * few) for name, plan in segments(steps).items()]
+    many, steps = options.samples, options.steps
+    plans = few(steps, curves, seed) | placements(steps, 0.25, curves, seed)
+    plans |= {f"derived {share}": derived(curves, steps, share) for share in SHARES}
+    found = [(name, plan, steps, many) for name, plan in plans.items()]
+    found += [(name, plan, 4 * steps, max(many // 2, 1)) for name, plan in few(4 * steps, curves, seed).items()]
+    return found + [(f"segments {name}", plan, steps, max(many // 4, 1)) for name, plan in segments(steps).items()]
 
 
-def timed(options: Options, seed: int, kl: list[float]) -> dict:
-    """Seconds of 128 texts, in turns: all heavy, the paper's placement, the derived one, all light."""
-    plans = placements(options.steps, 0.25, kl, seed)
-    plans = {"heavy": at(options.steps, []), **{name: plans[name] for name in ("sandwich (paper)", "derived")},
-             "light": at(options.steps, range(options.steps))}
-    return seconds(options, seed, plans, options.steps, min(options.samples, 128), 5)
+def timed(options: Options, seed: int, curves: dict) -> dict:
+    """Seconds of 128 texts, in turns."""
+    return seconds(options, seed, few(options.steps, curves, seed), options.steps, min(options.samples, 128), 5)
 
 
 def main(argv: list[str]) -> None:
@@ -72,16 +75,17 @@ def main(argv: list[str]) -> None:
     results, begun = head(f"scheduling --name={options.name}", options) | {"runs": []}, time.perf_counter()
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         for seed, curves in enumerate(pool.map(partial(measured, options), range(options.seeds))):
-            todo = looks(options, seed, curves["kl"])[:: 9 if options.quick else 1]
+            todo = looks(options, seed, curves)[:: 9 if options.quick else 1]
             made = [pool.submit(sampled, options, seed, *look) for look in todo]
-            numbers = [future.result() for future in made]
-            results["runs"].append({"seed": seed, "curves": curves, "looks": [
-                {"name": name, "T": n, "samples": count, **said} for (name, _, n, count), said in zip(todo, numbers)]})
+            seen = [{"name": name, "T": n, "samples": count, **future.result()}
+                    for (name, _, n, count), future in zip(todo, made)]
+            results["runs"].append({"seed": seed, "curves": curves, "looks": with_errors(seen)})
             print(f"seed {seed}: {(time.perf_counter() - begun) / 60:.0f} min", flush=True)
     for run in results["runs"]:
-        run["seconds"] = timed(options, run["seed"], run["curves"]["kl"])
+        run["seconds"] = timed(options, run["seed"], run["curves"])
     finish(options.name, results, draw, options.quick)
-    print("quick" if options.quick else "\n".join([table(results), *claims(results)]))
+    several = [table(results, steps) for steps in (options.steps, 4 * options.steps)]
+    print("quick" if options.quick else "\n\n".join([*several, *claims(results)]))
 
 
 if __name__ == "__main__":

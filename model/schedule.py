@@ -59,7 +59,7 @@ def read(spec: str, folder: Path, rule: Rule) -> Schedule:
     if not (folder / MEASURED).is_file():
         raise ValueError(f"--schedule={spec}: nobody has measured yet what {folder} costs, it has no {MEASURED}: see "
                          "experiments/scheduling.py, or say the steps, as L32,H64,L32")
-    return derived(json.loads((folder / MEASURED).read_text())["kl"], rule.argument, share)
+    return derived(json.loads((folder / MEASURED).read_text()), rule.argument, share)
 
 
 def parse(spec: str, known: tuple[str, ...] = ("H", "L")) -> Schedule:
@@ -101,15 +101,18 @@ def placed(light: list[bool]) -> Schedule:
     return Schedule("step", tuple((names[k], k + 1) for k in last))
 
 
-def derived(importance: list[float], steps: int, share: float) -> Schedule:
-    """A share of the steps light: those of least importance. `importance`: nats that a light step costs at the middles
-    of equal stretches of t, the masked share, from 0 up; step k of `steps` stands at t = 1 - k / steps. To first order
-    what the steps cost adds up (the chain rule over the trajectory), so the cheapest ones are the best ones."""
-    t = 1 - torch.arange(steps, dtype=torch.float64) / steps
-    grid = (torch.arange(len(importance), dtype=torch.float64) + 0.5) / len(importance)
-    cost = interpolated(t, grid, torch.tensor(importance, dtype=torch.float64))
-    cheap = cost.argsort(stable=True)[:round(share * steps)]
+def derived(curves: dict, steps: int, share: float) -> Schedule:
+    """A share of the steps light: those that cost least. To first order what the steps cost adds up (the chain rule
+    over the trajectory), so the cheapest ones are the best ones."""
+    cheap = costs(curves, steps).argsort(stable=True)[:round(share * steps)]
     return placed(torch.zeros(steps, dtype=torch.bool).index_fill(0, cheap, True).tolist())
+
+
+def costs(curves: dict, steps: int) -> Tensor:
+    """(steps,) nats a token that each step costs if it is light: step k stands at t = 1 - k / steps. `curves`: "t",
+    masked shares from 0 up, and "kl", the nats there (report/importance.py)."""
+    t, kl = (torch.tensor(curves[name], dtype=torch.float64) for name in ("t", "kl"))
+    return interpolated(1 - torch.arange(steps, dtype=torch.float64) / steps, t, kl)
 
 
 def interpolated(x: Tensor, at: Tensor, y: Tensor) -> Tensor:

@@ -55,16 +55,17 @@ def costs(heavy, light, tokens: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]
 
 def curves(heavy, light, stories: list[Tensor], length: int, eot: int, stretches: int = 20, seed: int = 0,
            batch: int = 64) -> dict:
-    """CE and KL at the middles t of equal stretches of (0, 1], each over all stories, with standard errors."""
+    """CE and KL at the middles t of equal stretches of (0, 1], and last at t = 1, where a text begins; each over all
+    stories, with standard errors."""
     tokens, found = whole(stories, length, eot), {"t": [], "ce": [], "ce_error": [], "kl": [], "kl_error": []}
-    for k in range(stretches):
-        parts = []
+    for k in range(stretches + 1):
+        parts, stretch = [], (min(k, stretches) / stretches, min(k + 1, stretches) / stretches)
         for i in range(0, len(tokens), batch):
             some = tokens[i:i + batch]
             numbers = range(k * len(tokens) + i, k * len(tokens) + i + len(some))
-            masked = states(numbers, length - 1, (k / stretches, (k + 1) / stretches), seed)
+            masked = states(numbers, length - 1, stretch, seed)
             parts.append(costs(heavy, light, some, masked))
-        found["t"].append((k + 0.5) / stretches)
+        found["t"].append(sum(stretch) / 2)
         for name, each in zip(("ce", "kl"), map(torch.cat, zip(*parts))):
             found[name].append(each.mean().item())
             found[f"{name}_error"].append(each.std().item() / math.sqrt(len(each)))

@@ -137,7 +137,7 @@ def generated(teacher, texts: list, seconds: float, tokenizer, check: Callable |
     pairs = [pair for row in tokens for pair in zip(row, row[1:])]
     share = np.unique([t for row in tokens for t in row], return_counts=True)[1] / count
     numbers = {
-        "gen_nats": sum(nats_of(teacher, text) for text, _ in texts) / count,
+        "gen_nats": sum(nats_of(teacher, text).sum().item() for text, _ in texts) / count,
         "distinct2": len(set(pairs)) / max(len(pairs), 1), "entropy": float(-(share * np.log(share)).sum()),
         "tok_per_fwd": count / forwards, "tok_s": count / seconds,
         "positions_per_tok": sum(text.positions.sum().item() for text, _ in texts) / count}
@@ -163,11 +163,12 @@ def finished(texts: list, eot: int) -> list[list[int]]:
 
 
 @torch.no_grad()
-def nats_of(teacher, text: opdlm.Text) -> float:
-    """Nats of what is kept of a text under the AR teacher."""
+def nats_of(teacher, text: opdlm.Text) -> Tensor:
+    """(B,) nats of what is kept of each text under the AR teacher, float64."""
     rows, at = text.kept.nonzero(as_tuple=True)
     logits = teacher(text.tokens, read=rows * text.tokens.size(1) + at - 1).float()
-    return -logits.log_softmax(-1).gather(1, text.tokens[rows, at][:, None]).sum().item()
+    each = -logits.log_softmax(-1).gather(1, text.tokens[rows, at][:, None])[:, 0]
+    return torch.zeros(len(text.tokens), dtype=torch.float64, device=rows.device).index_add(0, rows, each.double())
 
 
 # Useful arithmetic ---------------------------------------------------------------------------------------------------

@@ -61,6 +61,7 @@ class Options:
     layers: int = option(4, "blocks of the network")
     width: int | None = option(None, "channels, a multiple of 64; none: 128 on toy, 192 on text")
     length: int | None = option(None, "positions of the network, tokens; none: 96 on toy, 256 on text")
+    longest_prompt: int = option(16, "tokens; a batch goes on from prompts of 1 to so many (mdlm: 1, from nothing)")
     vocab: int = option(2048, "ids of the BPE that is learned from a text")
     seed: int = option(0, "of everything that is drawn")
     alpha: float = option(1.0, "of --stage=policy: how much speed counts beside quality (paper: 10 to 0)")
@@ -82,7 +83,7 @@ PAPER = {"block": 4, "align": "paper", "context": "block", "reveal": "threshold:
          "text": "student", "states": "visited", "target": "teacher", "weight": "mean", "updates": 16, "ramp": 160,
          "warm_steps": 0, "optimizer": "adamw", "lr_schedule": "cosine"}
 MDLM = {"block": 0, "align": "paper", "context": "block", "reveal": "ancestral:128", "text": "data", "states": "random",
-        "target": "onehot", "weight": "1/t", "warm_steps": 0, "every": 1000}
+        "target": "onehot", "weight": "1/t", "warm_steps": 0, "every": 1000, "longest_prompt": 1}
 PRESETS = {"paper": PAPER, "mdlm": MDLM} | {
     name: dict(zip(("text", "states", "target", "weight"), dials)) | {"warm_steps": 0}
     for name, dials in opdlm.METHODS.items()}
@@ -99,13 +100,15 @@ def settled(options: Options, corpus: Corpus) -> Options:
         sizes["lr"] = RATES[options.optimizer] / 10             # what was trained elsewhere bears less: README, Limits
     options = replace(options, **{name: value for name, value in sizes.items() if getattr(options, name) is None})
     options = replace(options, block=options.block or options.length)
-    if not (1 <= options.block <= options.length - 16 or options.block == options.length):
-        raise ValueError(f"--block={options.block} has no room behind a prompt of 16 in {options.length} positions: "
-                         f"take 1 to {options.length - 16}, or 0 for all of a text")
-    least = (options.layers, options.batch, options.passes, options.updates, options.every, options.distill_steps)
+    room = options.length - options.longest_prompt
+    if not (1 <= options.block <= room or options.block == options.length and room > 0):
+        raise ValueError(f"--block={options.block} has no room behind a prompt of {options.longest_prompt} in "
+                         f"{options.length} positions: take 1 to {room}, or 0 for all of a text")
+    least = (options.longest_prompt, options.layers, options.batch, options.passes, options.updates, options.every,
+             options.distill_steps)
     if options.init == "scratch" and options.width % 64 or min(least) < 1:
-        raise ValueError("--width is a multiple of 64; --layers, --batch, --passes, --updates, --every and "
-                         "--distill_steps are at least 1")
+        raise ValueError("--width is a multiple of 64; --longest_prompt, --layers, --batch, --passes, --updates, "
+                         "--every and --distill_steps are at least 1")
     if options.batch % (options.passes * dist.count()) or options.rows % dist.count():
         raise ValueError(f"--batch={options.batch}, --rows={options.rows} can't be parted evenly in {dist.count()} "
                          f"processes and --passes={options.passes}: make --batch a multiple of both, --rows of the one")

@@ -41,13 +41,9 @@ def room(length: int) -> int:
     return length - LEAST - 7
 
 
-def rows(text: opdlm.Text) -> list[opdlm.Text]:
-    return [opdlm.Text(*(x[i:i + 1] for x in vars(text).values())) for i in range(len(text.tokens))]
-
-
 def likeness(text: opdlm.Text, teacher) -> tuple[Tensor, Tensor]:
     """(B,) twice: nats a token under the teacher, and the share of different pairs of neighbours."""
-    nats = torch.tensor([measure.nats_of(teacher, row) / int(row.kept.sum()) for row in rows(text)])
+    nats = (measure.nats_of(teacher, text) / text.kept.sum(1)).float().cpu()
     said = [row[keep].tolist() for row, keep in zip(text.tokens.cpu(), text.kept.cpu())]
     return nats, torch.tensor([len(set(zip(ids, ids[1:]))) / max(len(ids) - 1, 1) for ids in said])
 

@@ -153,7 +153,7 @@ def test_a_verifier_that_cannot_be_is_one_sentence(run, tmp_path, capsys, flags,
 def test_a_second_model_takes_its_steps(run, tmp_path, capsys):
     """At all of them it is the light model's text, at none the heavy one's; what is measured says at which."""
     hub.save(tmp_path / "opdlm", network(2), TOK, LAYOUT, reveal="ancestral:8")
-    (tmp_path / "opdlm" / "importance.json").write_text('{"kl": [0.0, 1.0]}')
+    (tmp_path / "opdlm" / "importance.json").write_text('{"t": [0.25, 0.75], "kl": [0.0, 1.0]}')
     how = ["--reveal=ancestral:8", f"--light={tmp_path}"]
     heavy, light = (said(capsys, folder, "--reveal=ancestral:8") for folder in (run, tmp_path))
     for schedule, text in (("H8", heavy), ("L8", light), ("auto:0", heavy), ("auto:1", light), ("mask:1-0=L", light)):

@@ -134,10 +134,12 @@ def test_schedules_by_hand():
 
 def test_a_derived_schedule_takes_the_cheapest_steps():
     """Eight steps at t = 1, 7/8, ..., 1/8; what a light step costs rises from t = 0 on, or is least in the middle."""
-    assert derived([0.0, 1.0, 2.0, 3.0], 8, 0.25) == parse("H6,L2")
-    assert derived([3.0, 1.0, 0.0, 0.0, 1.0, 3.0], 8, 0.375) == parse("H3,L3,H2")
+    assert derived({"t": [0.125, 0.375, 0.625, 0.875], "kl": [0.0, 1.0, 2.0, 3.0]}, 8, 0.25) == parse("H6,L2")
+    hollow = {"t": [1 / 12, 3 / 12, 5 / 12, 7 / 12, 9 / 12, 11 / 12], "kl": [3.0, 1.0, 0.0, 0.0, 1.0, 3.0]}
+    assert derived(hollow, 8, 0.375) == parse("H3,L3,H2")
     for share in (0, 0.25, 0.5, 1):
-        assert derived([1.0, 5.0, 2.0], 16, share).steps().count("L") == 16 * share
+        assert derived({"t": [0.2, 0.5, 0.8], "kl": [1.0, 5.0, 2.0]}, 16, share).steps().count("L") == 16 * share
+    assert derived({"t": [0.2, 0.8, 1.0], "kl": [1.0, 5.0, 0.0]}, 4, 0.25) == parse("L1,H3")
 
 
 @pytest.mark.parametrize("spec", ["", "fast", "L4;H4", "l4,H4", "L,H", "mask:1-0.5=L", "mask:1-0.5=L,0.4-0=H", "mask:",

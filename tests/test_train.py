@@ -172,7 +172,7 @@ def test_text_and_export_of_a_run(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [
-    ["--preset=paper", "--updates=2"], ["--block=3", "--context=block"], ["--block=80"],
+    ["--preset=paper", "--updates=2"], ["--preset=mdlm"], ["--longest_prompt=3"], ["--block=3", "--context=block"], ["--block=80"],
     ["--text=data", "--states=random", "--target=onehot", "--weight=1/t", "--align=paper"],
     ["--text=teacher", "--states=prefix"], ["--reveal=static:2", "--block=1"]])
 def test_the_dials_reach_the_method(flags, monkeypatch):
@@ -182,8 +182,8 @@ def test_the_dials_reach_the_method(flags, monkeypatch):
     assert train("--distill_steps=2", "--out=run", *flags) == 0
     recipe, given = seen[1], dict(flag[2:].split("=") for flag in flags)
     if "preset" in given:
-        given = {**{k: str(v) for k, v in train_tiny.PAPER.items()}, **given}
-    assert recipe.layout.block == int(given.get("block", 4))
+        given = {**{k: str(v) for k, v in train_tiny.PRESETS[given["preset"]].items()}, **given}
+    assert recipe.layout.block == (int(given.get("block", 4)) or 96)
     assert recipe.layout.shift == (given.get("align") != "paper")
     assert recipe.layout.clean_block == (recipe.layout.block if given.get("context") == "block" else 1)
     assert recipe.text is opdlm.TEXTS[given.get("text", "student")]
@@ -191,6 +191,7 @@ def test_the_dials_reach_the_method(flags, monkeypatch):
     assert recipe.target is opdlm.TARGETS[given.get("target", "teacher")]
     assert recipe.weight is opdlm.WEIGHTS[given.get("weight", "first")]
     assert recipe.updates == int(given.get("updates", 1))
+    assert recipe.prompt == int(given.get("longest_prompt", 16))
 
 
 def test_what_saves_memory_changes_no_loss():
@@ -210,6 +211,7 @@ def test_what_saves_memory_changes_no_loss():
     (["--init=nowhere"], "nowhere is no checkpoint"), (["--init=run/opdlm"], "is a student already (block 4)"),
     (["--init=run"], "of a run its ar or opdlm"), (["--init=bare"], "tokenizer.json: without one ids are no text"),
     (["--init=run/ar", "--length=97"], "--length=97 is more than the 96 positions of --init=run/ar"),
+    (["--longest_prompt=0"], "--longest_prompt"), (["--longest_prompt=96"], "behind a prompt of 96 in 96 positions"),
     (["--align=left"], "--align"), (["--width=33"], "--width"),
     (["--out=occupied/run"], "can't be written"), (["--resume", "--out=empty"], "nothing to resume"),
     (["--batch=0"], "at least 1"), (["--kl=top"], "--kl=top is not known"),
