@@ -87,7 +87,7 @@ def draw(results: dict, figure) -> None:
                 axes.plot([mean(n, across) for n in names], [mean(n, "valid") for n in names], marker=".", label=way)
             for name in (name for name in POINTS if name in seen[0]):
                 axes.plot(mean(name, across), mean(name, "valid"), "*", ms=12, label=POINTS[name])
-            axes.set(xlabel=label, title=f"block {block}")
+            axes.set(xlabel=label, title=f"block {block}" if across == "tok_per_fwd" else "")
             axes.grid(alpha=0.3)
         line[0].set_ylabel("valid")
     figure.axes[-1].legend(fontsize=7)

@@ -13,7 +13,7 @@ import torch
 import opdlm
 import sample
 import train_tiny
-from experiments import ablations, memory, pace, reaching, tiny, verified
+from experiments import ablations, frontier, memory, pace, reaching, tiny, verified
 from experiments.results import by_row, cell
 from model.gpt import GPT, GPTConfig
 from model.muon import Muon
@@ -131,6 +131,22 @@ def test_the_table_of_speed_is_made_of_the_results_and_says_what_is_said():
                               ("SDAR", "beside", "0.1")):
         some = {f"{row[part] / 1000:.1f}" for row in took if row["whose"] == whose}
         assert " to ".join(dict.fromkeys((min(some), max(some)))) == said and f"{said} ms" in TEXT
+
+
+def test_what_is_said_of_quality_against_speed_is_made_of_the_results():
+    results = json.loads((ROOT / "experiments/decoding/results.json").read_text())
+    table, points = frontier.table(results), frontier.points(results)
+    assert table in TEXT and points in TEXT
+    section = " ".join(TEXT.partition("![Valid stories against")[2].partition("\n## ")[0].split())
+    known = {value.strip() for row in (table + points).splitlines() for value in row.split("|")}
+    said = re.findall(r"\d\.\d{3} \(\d\.\d{3} to \d\.\d{3}\)", section)
+    assert len(said) == 5 and set(said) <= known
+    seen = frontier.by_block(results)
+    assert all(look["self"]["valid"] > max(look[name]["valid"] for name in look if name not in frontier.POINTS and
+               look[name]["tok_per_fwd"] >= 1.1) for look in seen[4])
+    one = statistics.mean(look["static, largest static:1"]["valid"] for look in seen[4])
+    faster = [float(row.split("|")[8].split()[0]) for row in table.splitlines()[2:] if row.split("|")[8].strip() != "-"]
+    assert f"no better ({one:.2f})" in section and f"({min(faster):.2f} to {max(faster):.2f} times as fast)" in section
 
 
 def test_the_ablations_table_and_what_is_said_of_it_are_made_of_the_results():

@@ -172,7 +172,8 @@ def test_text_and_export_of_a_run(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [
-    ["--preset=paper", "--updates=2"], ["--preset=mdlm"], ["--longest_prompt=3"], ["--block=3", "--context=block"], ["--block=80"],
+    ["--preset=paper", "--updates=2"], ["--preset=mdlm"], ["--longest_prompt=3"], ["--block=3", "--context=block"],
+    ["--block=80"],
     ["--text=data", "--states=random", "--target=onehot", "--weight=1/t", "--align=paper"],
     ["--text=teacher", "--states=prefix"], ["--reveal=static:2", "--block=1"]])
 def test_the_dials_reach_the_method(flags, monkeypatch):
