@@ -173,11 +173,11 @@ def unmasking(options: Options, device) -> None:
     expert = rules.parse(options.expert or ("threshold:0.9" if whole else hub.read_config(folder)["reveal"]))
     expert = Within(expert, 8, slides=True) if whole else expert
     how = {"eps": 0.2, "steered": True, "prompts": 4} if whole else {"eps": 0.5}
-    settings = Settings(policy.room(length), options.alpha, expert=expert,
-                        imitated=options.policy_updates // 2, **how)
+    settings = Settings(policy.room(length), options.alpha, expert=expert, **how)
+    updates = options.policy_updates or (160 if whole else 300)
     data = partial(draw, corpus, length=length, seed=options.seed, device=device)
     policy.learn(student.to(device).requires_grad_(False), layout, teacher, corpus, data, settings,
-                 options.policy_updates, options.seed, options.lr or 0.003, writable(Path(options.out)),
+                 (updates // 2, updates), options.seed, options.lr or 0.003, writable(Path(options.out)),
                  asdict(options), options.resume)
 
 

@@ -1,9 +1,16 @@
 """What experiments/unmasking.py says of its looks: the hull of all heuristics, and what lies above it.
 
-A point is (NFE, share of valid texts). A heuristic has numbers on the stories for choosing, "dev", and on the others,
-"test"; a policy's are of these.
+A point is (NFE, share of valid texts). A heuristic has numbers on the stories for choosing, "dev", and those that might
+matter also on the others, "test"; a policy's are of these.
 """
+import statistics
+
+import numpy as np
+
 from experiments.results import cell
+from experiments.worlds import heuristics, imitable
+
+DRAWS = 2000        # of the bootstrap
 
 
 def hull(points: list[tuple]) -> list[tuple]:
@@ -44,87 +51,144 @@ def point(numbers: dict) -> tuple:
     return numbers["nfe"], numbers["valid"]
 
 
-def of_world(results: dict, world: str, rules: str = "") -> list[dict]:
+def of_world(results: dict, world: str, *rules: str) -> list[dict]:
     """The heuristics of a world, or those whose name begins so."""
-    return [rule for rule in results["heuristics"] if rule["world"] == world and rule["rule"].startswith(rules)]
+    return [rule for rule in results["heuristics"]
+            if rule["world"] == world and rule["rule"].startswith(rules or ("",))]
 
 
-def best_rule(results: dict, world: str, alpha: float) -> str:
-    """The heuristic with the best reward on the stories for choosing."""
-    return max(of_world(results, world), key=lambda rule: rule["dev"]["reward"][str(alpha)])["rule"]
+def shown(results: dict) -> list[dict]:
+    """The heuristics that numbers are given of: on the hull of the stories for choosing, with the best reward of an
+    alpha, thresholds, and random ones."""
+    found = []
+    for world in worlds(results):
+        some = of_world(results, world)
+        best = {best_rule(results, world, alpha) for alpha in some[0]["dev"]["reward"]}
+        corners = hull([point(rule["dev"]) for rule in some])
+        found += [rule for rule in some if rule["rule"] in best or point(rule["dev"]) in corners
+                  or rule["rule"].startswith(("threshold", "random"))]
+    return found
 
 
-def bar(results: dict, world: str, rules: str = "") -> list[tuple]:
-    """The heuristics that lie on the hull on the stories for choosing, as they are on the others."""
-    found = {point(rule["dev"]): point(rule["test"]) for rule in of_world(results, world, rules)}
-    return [found[corner] for corner in hull(list(found))]
+def best_rule(results: dict, world: str, alpha) -> str:
+    """The heuristic that can be imitated with the best reward on the stories for choosing, of equals the fastest."""
+    some = [rule for rule in of_world(results, world) if imitable(heuristics(world)[rule["rule"]])]
+    return max(some, key=lambda rule: (rule["dev"]["reward"][str(alpha)], -rule["dev"]["nfe"]))["rule"]
 
 
-def policies(results: dict, world: str, reward: str = "reward") -> dict[float, list[dict]]:
-    """By alpha, a policy a seed."""
+def bar(results: dict, world: str, *rules: str) -> list[tuple]:
+    """Heuristics as they are on the stories that numbers are of."""
+    return [point(rule["test"]) for rule in of_world(results, world, *rules) if "test" in rule]
+
+
+def policies(results: dict, world: str) -> dict[str, list[dict]]:
+    """By name, a policy a seed."""
     found = {}
     for policy in results["policies"]:
-        if (policy["world"], policy["reward"]) == (world, reward):
-            found.setdefault(policy["alpha"], []).append(policy)
+        if policy["world"] == world:
+            found.setdefault(policy["policy"], []).append(policy)
     return found
 
 
 def worlds(results: dict) -> list[str]:
-    return list(dict.fromkeys(policy["world"] for policy in results["policies"]))
+    return list(dict.fromkeys(rule["world"] for rule in results["heuristics"]))
 
 
 def table(results: dict) -> str:
-    """Markdown: a row a policy, and what was made of it; the heuristics beside it at the same NFE, and the one whose
-    reward is best."""
-    lines = ["| world | policy | NFE | `valid` | heuristics' hull at that NFE | reward | the best heuristic's | "
-             "minutes to train |", "|" + "---|" * 8]
+    """Markdown: a row a policy, and what was made of it; at its NFE mixtures of heuristics, of thresholds, of random
+    ones; its reward and that of the best heuristic for its alpha."""
+    lines = ["| world | policy | NFE | `valid` | all heuristics at that NFE | thresholds | random | reward | the best "
+             "heuristic's | minutes to train |", "|" + "---|" * 10]
     for world in worlds(results):
-        for alpha, some in policies(results, world).items():
-            best = next(rule for rule in of_world(results, world) if rule["rule"] == some[0]["expert"])["test"]
+        bars = [bar(results, world), bar(results, world, "threshold"), bar(results, world, "random")]
+        for name, some in policies(results, world).items():
             minutes = cell([policy["seconds"] / 60 for policy in some], 0)
             for what in some[0]["looks"]:
-                seen = [policy["looks"][what] for policy in some]
-                cells = [cell([x["nfe"] for x in seen], 1), cell([x["valid"] for x in seen], 2),
-                         cell([at(bar(results, world), x["nfe"]) for x in seen], 2),
-                         cell([x["reward"][str(alpha)] for x in seen]),
-                         f"{best['reward'][str(alpha)]:.3f} +- {best['error'][str(alpha)]:.3f}"]
-                lines.append(f"| {world} | alpha {alpha}{what and ', ' + what} | {' | '.join(cells)} | {minutes} |")
+                seen, alpha = [policy["looks"][what] for policy in some], some[0]["alpha"]
+                cells = [cell([x["nfe"] for x in seen], 1), cell([x["valid"] for x in seen], 2)]
+                cells += [cell([at(points, x["nfe"]) for x in seen], 2) if points else "-" for points in bars]
+                cells += ["-", "-"] if alpha is None else [
+                    cell([x["reward"][str(alpha)] for x in seen]), of_best(results, world, alpha)]
+                lines.append(f"| {world} | {name}{what and ', ' + what} | {' | '.join(cells)} | {minutes} |")
     return "\n".join(lines)
 
 
-def volumes(results: dict, world: str, length: int) -> dict[str, list[float]]:
-    """What a seed's policies dominate together, and what heuristics do: all, and thresholds over the whole block."""
-    seeds = zip(*policies(results, world).values())
-    ours = [volume([point(x) for policy in some for what, x in policy["looks"].items() if what[:4] in ("", "beta")],
-                   length) for some in seeds]
-    largest = max(int(rule["rule"].split()[-1]) for rule in of_world(results, world))
-    wide = [point(rule["test"]) for rule in of_world(results, world, "threshold")
-            if rule["rule"].endswith(f" {largest}")]
-    return {"policies": ours, "heuristics": [volume(bar(results, world), length)],
-            "thresholds of the whole block": [volume(wide, length)]}
+def of_best(results: dict, world: str, alpha: float) -> str:
+    """The reward of the heuristic that is best for an alpha, with its standard error."""
+    name = best_rule(results, world, alpha)
+    test = next(rule for rule in of_world(results, world) if rule["rule"] == name)["test"]
+    return f"{test['reward'][str(alpha)]:.3f} +- {test['error'][str(alpha)]:.3f}"
+
+
+def volumes(results: dict) -> dict:
+    """By world, what a seed's policies of all alphas and betas dominate together, and what heuristics do: mean, and the
+    2.5th and 97.5th percentiles of a bootstrap over stories, and over seeds; and of the differences."""
+    return {world: volumes_of(results, world) for world in worlds(results)}
+
+
+def volumes_of(results: dict, world: str) -> dict[str, list[float]]:
+    sets = {f"policies, seed {seed}": some for seed, some in by_seed(results, world).items()}
+    seeds = list(sets)
+    for name, rules in (("heuristics", ()), ("thresholds", ("threshold",)), ("random", ("random",))):
+        sets[name] = [rule["test"] for rule in of_world(results, world, *rules) if "test" in rule]
+    count = len(sets["heuristics"][0]["right"])
+    source, length = np.random.default_rng(0), sets["heuristics"][0]["length"]
+    whole = {name: volume([point(x) for x in some], length) for name, some in sets.items() if some}
+    drawn = {name: [] for name in ("policies", "heuristics", "thresholds", "random")}
+    for _ in range(DRAWS):
+        share = source.multinomial(count, [1 / count] * count) / count                  # of each story
+        def again(some, share=share):
+            return volume([(share @ np.array(x["steps"]), share @ np.array(x["right"])) for x in some], length)
+        drawn["policies"].append(again(sets[seeds[source.integers(len(seeds))]]))
+        for name in ("heuristics", "thresholds", "random"):
+            drawn[name].append(again(sets[name]) if sets[name] else 0.0)
+    found = {"policies": [statistics.mean(whole[name] for name in seeds), *ends(drawn["policies"])]}
+    for name in ("heuristics", "thresholds", "random"):
+        found[name] = [whole.get(name, 0.0), *ends(drawn[name])]
+        gain = [a - b for a, b in zip(drawn["policies"], drawn[name])]
+        found[f"policies less {name}"] = [found["policies"][0] - found[name][0], *ends(gain)]
+    return found
+
+
+def by_seed(results: dict, world: str) -> dict[int, list[dict]]:
+    """What a seed's policies wrote, whatever their alpha, and however scaled."""
+    found = {}
+    for policy in results["policies"]:
+        if policy["world"] == world and policy["alpha"] is not None:
+            found.setdefault(policy["seed"], []).extend(
+                look for what, look in policy["looks"].items() if what[:4] in ("", "beta"))
+    return found
+
+
+def ends(values: list[float]) -> list[float]:
+    return [float(np.quantile(values, q)) for q in (0.025, 0.975)]
 
 
 def draw(results: dict, figure) -> None:
     """`valid` against NFE, a picture a world: heuristics, their hull, the policies. And the reward that collapses."""
-    figure.set_size_inches(14, 4.8)
+    figure.set_size_inches(16, 4.8)
     axes = figure.subplots(1, len(worlds(results)) + 1)
     for one, world in zip(axes, worlds(results)):
-        one.plot(*zip(*(point(rule["test"]) for rule in of_world(results, world))), ".", color="0.8")
-        one.plot(*zip(*sorted(bar(results, world))), color="0.5", label="hull of the heuristics")
-        for alpha, some in policies(results, world).items():
-            one.plot(*zip(*(point(policy["looks"][""]) for policy in some)), "*", label=f"policies, alpha {alpha}")
-            if len(some[0]["looks"]) > 1:
-                scaled = [x for policy in some for what, x in policy["looks"].items() if what.startswith("beta")]
-                one.plot(*zip(*map(point, scaled)), "+", label=f"alpha {alpha}, times beta")
+        one.plot(*zip(*bar(results, world)), ".", color="0.8", label="heuristics")
+        one.plot(*zip(*hull(bar(results, world))), color="0.5", label="their hull")
+        for name, some in policies(results, world).items():
+            one.plot(*zip(*(point(policy["looks"][""]) for policy in some)), "*", label=name)
+            scaled = [x for policy in some for what, x in policy["looks"].items() if what.startswith("beta")]
+            if scaled:
+                one.plot(*zip(*map(point, scaled)), "+", label=f"{name}, times beta")
         one.set(xlabel="NFE, steps a text", title=world)
         one.grid(alpha=0.3)
         one.legend(fontsize=6)
     axes[0].set_ylabel("valid")
-    for policy in results["policies"]:
-        if policy["world"] == "blocks" and policy["alpha"] == 1:
-            steps, quality, _ = zip(*policy["log"])
-            axes[-1].plot(steps, quality, color="C3" if policy["reward"] == "additive" else "0.6",
-                          label=policy["reward"])
-    axes[-1].set(xlabel="update", title="quality of what explores, two rewards")
-    if axes[-1].lines:
-        axes[-1].legend(fontsize=6)
+    for run, color in zip(results["collapse"], ("0.4", "C3")):
+        steps, quality, nfe, _ = zip(*run["log"])
+        axes[-1].plot(smooth(steps), smooth(quality), color=color, label=f"{run['reward']}: quality")
+        axes[-1].plot(smooth(steps), [x / max(nfe) for x in smooth(nfe)], ":", color=color,
+                      label=f"{run['reward']}: NFE / {max(nfe):.0f}")
+    axes[-1].set(xlabel="update", title="the additive reward, from a poor start")
+    axes[-1].legend(fontsize=6)
+
+
+def smooth(values, size: int = 10) -> list[float]:
+    """Means of so many neighbours."""
+    return [statistics.mean(values[i:i + size]) for i in range(0, len(values), size)]

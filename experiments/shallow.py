@@ -3,7 +3,7 @@
     python -m experiments.shallow               the story world, blocks of 8 and 16, three seeds
     python -m experiments.shallow --quick       the plumbing, a minute
 
-The heavy student begins as its teacher, of 6 blocks; the light one as an AR model of 2 that was trained likewise. Both
+The heavy student begins as its teacher, of 3 blocks; the light one as an AR model of 1 that was trained likewise. Both
 learn from stories what that teacher says. Schedules go by the masked share of a block. Each model that is in use reads
 the finished text too, and what that costs is counted. Leaves experiments/shallow/results.json (every seed, every
 number, the commit) and curves.png.
@@ -31,7 +31,7 @@ from model.masks import Layout
 from report import cli, measure
 from report.cli import option
 
-HEAVY, LIGHT = 6, 2                 # blocks of the network
+HEAVY, LIGHT = 3, 1                 # blocks of the network
 BLOCKS, TURNS = (8, 16), 3
 
 

@@ -38,19 +38,20 @@ def converted(job: Job) -> tuple:
     return mean, corpus.tokenizer, recipe.layout
 
 
-def in_turns(writers: dict[str, measure.Writer], teacher, held: list, eot: int, seed: int, turns: int) -> dict:
+def in_turns(writers: dict[str, measure.Writer], teacher, held: list, eot: int, seed: int, turns: int,
+             least: int = 1) -> dict:
     """Seconds a token by name, of texts that go on from the `held` stories one at a time, a number a turn; "ar" is a
     loop that writes the teacher's greedy text and does nothing else. Nothing else may run meanwhile."""
     length = teacher.config.context
 
     def alone(writer):
-        texts, seconds = measure.generate(writer, held, eot, length, seed, batch=1)
+        texts, seconds = measure.generate(writer, held, eot, length, seed, batch=1, least=least)
         return seconds / sum(int(text.kept.sum()) for text, _ in texts)
 
     def plain():
-        prompts = [story[None, :1 + k % 8] for k, story in enumerate(held)]
-        return sum(speed.timed(partial(speed.ar, teacher, row, length - 8)) for row in prompts) / (
-            len(held) * (length - 8))
+        prompts = [story[None, :least + k % 8] for k, story in enumerate(held)]
+        return sum(speed.timed(partial(speed.ar, teacher, row, length - 7 - least)) for row in prompts) / (
+            len(held) * (length - 7 - least))
     torch.set_num_threads(1)
     seen = [{"ar": plain(), **{name: alone(writer) for name, writer in writers.items()}} for _ in range(turns)]
     return {name: [turn[name] for turn in seen] for name in seen[0]}

@@ -12,9 +12,10 @@ from experiments.conversion import opened
 from experiments.job import Job, tiny
 from experiments.students import student
 from model import reveal, unmask
+from model.confidence import largest
 
 ANY = {"text": "data", "states": "random", "target": "onehot", "weight": "1/t", "lr": 0.01}
-LEVELS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
+LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
 
 @dataclass(frozen=True)
@@ -23,15 +24,17 @@ class World:
     flags: dict             # of train_tiny.py
     updates: int            # of 16 rows
     sizes: tuple            # of blocks inside its blocks, for the heuristics
+    windows: tuple          # and of windows that slide
     alphas: tuple           # policies of each
     learning: dict          # how these are learned: grpo.Settings
-    policy_updates: int
+    until: tuple            # updates after which they have imitated, and learned
 
 
 WORLDS = {
-    "blocks": World({**ANY, "block": 8}, 480, (2, 4, 8), (0, 0.3, 1, 3), {"eps": 0.5, "imitated": 150}, 400),
-    "whole": World({**ANY, "block": 0, "context": "block"}, 1600, (8, 32, 96), (0.3, 1, 3),
-                   {"eps": 0.2, "imitated": 100, "steered": True, "prompts": 4}, 200)}
+    "blocks": World({**ANY, "block": 8}, 480, (2, 4, 8), (4,), (0, 0.3, 1, 3),
+                    {"eps": 0.5}, (150, 350)),
+    "whole": World({**ANY, "block": 0, "context": "block"}, 1600, (8, 32, 96), (4, 8), (0.3, 1, 3),
+                   {"eps": 0.2, "steered": True, "prompts": 4}, (100, 200))}
 
 
 def job_of(name: str, quick: bool) -> Job:
@@ -47,14 +50,21 @@ def opened_world(name: str, quick: bool) -> tuple:
 
 
 def heuristics(name: str) -> dict[str, unmask.Within]:
-    """Rules over their parameters, in blocks of several sizes."""
-    sizes = WORLDS[name].sizes
-    specs = [(f"threshold:{level}", size) for level in LEVELS for size in sizes]
-    specs += [(f"leftmost:{level}", sizes[-1]) for level in LEVELS]
-    specs += [(f"{rule}:{n}", size) for rule in ("static", "random") for n in (1, 2, 4) for size in sizes[::2]
+    """Rules over their parameters, in blocks of several sizes, or in windows that slide."""
+    sizes, windows = WORLDS[name].sizes, WORLDS[name].windows
+    specs = [(f"threshold:{level}", size, False) for level in LEVELS for size in sizes]
+    specs += [(f"threshold:{level}", size, True) for level in LEVELS[1::2] for size in windows]
+    specs += [(f"leftmost:{level}", sizes[-1], True) for level in LEVELS]
+    specs += [(f"{rule}:{n}", size, False) for rule in ("static", "random") for n in (1, 2) for size in sizes[::2]
               if n < size]
-    specs += [(spec, size) for spec in ("factor:0.5", "eb:0.1", "eb:0.5") for size in sizes[1:]]
-    return {f"{spec} in {size}": unmask.Within(reveal.parse(spec), size) for spec, size in specs}
+    specs += [(spec, size, False) for spec in ("factor:0.5", "eb:0.1", "eb:0.5") for size in sizes[1:]]
+    return {f"{spec} in {size}{', sliding' * slides}": unmask.Within(reveal.parse(spec), size, slides)
+            for spec, size, slides in specs}
+
+
+def imitable(rule: unmask.Within) -> bool:
+    """If it is a function of what a policy sees, the largest probabilities from the first mask on."""
+    return rule.slides and rule.confidence is largest and not rule.rolls
 
 
 @dataclass(frozen=True)

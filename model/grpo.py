@@ -10,7 +10,10 @@ policy acts, and a text is worth what it is worth at its end. What GRPO is here,
 4. All that twice on the same texts, then on new ones.
 
 As in the paper there is no division by the group's deviation and no KL to an older policy, and an action is all slots
-of a step. Letters: S steps, B texts, K slots of a block, G policy's texts and E experts' of a group.
+of a step. Not in the paper: a policy far from anything that is ever rewarded learns nothing from rewards, so before all
+that it imitates a rule (`imitate`), and is then made less sure of it (`soften`), or it would never try anything else.
+
+Letters: S steps, B texts, K slots of a block, G policy's texts and E experts' of a group.
 """
 import math
 from collections.abc import Callable, Iterator
@@ -21,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.unmask import Learned, Policy
+
+PARTS, TURNS = 10, 3        # of an update that imitates: what was seen is parted, and gone through so many times
 
 
 class Recorded:
@@ -65,6 +70,11 @@ class Seen:
         """What there was to see at the N steps of texts that had a mask: (N, K) twice, (N,)."""
         return self.sure[self.alive], self.masked[self.alive], self.time[self.alive]
 
+    def doubts(self, policy: Policy) -> float:
+        """How many choices of a text are expected to fall otherwise than most likely: what exploration there is."""
+        p = policy(*self.states()).sigmoid()
+        return (torch.minimum(p, 1 - p) * self.masked[self.alive]).sum().item() / self.alive.size(1)
+
     def relabelled(self, rule: Callable) -> "Seen":
         """The same steps, with what a rule would have done; one that goes by the confidences."""
         sure, masked, time = self.states()
@@ -107,7 +117,7 @@ class Settings:
     inner: int = 2                  # gradient steps on the same texts
     clip: float = 0.2               # of the gradient's norm
     expert: Callable | None = None  # a rule
-    imitated: int = 0               # updates, the first ones, that only make the expert's choices likelier (paper: 0)
+    softened: float = 0.5           # what is left of the logits after imitation
     steered: bool = False           # if the expert goes on to write a text of each group (paper: of whole texts only)
     reward: Callable = reward
 
@@ -118,22 +128,25 @@ def train(policy: Policy, write: Callable, quality: Callable, settings: Settings
     side by side, at temperature 0; `quality(text)` (B,) is what its rows are worth."""
     for update in updates:
         rate(update)
-        parts = [(Recorded(Learned(policy, explore=True)), settings.group)]
-        parts += [(Recorded(settings.expert), 1)] if update < settings.imitated or settings.steered else []
-        texts = [write(rule, update, count) for rule, count in parts]
-        seen, worth = [rule.stacked() for rule, _ in parts], [quality(text) for text in texts]
-        rewards = [settings.reward(q, s.alive.sum(0), settings.length, settings.alpha) for q, s in zip(worth, seen)]
+        rules = [(Learned(policy, explore=True), settings.group)] + [(settings.expert, 1)] * settings.steered
+        seen, rewards, record = written(rules, write, quality, settings, update)
         both = torch.cat([r.view(settings.prompts, -1) for r in rewards], 1)             # (prompts, G + E)
         gain = both - both.mean(1, keepdim=True)                                         # advantages
-        record = {"step": update + 1, "reward": rewards[0].mean().item(), "quality": worth[0].mean().item(),
-                  "nfe": seen[0].alive.sum(0).float().mean().item(),
-                  "alike": (gain.abs().amax(1) < 1e-9).float().mean().item()}
-        if update < settings.imitated:
-            record |= imitate(policy, [some.relabelled(settings.expert) for some in seen], settings, optimizer)
-        elif record["alike"] < 1:
-            record |= learn(policy, seen, [part.flatten() for part in gain.split([g for _, g in parts], 1)], settings,
+        record |= {"alike": (gain.abs().amax(1) < 1e-9).float().mean().item(), "doubts": seen[0].doubts(policy)}
+        if record["alike"] < 1:
+            record |= learn(policy, seen, [part.flatten() for part in gain.split([g for _, g in rules], 1)], settings,
                             optimizer)
         yield record
+
+
+def written(rules: list[tuple], write: Callable, quality: Callable, settings: Settings, update: int) -> tuple:
+    """What rules see and do when each writes so many texts a prompt, the rewards, and what is said of the first's."""
+    noted = [Recorded(rule) for rule, _ in rules]
+    texts = [write(rule, update, count) for rule, (_, count) in zip(noted, rules)]
+    seen, worth = [rule.stacked() for rule in noted], [quality(text) for text in texts]
+    rewards = [settings.reward(q, s.alive.sum(0), settings.length, settings.alpha) for q, s in zip(worth, seen)]
+    return seen, rewards, {"step": update + 1, "reward": rewards[0].mean().item(), "quality": worth[0].mean().item(),
+                           "nfe": seen[0].alive.sum(0).float().mean().item()}
 
 
 def learn(policy: Policy, seen: list[Seen], gains: list[Tensor], settings: Settings, optimizer) -> dict:
@@ -143,6 +156,7 @@ def learn(policy: Policy, seen: list[Seen], gains: list[Tensor], settings: Setti
         return [logp[0], *(mixture(x, settings.group, 1) for x in logp[1:])]
     with torch.no_grad():
         old = said()
+
     def loss():
         each = [surrogate(n, o, gain, some.alive, settings.eps) * len(gain)
                 for n, o, gain, some in zip(said(), old, gains, seen)]
@@ -150,14 +164,31 @@ def learn(policy: Policy, seen: list[Seen], gains: list[Tensor], settings: Setti
     return descend([loss] * settings.inner, policy, settings, optimizer)
 
 
-def imitate(policy: Policy, expert: list[Seen], settings: Settings, optimizer) -> dict:
-    """Before all that: a policy far from anything that is ever rewarded learns nothing from rewards. It learns what the
-    expert does in its own texts, and would have done in the policy's (DAgger, 1011.0686). Here there is no ratio that
-    bounds the steps on one text: five times as many, each of another part of what was seen."""
-    parts = 5 * settings.inner
+def imitate(policy: Policy, write: Callable, quality: Callable, settings: Settings, optimizer, updates: range,
+            rate: Callable = lambda update: None) -> Iterator[dict]:
+    """Learns what the expert does in its own texts and, once it can write itself, after a quarter of the `updates`,
+    what that would have done in the policy's (DAgger, 1011.0686). Takes and yields what `train` does."""
+    for update in updates:
+        rate(update)
+        rules = [(Learned(policy, explore=True), settings.group), (settings.expert, 1)]
+        rules = rules if update >= updates.stop // 4 else [(settings.expert, settings.group)]
+        seen, _, record = written(rules, write, quality, settings, update)
+        yield record | imitated(policy, [some.relabelled(settings.expert) for some in seen], settings, optimizer)
+
+
+def imitated(policy: Policy, expert: list[Seen], settings: Settings, optimizer) -> dict:
+    """Make what the expert does likelier. There is no ratio here that bounds the steps on one text: many small ones."""
     seen = [torch.cat(x, 1) for x in zip(*((some.sure, some.masked, some.time, some.action) for some in expert))]
-    seen = [Seen(*(x[:, i::parts] for x in seen)) for i in range(parts)]                # (1, N / parts, K) each
-    return descend([lambda some=some: -some.logprob(policy).mean() for some in seen], policy, settings, optimizer)
+    seen = [Seen(*(x[:, i::PARTS] for x in seen)) for i in range(PARTS)]                # (1, N / PARTS, K) each
+    return descend([lambda some=some: -some.logprob(policy).mean() for some in seen] * TURNS, policy, settings,
+                   optimizer)
+
+
+@torch.no_grad()
+def soften(policy: Policy, share: float) -> None:
+    """Leaves a share of its logits."""
+    policy.head.weight.mul_(share)
+    policy.head.bias.mul_(share)
 
 
 def descend(losses: list[Callable], policy: Policy, settings: Settings, optimizer) -> dict:

@@ -67,7 +67,8 @@ class Options:
     alpha: float = option(1.0, "of --stage=policy: how much speed counts beside quality (paper: 10 to 0)")
     expert: str | None = option(None, "of --stage=policy: a rule that half of the updates imitate; none: the student's "
                                 "own; of whole texts threshold:0.9, 8 tokens at a time, and then write along")
-    policy_updates: int = option(300, "of --stage=policy, each of 8 prompts, of whole texts 4, and 8 texts of each")
+    policy_updates: int | None = option(None, "of --stage=policy, half of them imitating; each of 8 prompts, of whole "
+                                        "texts 4, and 8 texts of each; none: 300, of whole texts 160")
     device: str = option("auto", "auto: cuda, else mps, else cpu", ("auto", "cpu", "cuda", "mps"))
     compile: bool = option(False, "torch.compile the blocks")
     every: int = option(40, "updates between two saves, and between two looks at the held-out text")

@@ -18,7 +18,7 @@ from model import reveal, unmask
 from model.denoiser import Denoiser
 from model.dist import Log
 from model.draw import Warp
-from model.grpo import Settings, train
+from model.grpo import Settings, imitate, soften, train
 from model.masks import Layout
 from model.muon import schedule
 from model.state import begin_states, load_state, save_state
@@ -76,23 +76,45 @@ def worth(corpus: Corpus, teacher, write: Callable) -> Callable:
     return partial(fluent, teacher=teacher, most=nats.quantile(0.75).item(), least=pairs.quantile(0.05).item())
 
 
-def learn(student, layout: Layout, teacher, corpus: Corpus, data: Callable, settings: Settings, updates: int, seed: int,
-          lr: float, out: Path, header: dict, resume: bool, every: int = 20) -> None:
-    """Leaves the policy in out/policy, the log beside it; with `resume` goes on from where that stopped."""
-    policy = unmask.Policy(unmask.PolicyConfig(layout.block)).init_weights(torch.Generator().manual_seed(seed))
-    optimizer = torch.optim.AdamW(policy.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.1)
+def learn(student, layout: Layout, teacher, corpus: Corpus, data: Callable, settings: Settings, until: tuple[int, int],
+          seed: int, lr: float, out: Path, header: dict, resume: bool, begin: unmask.Policy | None = None,
+          every: int = 20) -> None:
+    """Leaves the policy in out/policy, the log beside it; with `resume` goes on from where that stopped. `until`: the
+    updates after which it has done imitating, and learning from rewards; `begin`: a policy that has done the first."""
+    policy = begin or unmask.Policy(unmask.PolicyConfig(layout.block)).init_weights(torch.Generator().manual_seed(seed))
     state, log = out / "policy" / STATE, Log(out / "policy.jsonl", header, resume)
+    write, optimizer = writer(student, layout, data, settings, seed, corpus.tokenizer.eot), adam(policy, lr)
     noted = load_state(state, policy, optimizer, header) if resume else begin_states(state, header)
-    write = writer(student, layout, data, settings, seed, corpus.tokenizer.eot)
-    steps, alike = range(noted["step"], updates), 0
-    for record in train(policy, write, worth(corpus, teacher, write), settings, optimizer, steps,
-                        schedule(optimizer, "cosine", updates)):
-        step, alike = record["step"], alike + 1 if record["alike"] == 1 else 0
-        log.step({"phase": "policy", **record}, updates, f"reward {record['reward']:.3f} | quality "
-                 f"{record['quality']:.2f} | {record['nfe']:.1f} steps | groups alike {record['alike']:.2f}")
-        if alike == 20:
-            print("20 updates in which all texts of each group were worth the same: nothing can be learnt from them; "
-                  f"their quality is {record['quality']:.2f}, take a better student, or another --alpha")
-        if step % every == 0 or step == updates:
-            unmask.save(out / "policy", policy)
-            save_state(state, policy, optimizer, noted | {"step": step})
+    done, good, alike = max(noted["step"], until[0] if begin else 0), worth(corpus, teacher, write), 0
+    for phase, updates, peak in (imitate, range(until[0]), lr), (train, range(*until), lr / 6 if until[0] else lr):
+        left = range(max(done, updates.start), updates.stop)
+        if left and left.start == updates.start:
+            optimizer = adam(policy, peak)                  # gradients of the other phase were of other sizes
+            soften(policy, settings.softened if updates.start else 1)
+        for record in phase(policy, write, good, settings, optimizer, left, rates(optimizer, peak, updates)):
+            step, alike = record["step"], alike + 1 if record.get("alike") == 1 else 0
+            log.step({"phase": phase.__name__, **record}, until[1], said(record))
+            if step % every == 0 or step == updates.stop:
+                unmask.save(out / "policy", policy)
+                save_state(state, policy, optimizer, noted | {"step": step})
+            if alike == 20:
+                return print("20 updates in which all texts of each group were worth the same: nothing can be learnt "
+                             f"from them; their quality is {record['quality']:.2f}, take a better student, or another "
+                             "--alpha")
+
+
+def adam(policy: unmask.Policy, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(policy.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.1)
+
+
+def rates(optimizer, peak: float, updates: range) -> Callable:
+    """Sets the rate of one of these updates: up to a peak, then down by a cosine."""
+    for group in optimizer.param_groups:
+        group["lr"] = peak
+    rate = schedule(optimizer, "cosine", max(len(updates), 1))
+    return lambda update: rate(update - updates.start)
+
+
+def said(record: dict) -> str:
+    same = f" | groups alike {record['alike']:.2f}" if "alike" in record else ""
+    return f"reward {record['reward']:.3f} | quality {record['quality']:.2f} | {record['nfe']:.1f} steps{same}"

@@ -61,17 +61,19 @@ def records():
     return [json.loads(line) for line in Path("run/policy.jsonl").read_text().splitlines()][1:]
 
 
-def test_killed_and_resumed_it_is_the_uninterrupted_run(student, monkeypatch):
-    """To the last bit, as long as there is something to learn: here a text is worth its share of even tokens."""
+@pytest.mark.parametrize("last", [2, 3, 4])
+def test_killed_and_resumed_it_is_the_uninterrupted_run(last, student, monkeypatch):
+    """While it imitates, between, or while it learns from rewards; to the last bit, as long as there is something to
+    learn: here a text is worth its share of even tokens."""
     monkeypatch.setattr(policy, "valid", lambda text, tokenizer: ((text.tokens % 2 == 0) & text.kept).float().mean(1))
-    monkeypatch.setattr(policy.learn, "__defaults__", (1,))                             # a save each update
+    monkeypatch.setattr(policy.learn, "__defaults__", (None, 1))                       # a save each update
     assert learn("--policy_updates=4") == 0
     whole, files = records(), {p.name: p.read_bytes() for p in (student / "policy").glob("policy.*")}
     assert all("loss" in record for record in whole) and len({record["reward"] for record in whole}) > 1
     real = policy.Log.step
 
     def killed(log, record, *rest):
-        if record["step"] == 3:
+        if record["step"] == last:
             raise RuntimeError("killed")
         real(log, record, *rest)
     monkeypatch.setattr(policy.Log, "step", killed)
@@ -84,7 +86,8 @@ def test_killed_and_resumed_it_is_the_uninterrupted_run(student, monkeypatch):
 
 
 def test_a_run_that_can_learn_nothing_says_so(student, capsys):
-    assert learn("--policy_updates=20") == 0
+    assert learn("--policy_updates=60") == 0
+    assert records()[-1]["step"] == 50                                                  # 30 that imitate, and 20 more
     assert "20 updates in which all texts of each group were worth the same" in capsys.readouterr().out
 
 

@@ -8,7 +8,7 @@ from model import reveal
 from model.denoiser import Denoiser
 from model.draw import Warp, uniforms
 from model.gpt import GPT, GPTConfig
-from model.grpo import Recorded, Seen, Settings, additive, imitate, learn, mixture, reward, surrogate, train
+from model.grpo import Recorded, Seen, Settings, additive, imitated, learn, mixture, reward, soften, surrogate, train
 from model.masks import Layout
 from model.unmask import Learned, Policy, PolicyConfig, Within, load, save
 
@@ -226,8 +226,19 @@ def test_imitation_makes_the_expert_s_choices_likely(net):
     optimizer, settings = torch.optim.AdamW(made.parameters(), 0.005), Settings(length=14, inner=1, clip=1.0)
     before = some.logprob(made)[some.alive].mean().item()
     for _ in range(40):
-        imitate(made, [some.relabelled(rule)], settings, optimizer)
+        imitated(made, [some.relabelled(rule)], settings, optimizer)
     assert some.logprob(made)[some.alive].mean().item() > 0.25 * before
+
+
+def test_less_sure_it_would_do_the_same_and_try_more(net):
+    """Half of the logits: the likelier choice stays so, at each slot. How much it tries is counted by hand."""
+    made = policy(loud=6.0)
+    some, _ = seen(made, net)
+    before, doubts = made(*some.states()).detach(), some.doubts(made)
+    p = before.sigmoid()[some.masked[some.alive]]
+    assert doubts == pytest.approx(torch.minimum(p, 1 - p).sum().item() / 6, rel=1e-5)
+    soften(made, 0.5)
+    assert torch.allclose(made(*some.states()), before / 2) and some.doubts(made) > 1.1 * doubts
 
 
 def test_what_an_expert_would_have_done_is_what_it_does(net):

@@ -1,0 +1,140 @@
+"""The policies of experiments/unmasking.py, and looks at them and at heuristics. All of it is kept in out/; what was
+made otherwise is made again."""
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import train_tiny
+from data.tinystories import stories
+from experiments.job import WORK
+from experiments.results import kept
+from experiments.worlds import WORLDS, Blind, heuristics, imitable, job_of, opened_world
+from model import grpo, unmask
+from model.draw import Warp
+from model.state import found, writable
+from report import measure, policy
+from report.publish import write_json
+
+TEMPERATURES, BETAS = (0.25, 0.5, 1), (0.25, 0.5, 0.75, 2, 10, 100)
+RATE = 0.003
+VERSION = 1         # to be raised when the same settings make something else
+
+
+def folder(options) -> Path:
+    return WORK / ("quick" if options.quick else "unmasking")
+
+
+def look(options, name: str, rule: Callable, part: str) -> dict:
+    """What is said of a rule's texts: the share that is valid, steps and forwards a text, each alpha's mean reward; and
+    of each text, if it is right, and its steps."""
+    net, layout, length, corpus = opened_world(name, options.quick)
+    starts, tok = stories(corpus.val, corpus.tokenizer.eot), corpus.tokenizer
+    held = measure.held_out(corpus.val, starts, options.dev + options.test, length)
+    held, right, nfe, forwards = held[:options.dev] if part == "dev" else held[options.dev:], [], [], 0
+    for i in range(0, len(held), 128):
+        noted = grpo.Recorded(rule)
+        writer = measure.by_rule(net, layout, noted, Warp(temperature=0))
+        (text, _), = measure.generate(writer, held[i:i + 128], tok.eot, length, i, least=policy.LEAST)[0]
+        right.append(policy.valid(text, tok))
+        nfe.append(noted.stacked().alive.sum(0))
+        forwards += int(text.forwards.sum()) / len(held)
+    right, nfe = torch.cat(right), torch.cat(nfe)
+    worth = {str(a): grpo.reward(right, nfe, policy.room(length), a) for a in WORLDS[name].alphas}
+    return {"valid": right.mean().item(), "nfe": nfe.float().mean().item(), "forwards": forwards,
+            "length": policy.room(length),
+            "reward": {a: r.mean().item() for a, r in worth.items()},
+            "error": {a: (r.std() / len(r) ** 0.5).item() for a, r in worth.items()},
+            "right": right.int().tolist(), "steps": nfe.tolist()}
+
+
+def looked(options, name: str, rule: Callable, part: str, title: str, said: dict) -> dict:
+    """The same; taken before, of the same: read."""
+    torch.set_num_threads(1)
+    settings = {"version": VERSION, "student": job_of(name, options.quick).settings, "stories": [options.dev,
+                options.test], **said}
+    file = folder(options) / "looks" / f"{name}, {title}, {part}.json".replace(" ", "")
+    return kept(file, settings, partial(look, options, name, rule, part))
+
+
+def look_at(options, part: str, work: tuple[str, str]) -> dict:
+    """At a heuristic."""
+    name, title = work
+    return looked(options, name, heuristics(name)[title], part, title, {})
+
+
+def trained(options, name: str, title: str, expert: str, until: tuple, seed: int, begin: Path | None = None,
+            **how) -> tuple[Path, dict]:
+    """The folder of a policy, and what it was made with; made, if it is not there so. A run that was killed goes on."""
+    torch.set_num_threads(1)
+    net, layout, length, corpus = opened_world(name, options.quick)
+    assert imitable(rule := heuristics(name)[expert])
+    how = WORLDS[name].learning | how
+    until = tuple(2 + (n > until[0]) for n in until) if options.quick else until
+    said = {"version": VERSION, "student": job_of(name, options.quick).settings, "expert": expert, "until": list(until),
+            "seed": seed, "rate": RATE, **{k: getattr(v, "__name__", v) for k, v in how.items()}}
+    out = writable(folder(options) / f"{name}, {title}, seed {seed}".replace(" ", ""))
+    if not (out / "job.json").exists() or json.loads((out / "job.json").read_text()) != said:
+        (out / "job.json").unlink(missing_ok=True)
+        same = (out / "begun.json").exists() and json.loads((out / "begun.json").read_text()) == said
+        write_json(out / "begun.json", said)
+        settings = grpo.Settings(policy.room(length), expert=rule, **how)
+        data = partial(train_tiny.draw, corpus, length=length, seed=seed, device="cpu")
+        begun = time.perf_counter()
+        policy.learn(net, layout, None, corpus, data, settings, until, seed, RATE, out, said,
+                     same and found(out / "policy" / policy.STATE) is not None,
+                     unmask.load(begin / "policy").requires_grad_(True) if begin else None)
+        write_json(out / "seconds.json", time.perf_counter() - begun)
+        write_json(out / "job.json", said)
+    return out, said
+
+
+def records(out: Path) -> list[list]:
+    """Of each update: its number, quality, NFE, doubts."""
+    lines = [json.loads(line) for line in (out / "policy.jsonl").read_text().splitlines()[1:]]
+    return [[x["step"], x["quality"], x["nfe"], x.get("doubts")] for x in lines]
+
+
+def imitated(options, work: tuple[str, str, int]) -> dict:
+    """One that has only imitated."""
+    name, expert, seed = work
+    out, said = trained(options, name, "imitated", expert, (WORLDS[name].until[0],) * 2, seed)
+    return judged(options, name, out, said, "imitated", expert, seed)
+
+
+def grown(options, shown: float, work: tuple[str, str, float, int]) -> dict:
+    """One that went on from there by rewards."""
+    name, expert, alpha, seed = work
+    begin, _ = trained(options, name, "imitated", expert, (WORLDS[name].until[0],) * 2, seed)
+    title = f"alpha {alpha}"
+    out, said = trained(options, name, title, expert, WORLDS[name].until, seed, begin, alpha=alpha)
+    return judged(options, name, out, said, title, expert, seed, alpha, alpha == shown)
+
+
+def judged(options, name: str, out: Path, said: dict, title: str, expert: str, seed: int, alpha: float | None = None,
+           more: bool = False) -> dict:
+    """Its looks. Its temperature is the one whose reward is best on the stories for choosing."""
+    made = unmask.Learned(unmask.load(out / "policy"))
+
+    def of(rule, part, what):
+        return looked(options, name, rule, part, f"{title}, seed {seed}, {what}", said)
+    tried = {t: of(replace(made, temperature=t), "dev", f"at {t}") for t in TEMPERATURES}
+    best = max(TEMPERATURES, key=lambda t: tried[t]["reward"][str(1 if alpha is None else alpha)])
+    made = replace(made, temperature=best)
+    looks = {"": of(made, "test", f"at {best}")}
+    if more:
+        looks |= {f"beta {beta}": of(replace(made, beta=beta), "test", f"beta {beta}") for beta in BETAS}
+        looks |= {how: of(Blind(made, how), "test", how) for how in ("mean", "shuffled")}
+    return {"world": name, "policy": title, "alpha": alpha, "seed": seed, "expert": expert, "temperature": best,
+            "seconds": json.loads((out / "seconds.json").read_text()), "tried": tried, "looks": looks,
+            "log": records(out)}
+
+
+def additive(options, expert: str, reward: str) -> dict:
+    """The log of one that imitates so little that most of its texts are wrong yet, with this reward."""
+    out, _ = trained(options, "blocks", f"little, {reward}", expert, (15, 135), 0, reward=getattr(grpo, reward))
+    return {"reward": reward, "log": records(out)}

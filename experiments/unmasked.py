@@ -1,0 +1,91 @@
+"""What a policy costs in seconds, and what it does: one story by it and by the threshold rule."""
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from data.tinystories import stories
+from experiments.policies import folder
+from experiments.results import HERE
+from experiments.students import in_turns
+from experiments.worlds import heuristics, opened_world
+from model import reveal, unmask
+from model.draw import Warp
+from report import measure, policy, trace
+
+TURNS = 5
+
+
+def learned(options, name: str, shown: float) -> unmask.Learned:
+    """The policy of the first seed, of the alpha that is shown."""
+    return unmask.Learned(unmask.load(folder(options) / f"{name},alpha{shown},seed0" / "policy"))
+
+
+def told(options, name: str, count: int) -> tuple:
+    """The world's student, its layout, stories for choosing, the tokenizer, the length."""
+    net, layout, length, corpus = opened_world(name, options.quick)
+    starts = stories(corpus.val, corpus.tokenizer.eot)
+    return net, layout, measure.held_out(corpus.val, starts, count, length), corpus.tokenizer, length
+
+
+def costs(options, name: str, expert: str, shown: float) -> dict:
+    """Seconds a token, 8 texts one at a time, a number a turn, of greedy text: by the policy, the heuristic that it
+    began with, thresholds; AR's loop. And what the policy itself takes a step."""
+    net, layout, held, tok, _ = told(options, name, 8)
+    rules = {"policy": learned(options, name, shown), expert: heuristics(name)[expert], "threshold:0.9": reveal.parse(
+        "threshold:0.9")}
+    writers = {title: measure.by_rule(net, layout, rule, Warp(temperature=0)) for title, rule in rules.items()}
+    found = in_turns(writers, net, held, tok.eot, 0, TURNS, policy.LEAST)
+    return {"seconds a token": found, "seconds of the policy a step": alone(rules["policy"], layout.block)}
+
+
+def alone(rule: unmask.Learned, block: int, times: int = 200) -> float:
+    """Of one text."""
+    sure, masked = torch.rand(1, block), torch.ones(1, block, dtype=torch.bool)
+    numbers, step = torch.rand(1, block, rule.numbers(block)), torch.zeros(1, dtype=torch.long)
+    begun = time.perf_counter()
+    for _ in range(times):
+        rule(sure, masked, step, numbers)
+    return (time.perf_counter() - begun) / times
+
+
+def story(options, results: dict) -> None:
+    """experiments/unmasking/story.png: the first story for choosing, by the policy and by a threshold of as many steps
+    or more, a row a step, a column a token."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    name = "blocks"
+    net, layout, held, tok, length = told(options, name, 1)
+    rule = learned(options, name, results["shown"])
+    best = next(p for p in results["policies"] if (p["world"], p["alpha"], p["seed"]) == (name, results["shown"], 0))
+    rules = {"by the policy": replace(rule, temperature=best["temperature"]),
+             "by threshold:0.9": reveal.parse("threshold:0.9")}
+    figure, axes = plt.subplots(2, 1, figsize=(13, 5.4), dpi=130)
+    for one, (title, rule) in zip(axes, rules.items()):
+        writer = measure.by_rule(net, layout, rule, Warp(temperature=0))
+        texts, _ = measure.generate(writer, held, tok.eot, length, 0, least=policy.LEAST)
+        panel(one, title, *texts[0], tok, layout.block)
+    figure.tight_layout()
+    where = Path("out/experiments/quick/unmasking") if options.quick else HERE / "unmasking"
+    trace.save(figure, where / "story.png")
+    plt.close(figure)
+
+
+def panel(axes, title: str, text, lens, tok, block: int) -> None:
+    """Each token at the step of the text at which its mask came off."""
+    kept = text.kept[0]
+    order, pieces = text.order[0][kept], tok.pieces(text.tokens[0][kept].tolist())
+    began, steps = 0, []
+    for i in range(0, len(order), block):
+        part = order[i:i + block]
+        steps += (began + part).tolist()
+        began += int(part.max()) + 1
+    right = bool(policy.valid(text, tok)[0])
+    for at, (step, piece) in enumerate(zip(steps, pieces)):
+        axes.plot(at, step, "s", color=f"C{at // block % 2}", ms=3)
+        axes.text(at, step - 0.6, trace.visible(piece).strip(), fontsize=6, rotation=60, va="bottom")
+    axes.set(title=f"{title}: {len(order)} tokens in {began} steps, {'valid' if right else 'not valid'}", ylabel="step",
+             xlim=(-1, len(order) + 1), ylim=(began + 0.5, -4))
+    axes.grid(alpha=0.2)
