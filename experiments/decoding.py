@@ -2,11 +2,12 @@
 
     python -m experiments.decoding              the story world, blocks 4, 8, 16, three seeds: about an hour and a half
     python -m experiments.decoding --quick      the plumbing, a minute
+    python -m experiments.decoding --name=decoding_long --any_updates=1600 --blocks=4
 
 Two students of each block: one has learnt states that show a left part, the other any part, since most rules show
 tokens right of a mask; of these a teacher that reads from the left knows nothing, so its target is the text itself. A
 look that is there is not taken again; speeds are taken at the end, in turns, by one process. Leaves
-experiments/decoding/results.json (every seed, every point, the commit) and curves.png.
+experiments/NAME/results.json (every seed, every point, the commit) and curves.png.
 """
 import sys
 from collections.abc import Callable
@@ -47,15 +48,20 @@ TURNS, CONTEXT = 3, 96              # CONTEXT: of the story world's networks, to
 
 @dataclass
 class Options:
+    name: str = option("decoding", "of the results: experiments/NAME")
     quick: bool = option(False, "tiny students, few looks: whether it runs at all")
     seeds: int = option(3, "students of each block and kind")
-    updates: int = option(320, "of 16 rows, of every student")
+    blocks: str = option("4,8,16", "which")
+    updates: int = option(320, "of 16 rows, of the students that learn with left parts shown")
+    any_updates: int = option(320, "of the others")
     stories: int = option(256, "that a look is made of; their speed is that of the first 8, one at a time")
 
 
 def job_of(kind: str, block: int, seed: int, options: Options) -> Job:
     flags = dict(zip(("states", "target", "weight"), KINDS[kind])) | {"text": "data", "lr": 0.01, "block": block}
-    job = Job(f"decoding, {kind}, block {block}", seed, flags, (options.updates,), stories=options.stories)
+    updates = {"left": options.updates, "any": options.any_updates}[kind]
+    name = options.name if kind == "any" else "decoding"
+    job = Job(f"{name}, {kind}, block {block}", seed, flags, (updates,), stories=options.stories)
     return replace(tiny(job), stories=options.stories) if options.quick else job
 
 
@@ -94,7 +100,7 @@ def speeds(options: Options, block: int, seed: int) -> dict[str, list[float]]:
 def look_at(look: Callable, options: Options, work: tuple[int, int]) -> dict:
     """The looks of a block and seed; taken before, with these settings: read."""
     torch.set_num_threads(1)
-    (block, seed), folder = work, WORK / ("quick" if options.quick else "decoding")
+    (block, seed), folder = work, WORK / ("quick" if options.quick else options.name)
     jobs = [job_of(kind, block, seed, options).settings for kind in KINDS]
     settings = {"jobs": jobs, "ways": [[name, *way] for name, way in WAYS.items()], "turns": TURNS}
     return kept(folder / f"{look.__name__}-{block}-{seed}.json", settings, partial(look, options, block, seed))
@@ -103,11 +109,13 @@ def look_at(look: Callable, options: Options, work: tuple[int, int]) -> dict:
 def main(argv: list[str]) -> None:
     options = cli.parse(Options, argv, __doc__)
     if options.quick:
-        options = replace(options, seeds=1, updates=4, stories=16)
-    results, work = head("decoding", options), [(block, seed) for seed in range(options.seeds) for block in (4, 8, 16)]
+        options = replace(options, seeds=1, updates=4, any_updates=4, stories=16)
+    blocks = [int(block) for block in options.blocks.split(",")]
+    results, work = head(f"decoding --name={options.name}", options), [(block, seed) for seed in range(options.seeds)
+                                                                       for block in blocks]
     work = work[:1] if options.quick else work
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        list(pool.map(prepare, [job_of("left", 4, seed, options) for seed in range(options.seeds)]))
+        list(pool.map(prepare, [job_of("left", blocks[0], seed, options) for seed in range(options.seeds)]))
         seen = list(pool.map(partial(look_at, qualities, options), work))
     results["runs"] = []
     for (block, seed), look in zip(work, seen):
@@ -115,7 +123,7 @@ def main(argv: list[str]) -> None:
         results["runs"].append({"block": block, "seed": seed, "looks": {
             name: numbers | {"seconds": taken[name]} for name, numbers in look.items()}})
         print(f"{len(results['runs'])}/{len(work)} block {block}, seed {seed}", flush=True)
-    finish("decoding", results, draw, options.quick)
+    finish(options.name, results, draw, options.quick)
     print(table(results), points(results), sep="\n\n")
 
 
