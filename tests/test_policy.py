@@ -9,7 +9,7 @@ import opdlm
 import train_tiny
 from data import toy
 from data.corpus import story_world
-from model import hub
+from model import hub, unmask
 from model.gpt import GPT, GPTConfig
 from model.masks import Layout
 from report import cli, policy
@@ -83,6 +83,22 @@ def test_killed_and_resumed_it_is_the_uninterrupted_run(last, student, monkeypat
     assert learn("--policy_updates=4", "--resume") == 0
     assert records() == whole
     assert {p.name: p.read_bytes() for p in (student / "policy").glob("policy.*")} == files
+
+
+def test_rewards_go_on_from_a_policy_that_has_imitated(student, monkeypatch):
+    """In a run of its own, as in the same run: to the last bit."""
+    monkeypatch.setattr(policy, "valid", lambda text, tokenizer: ((text.tokens % 2 == 0) & text.kept).float().mean(1))
+    assert learn("--policy_updates=4") == 0
+    whole, real = (student / "policy/policy.safetensors").read_bytes(), policy.learn
+
+    def parted(*given):
+        imitated, _ = given[6]
+        real(*given[:6], (imitated, imitated), *given[7:])
+        assert (student / "policy/policy.safetensors").read_bytes() != whole
+        real(*given, unmask.load(student / "policy").requires_grad_(True))
+    monkeypatch.setattr(policy, "learn", parted)
+    assert learn("--policy_updates=4") == 0
+    assert (student / "policy/policy.safetensors").read_bytes() == whole
 
 
 def test_a_run_that_can_learn_nothing_says_so(student, capsys):
