@@ -70,6 +70,7 @@ class Seen:
         """What there was to see at the N steps of texts that had a mask: (N, K) twice, (N,)."""
         return self.sure[self.alive], self.masked[self.alive], self.time[self.alive]
 
+    @torch.no_grad()
     def doubts(self, policy: Policy) -> float:
         """How many choices of a text are expected to fall otherwise than most likely: what exploration there is."""
         p = policy(*self.states()).sigmoid()
