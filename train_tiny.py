@@ -25,6 +25,7 @@ from data import tokenizer
 from data.corpus import Corpus, open_corpus, windows
 from model import dist, hub
 from model import reveal as rules
+from model.confidence import largest
 from model.gpt import GPT, GPTConfig, checkpointed
 from model.grpo import Settings
 from model.loss import lean
@@ -171,6 +172,9 @@ def unmasking(options: Options, device) -> None:
                          f"{length - policy.room(length)} tokens: give it more positions")
     whole = layout.block >= length
     expert = rules.parse(options.expert or ("threshold:0.9" if whole else hub.read_config(folder)["reveal"]))
+    if expert.rolls or expert.confidence is not largest:
+        raise ValueError(f"--expert={expert} can't be imitated, since it rolls dice or goes by another confidence than "
+                         "the largest probability: take leftmost:P, threshold:P, static:COUNT or factor:F")
     expert = Within(expert, 8, slides=True) if whole else expert
     how = {"eps": 0.2, "steered": True, "prompts": 4} if whole else {"eps": 0.5}
     settings = Settings(policy.room(length), options.alpha, expert=expert, **how)

@@ -4,11 +4,14 @@ A point is (NFE, share of valid texts). A heuristic has numbers on the stories f
 matter also on the others, "test"; a policy's are of these.
 """
 import statistics
+from collections.abc import Callable
 
 import numpy as np
+import torch
 
 from experiments.results import cell
-from experiments.worlds import heuristics, imitable
+from experiments.worlds import imitable_in
+from model import grpo
 
 DRAWS = 2000        # of the bootstrap
 
@@ -63,16 +66,17 @@ def shown(results: dict) -> list[dict]:
     found = []
     for world in worlds(results):
         some = of_world(results, world)
-        best = {best_rule(results, world, alpha) for alpha in some[0]["dev"]["reward"]}
+        best = {best_rule(results, world, alpha, among) for alpha in some[0]["dev"]["reward"]
+                for among in (imitable_in(world), lambda name: True)}
         corners = hull([point(rule["dev"]) for rule in some])
         found += [rule for rule in some if rule["rule"] in best or point(rule["dev"]) in corners
                   or rule["rule"].startswith(("threshold", "random"))]
     return found
 
 
-def best_rule(results: dict, world: str, alpha) -> str:
-    """The heuristic that can be imitated with the best reward on the stories for choosing, of equals the fastest."""
-    some = [rule for rule in of_world(results, world) if imitable(heuristics(world)[rule["rule"]])]
+def best_rule(results: dict, world: str, alpha, among: Callable = lambda name: True) -> str:
+    """The heuristic with the best reward on the stories for choosing, of equals the fastest."""
+    some = [rule for rule in of_world(results, world) if among(rule["rule"])]
     return max(some, key=lambda rule: (rule["dev"]["reward"][str(alpha)], -rule["dev"]["nfe"]))["rule"]
 
 
@@ -115,8 +119,7 @@ def table(results: dict) -> str:
 
 def of_best(results: dict, world: str, alpha: float) -> str:
     """The reward of the heuristic that is best for an alpha, with its standard error."""
-    name = best_rule(results, world, alpha)
-    test = next(rule for rule in of_world(results, world) if rule["rule"] == name)["test"]
+    test = test_of(results, world, best_rule(results, world, alpha))
     return f"{test['reward'][str(alpha)]:.3f} +- {test['error'][str(alpha)]:.3f}"
 
 
@@ -139,7 +142,7 @@ def volumes_of(results: dict, world: str) -> dict[str, list[float]]:
         share = source.multinomial(count, [1 / count] * count) / count                  # of each story
         def again(some, share=share):
             return volume([(share @ np.array(x["steps"]), share @ np.array(x["right"])) for x in some], length)
-        drawn["policies"].append(again(sets[seeds[source.integers(len(seeds))]]))
+        drawn["policies"].append(statistics.mean(again(sets[seed]) for seed in source.choice(seeds, len(seeds))))
         for name in ("heuristics", "thresholds", "random"):
             drawn[name].append(again(sets[name]) if sets[name] else 0.0)
     found = {"policies": [statistics.mean(whole[name] for name in seeds), *ends(drawn["policies"])]}
@@ -148,6 +151,43 @@ def volumes_of(results: dict, world: str) -> dict[str, list[float]]:
         gain = [a - b for a, b in zip(drawn["policies"], drawn[name])]
         found[f"policies less {name}"] = [found["policies"][0] - found[name][0], *ends(gain)]
     return found
+
+
+def gains(results: dict) -> list[dict]:
+    """Of each policy's name, pair by pair over stories, the mean of its seeds: its reward less the best heuristic's for
+    its alpha, with the standard error; and its share of valid texts less what mixtures of thresholds and of random
+    rules reach at its NFE, with the ends of a bootstrap."""
+    return [{"world": world, "policy": name, **gain(results, world, some)} for world in worlds(results)
+            for name, some in policies(results, world).items() if some[0]["alpha"] is not None]
+
+
+def gain(results: dict, world: str, some: list[dict]) -> dict:
+    alpha, source = some[0]["alpha"], np.random.default_rng(0)
+    rule = test_of(results, world, best_rule(results, world, alpha))
+    seen = [policy["looks"][""] for policy in some]
+    less = np.mean([rewards(look, alpha) for look in seen], 0) - rewards(rule, alpha)
+    found = {"reward": [float(less.mean()), float(less.std(ddof=1) / len(less) ** 0.5)]}
+    count = len(rule["right"])
+    for rules in ("threshold", "random"):
+        sets = [r["test"] for r in of_world(results, world, rules) if "test" in r]
+
+        def above(share, sets=sets):
+            points = [(share @ np.array(x["steps"]), share @ np.array(x["right"])) for x in sets]
+            return statistics.mean(float(share @ np.array(x["right"])) - at(points, share @ np.array(x["steps"]))
+                                   for x in seen)
+        draws = [above(source.multinomial(count, [1 / count] * count) / count) for _ in range(DRAWS // 4)]
+        found[rules] = [above(np.full(count, 1 / count)), *ends(draws)] if sets else None
+    return found
+
+
+def test_of(results: dict, world: str, name: str) -> dict:
+    """What is said of a heuristic."""
+    return next(rule for rule in of_world(results, world) if rule["rule"] == name)["test"]
+
+
+def rewards(look: dict, alpha: float) -> np.ndarray:
+    """Of each text."""
+    return grpo.reward(*map(torch.tensor, (look["right"], look["steps"])), look["length"], alpha).numpy()
 
 
 def by_seed(results: dict, world: str) -> dict[int, list[dict]]:

@@ -16,13 +16,13 @@ from experiments.results import kept
 from experiments.worlds import WORLDS, Blind, heuristics, imitable, job_of, opened_world
 from model import grpo, unmask
 from model.draw import Warp
-from model.state import found, writable
+from model.state import begin_states, found, writable
 from report import measure, policy
 from report.publish import write_json
 
-TEMPERATURES, BETAS = (0.25, 0.5, 1), (0.25, 0.5, 0.75, 2, 10, 100)
+TEMPERATURES, BETAS = (0.25, 0.5, 1), (0.25, 0.5, 0.75, 1, 10, 100)
 RATE = 0.003
-VERSION = 1         # to be raised when the same settings make something else
+LOOKED, MADE = 1, 2         # to be raised when the same settings give another look, or another policy
 
 
 def folder(options) -> Path:
@@ -55,7 +55,7 @@ def look(options, name: str, rule: Callable, part: str) -> dict:
 def looked(options, name: str, rule: Callable, part: str, title: str, said: dict) -> dict:
     """The same; taken before, of the same: read."""
     torch.set_num_threads(1)
-    settings = {"version": VERSION, "student": job_of(name, options.quick).settings, "stories": [options.dev,
+    settings = {"version": LOOKED, "student": job_of(name, options.quick).settings, "stories": [options.dev,
                 options.test], **said}
     file = folder(options) / "looks" / f"{name}, {title}, {part}.json".replace(" ", "")
     return kept(file, settings, partial(look, options, name, rule, part))
@@ -75,28 +75,30 @@ def trained(options, name: str, title: str, expert: str, until: tuple, seed: int
     assert imitable(rule := heuristics(name)[expert])
     how = WORLDS[name].learning | how
     until = tuple(2 + (n > until[0]) for n in until) if options.quick else until
-    said = {"version": VERSION, "student": job_of(name, options.quick).settings, "expert": expert, "until": list(until),
+    said = {"made": MADE, "student": job_of(name, options.quick).settings, "expert": expert, "until": list(until),
             "seed": seed, "rate": RATE, **{k: getattr(v, "__name__", v) for k, v in how.items()}}
     out = writable(folder(options) / f"{name}, {title}, seed {seed}".replace(" ", ""))
     if not (out / "job.json").exists() or json.loads((out / "job.json").read_text()) != said:
         (out / "job.json").unlink(missing_ok=True)
         same = (out / "begun.json").exists() and json.loads((out / "begun.json").read_text()) == said
-        write_json(out / "begun.json", said)
+        if not same:
+            begin_states(out / "policy" / policy.STATE, said)
+            write_json(out / "begun.json", said)
         settings = grpo.Settings(policy.room(length), expert=rule, **how)
         data = partial(train_tiny.draw, corpus, length=length, seed=seed, device="cpu")
-        begun = time.perf_counter()
+        begun = time.process_time()
         policy.learn(net, layout, None, corpus, data, settings, until, seed, RATE, out, said,
                      same and found(out / "policy" / policy.STATE) is not None,
                      unmask.load(begin / "policy").requires_grad_(True) if begin else None)
-        write_json(out / "seconds.json", time.perf_counter() - begun)
+        write_json(out / "seconds.json", time.process_time() - begun)
         write_json(out / "job.json", said)
     return out, said
 
 
 def records(out: Path) -> list[list]:
     """Of each update: its number, quality, NFE, doubts."""
-    lines = [json.loads(line) for line in (out / "policy.jsonl").read_text().splitlines()[1:]]
-    return [[x["step"], x["quality"], x["nfe"], x.get("doubts")] for x in lines]
+    lines = {x["step"]: x for x in map(json.loads, (out / "policy.jsonl").read_text().splitlines()[1:])}
+    return [[step, x["quality"], x["nfe"], x.get("doubts")] for step, x in lines.items()]     # a resumed one's last
 
 
 def imitated(options, work: tuple[str, str, int]) -> dict:
@@ -117,24 +119,24 @@ def grown(options, shown: float, work: tuple[str, str, float, int]) -> dict:
 
 def judged(options, name: str, out: Path, said: dict, title: str, expert: str, seed: int, alpha: float | None = None,
            more: bool = False) -> dict:
-    """Its looks. Its temperature is the one whose reward is best on the stories for choosing."""
+    """Its looks. Its temperature is the one whose reward is best on the stories for choosing; scaled, it is 1."""
     made = unmask.Learned(unmask.load(out / "policy"))
 
-    def of(rule, part, what):
-        return looked(options, name, rule, part, f"{title}, seed {seed}, {what}", said)
-    tried = {t: of(replace(made, temperature=t), "dev", f"at {t}") for t in TEMPERATURES}
+    def of(rule, part, what=""):
+        return looked(options, name, rule, part, f"{title}, seed {seed}, at {rule.temperature}, {what}", said)
+    tried = {t: of(replace(made, temperature=t), "dev") for t in TEMPERATURES}
     best = max(TEMPERATURES, key=lambda t: tried[t]["reward"][str(1 if alpha is None else alpha)])
-    made = replace(made, temperature=best)
-    looks = {"": of(made, "test", f"at {best}")}
+    looks = {"": of(replace(made, temperature=best), "test")}
     if more:
         looks |= {f"beta {beta}": of(replace(made, beta=beta), "test", f"beta {beta}") for beta in BETAS}
-        looks |= {how: of(Blind(made, how), "test", how) for how in ("mean", "shuffled")}
+        looks |= {how: of(Blind(replace(made, temperature=best), how), "test", how) for how in ("mean", "shuffled")}
     return {"world": name, "policy": title, "alpha": alpha, "seed": seed, "expert": expert, "temperature": best,
             "seconds": json.loads((out / "seconds.json").read_text()), "tried": tried, "looks": looks,
             "log": records(out)}
 
 
 def additive(options, expert: str, reward: str) -> dict:
-    """The log of one that imitates so little that most of its texts are wrong yet, with this reward."""
-    out, _ = trained(options, "blocks", f"little, {reward}", expert, (15, 135), 0, reward=getattr(grpo, reward))
+    """The log of one that imitates so little that most of its texts are wrong yet, with this reward, where speed counts
+    much."""
+    out, _ = trained(options, "blocks", f"little, {reward}", expert, (3, 123), 0, alpha=3, reward=getattr(grpo, reward))
     return {"reward": reward, "log": records(out)}

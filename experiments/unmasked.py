@@ -1,6 +1,5 @@
 """What a policy costs in seconds, and what it does: one story by it and by the threshold rule."""
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,9 +16,11 @@ from report import measure, policy, trace
 TURNS = 5
 
 
-def learned(options, name: str, shown: float) -> unmask.Learned:
-    """The policy of the first seed, of the alpha that is shown."""
-    return unmask.Learned(unmask.load(folder(options) / f"{name},alpha{shown},seed0" / "policy"))
+def learned(options, results: dict, name: str) -> unmask.Learned:
+    """The policy of the first seed, of the alpha that is shown, at its temperature."""
+    said = next(p for p in results["policies"] if (p["world"], p["alpha"], p["seed"]) == (name, results["shown"], 0))
+    made = unmask.load(folder(options) / f"{name},{said['policy']},seed0".replace(" ", "") / "policy")
+    return unmask.Learned(made, temperature=said["temperature"])
 
 
 def told(options, name: str, count: int) -> tuple:
@@ -29,11 +30,11 @@ def told(options, name: str, count: int) -> tuple:
     return net, layout, measure.held_out(corpus.val, starts, count, length), corpus.tokenizer, length
 
 
-def costs(options, name: str, expert: str, shown: float) -> dict:
+def costs(options, results: dict, name: str, expert: str) -> dict:
     """Seconds a token, 8 texts one at a time, a number a turn, of greedy text: by the policy, the heuristic that it
     began with, thresholds; AR's loop. And what the policy itself takes a step."""
     net, layout, held, tok, _ = told(options, name, 8)
-    rules = {"policy": learned(options, name, shown), expert: heuristics(name)[expert], "threshold:0.9": reveal.parse(
+    rules = {"policy": learned(options, results, name), expert: heuristics(name)[expert], "threshold:0.9": reveal.parse(
         "threshold:0.9")}
     writers = {title: measure.by_rule(net, layout, rule, Warp(temperature=0)) for title, rule in rules.items()}
     found = in_turns(writers, net, held, tok.eot, 0, TURNS, policy.LEAST)
@@ -51,17 +52,14 @@ def alone(rule: unmask.Learned, block: int, times: int = 200) -> float:
 
 
 def story(options, results: dict) -> None:
-    """experiments/unmasking/story.png: the first story for choosing, by the policy and by a threshold of as many steps
-    or more, a row a step, a column a token."""
+    """experiments/unmasking/story.png: the first story for choosing, by the policy and by threshold:0.9, a row a step,
+    a column a token."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     name = "blocks"
     net, layout, held, tok, length = told(options, name, 1)
-    rule = learned(options, name, results["shown"])
-    best = next(p for p in results["policies"] if (p["world"], p["alpha"], p["seed"]) == (name, results["shown"], 0))
-    rules = {"by the policy": replace(rule, temperature=best["temperature"]),
-             "by threshold:0.9": reveal.parse("threshold:0.9")}
+    rules = {"by the policy": learned(options, results, name), "by threshold:0.9": reveal.parse("threshold:0.9")}
     figure, axes = plt.subplots(2, 1, figsize=(13, 5.4), dpi=130)
     for one, (title, rule) in zip(axes, rules.items()):
         writer = measure.by_rule(net, layout, rule, Warp(temperature=0))

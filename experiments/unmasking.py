@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 
-from experiments.hull import best_rule, draw, shown, table, volumes
+from experiments.hull import best_rule, draw, gains, shown, table, volumes
 from experiments.policies import additive, grown, imitated, look_at
 from experiments.results import finish, head
 from experiments.students import student
 from experiments.unmasked import costs, story
-from experiments.worlds import WORLDS, heuristics, job_of
+from experiments.worlds import WORLDS, heuristics, imitable_in, job_of
 from report import cli
 from report.cli import option
 
@@ -50,15 +50,15 @@ def main(argv: list[str]) -> None:
         for rule, test in zip(chosen, pool.map(partial(look_at, options, "test"), [(r["world"], r["rule"])
                                                                                    for r in chosen])):
             rule["test"] = test
-        experts = {name: best_rule(results, name, SHOWN) for name in worlds}
+        experts = {name: best_rule(results, name, SHOWN, imitable_in(name)) for name in worlds}
         first = list(pool.map(partial(imitated, options), [(name, experts[name], seed) for name in worlds
                                                            for seed in seeds]))
         tries = [(name, experts[name], alpha, seed) for name in worlds for seed in seeds
                  for alpha in sorted(WORLDS[name].alphas, key=lambda alpha: alpha != SHOWN)]
         results["policies"] = first + list(pool.map(partial(grown, options, SHOWN), tries[::3 if options.quick else 1]))
         results["collapse"] = list(pool.map(partial(additive, options, experts["blocks"]), ("reward", "additive")))
-    results["volumes"] = volumes(results)
-    results["costs"] = {name: costs(options, name, experts[name], SHOWN) for name in worlds}
+    results |= {"volumes": volumes(results), "gains": gains(results)}
+    results["costs"] = {name: costs(options, results, name, experts[name]) for name in worlds}
     story(options, results)
     finish("unmasking", without_texts(results), draw, options.quick)
     print(table(results))

@@ -16,6 +16,7 @@ from model.confidence import largest
 
 ANY = {"text": "data", "states": "random", "target": "onehot", "weight": "1/t", "lr": 0.01}
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+FAST = ("factor:0.5", "factor:1", "eb:0.1", "eb:0.25", "eb:0.35", "eb:0.5", "eb:1")
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,10 @@ def heuristics(name: str) -> dict[str, unmask.Within]:
     sizes, windows = WORLDS[name].sizes, WORLDS[name].windows
     specs = [(f"threshold:{level}", size, False) for level in LEVELS for size in sizes]
     specs += [(f"threshold:{level}", size, True) for level in LEVELS[1::2] for size in windows]
-    specs += [(f"leftmost:{level}", sizes[-1], True) for level in LEVELS]
-    specs += [(f"{rule}:{n}", size, False) for rule in ("static", "random") for n in (1, 2) for size in sizes[::2]
+    specs += [(f"leftmost:{level}", sizes[-1], True) for level in (0.3, 0.4, *LEVELS, 0.65, 0.75)]
+    specs += [(f"{rule}:{n}", size, False) for rule in ("static", "random") for n in (1, 2, 4) for size in sizes[::2]
               if n < size]
-    specs += [(spec, size, False) for spec in ("factor:0.5", "eb:0.1", "eb:0.5") for size in sizes[1:]]
+    specs += [(spec, size, False) for spec in FAST for size in sizes[1:]]
     return {f"{spec} in {size}{', sliding' * slides}": unmask.Within(reveal.parse(spec), size, slides)
             for spec, size, slides in specs}
 
@@ -65,6 +66,12 @@ def heuristics(name: str) -> dict[str, unmask.Within]:
 def imitable(rule: unmask.Within) -> bool:
     """If it is a function of what a policy sees, the largest probabilities from the first mask on."""
     return rule.slides and rule.confidence is largest and not rule.rolls
+
+
+def imitable_in(name: str) -> Callable:
+    """The same of the names of a world's heuristics."""
+    rules = heuristics(name)
+    return lambda title: imitable(rules[title])
 
 
 @dataclass(frozen=True)

@@ -167,12 +167,11 @@ def learn(policy: Policy, seen: list[Seen], gains: list[Tensor], settings: Setti
 
 def imitate(policy: Policy, write: Callable, quality: Callable, settings: Settings, optimizer, updates: range,
             rate: Callable = lambda update: None) -> Iterator[dict]:
-    """Learns what the expert does in its own texts and, once it can write itself, after a quarter of the `updates`,
-    what that would have done in the policy's (DAgger, 1011.0686). Takes and yields what `train` does."""
+    """Learns what the expert does in its own texts and, from the fourth of the `updates` on, what that would have done
+    in the policy's (DAgger, 1011.0686). Takes and yields what `train` does."""
     for update in updates:
         rate(update)
-        rules = [(Learned(policy, explore=True), settings.group), (settings.expert, 1)]
-        rules = rules if update >= updates.stop // 4 else [(settings.expert, settings.group)]
+        rules = [(Learned(policy, explore=True), settings.group)] * (update >= 3) + [(settings.expert, 1)]
         seen, _, record = written(rules, write, quality, settings, update)
         yield record | imitated(policy, [some.relabelled(settings.expert) for some in seen], settings, optimizer)
 

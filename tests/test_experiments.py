@@ -200,6 +200,32 @@ def test_the_volume_by_hand():
     assert hull.volume([*two, (30, 0.4), (120, 1.0)], 100) == pytest.approx(hull.volume(two, 100))
 
 
+def looked(nfe, right, length=100):
+    valid = sum(right) / len(right)
+    return {"nfe": sum(nfe) / len(nfe), "valid": valid, "right": right, "steps": nfe, "length": length,
+            "reward": {"0": valid}}
+
+
+def test_volumes_and_gains_by_hand():
+    """Two heuristics, and policies of two seeds: one as good as the better of them, faster by 20 on every story, the
+    other the better one itself. All stories alike, so that no draw of them matters."""
+    slow, poor, fast = looked([60] * 8, [1] * 8), looked([20] * 8, [0] * 8), looked([40] * 8, [1] * 8)
+    rules = {"threshold:0.8 in 4, sliding": slow, "random:1 in 2": poor}
+    results = {"heuristics": [{"world": "blocks", "rule": name, "dev": x, "test": x} for name, x in rules.items()],
+               "policies": [{"world": "blocks", "policy": "alpha 0", "alpha": 0, "seed": seed, "looks": {"": x}}
+                            for seed, x in enumerate((fast, slow))]}
+    assert hull.best_rule(results, "blocks", 0) == "threshold:0.8 in 4, sliding"
+    assert [rule["rule"] for rule in hull.shown(results)] == list(rules)
+    found = hull.volumes(results)["blocks"]
+    assert found["heuristics"] == pytest.approx([0.4] * 3) and found["random"] == [0, 0, 0]
+    assert found["policies"] == pytest.approx([0.5, 0.4, 0.6])
+    assert found["policies less heuristics"] == pytest.approx([0.1, 0, 0.2])
+    gain, = hull.gains(results)
+    assert gain["reward"] == [0, 0]                                                     # at alpha 0 speed is nothing
+    assert gain["threshold"] == pytest.approx([(1 / 3 + 0) / 2] * 3)                    # 40 of 60 steps: 2 of 3 texts
+    assert gain["random"] == pytest.approx([1.0] * 3)
+
+
 def test_a_blind_rule_sees_the_same_numbers_at_other_slots():
     source, seen = torch.Generator().manual_seed(0), []
     sure, masked = torch.rand(50, 6, generator=source), torch.rand(50, 6, generator=source) < 0.6

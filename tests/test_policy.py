@@ -113,6 +113,12 @@ def test_an_ar_model_has_no_masks_to_reveal(student, capsys):
     assert "ar holds an AR model: convert it first" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("expert", ["random:2", "ancestral:8", "eb:0.1"])
+def test_an_expert_is_a_function_of_what_a_policy_sees(expert, student, capsys):
+    assert learn(f"--expert={expert}", "--policy_updates=1") == 2
+    assert "can't be imitated" in capsys.readouterr().err
+
+
 def test_a_text_has_to_fit_behind_the_prompts(student, capsys):
     assert learn("--length=19", "--policy_updates=1") == 2
     assert "behind prompts of up to 19 tokens: give it more positions" in capsys.readouterr().err
