@@ -84,8 +84,10 @@ def main(argv: list[str]) -> None:
     for run in results["runs"]:
         run["seconds"] = timed(options, run["seed"], run["curves"])
     finish(options.name, results, draw, options.quick)
-    several = [table(results, steps) for steps in (options.steps, 4 * options.steps)]
-    print("quick" if options.quick else "\n\n".join([*several, *claims(results)]))
+    if options.quick:                           # of which most rows have not been sampled
+        return print("quick")
+    tables = [table(results, steps) for steps in (options.steps, 4 * options.steps)]
+    print("\n\n".join([*tables, *claims(results)]))
 
 
 if __name__ == "__main__":
