@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import opdlm
 from experiments.results import finish
-from model import loss
+from model import loss, targets
 from model.gpt import GPT, GPTConfig, checkpointed
 from model.masks import Layout
 from report import cli, measure
@@ -57,7 +57,7 @@ def recipe_of(kind: str, eot: int) -> opdlm.Recipe:
 def read_only(teacher, tokens, rows, at):
     """The teacher reads the text, and nobody asks what it thinks of it."""
     teacher(tokens, read=rows * tokens.size(1) + at - 1, head=lambda *parts: parts)
-    return loss.text_rows(teacher, tokens, rows, at)
+    return targets.text_rows(teacher, tokens, rows, at)
 
 
 def steps_of(config: GPTConfig) -> dict[tuple[str, bool], Callable]:
@@ -137,7 +137,7 @@ def main(argv: list[str]) -> None:
     config, repeats = (SMALL, 2) if options.quick else (GPTConfig(), options.repeats)
     here = measure.facts(torch.device("cpu"))
     results = {"command": "python -m experiments.memory", **here, "config": asdict(config),
-               "chunk": loss.CHUNK, "table_gradient": 4 * config.vocab * config.width}
+               "chunk": targets.CHUNK, "table_gradient": 4 * config.vocab * config.width}
     results["rows"] = measured(config, repeats)
     finish("memory", results, draw, options.quick)
     print(table(results))

@@ -177,7 +177,7 @@ class GPT(nn.Module):
 
         `mask`: bool, broadcast to (B, 1, T, T), or (B, 1, T, S) with a cache; none is causal. `position`: (T,), (B, T).
         With `cache`, one a block, keys and values go to its places `at` (B * T,); its first S slots are attended to.
-        Another `head` makes something else of the hidden states (N, C) and the table (V, C): model/loss.py.
+        Another `head` makes something else of the hidden states (N, C) and the table (V, C): model/targets.py.
         """
         if position is None:
             position = torch.arange(tokens.size(1), device=tokens.device)

@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import opdlm
-from model import dist, loss
+from model import dist, loss, targets
 from model.gpt import GPT, GPTConfig, checkpointed
-from model.loss import Late
 from model.masks import Layout
+from model.targets import Late
 
 EOT, V = 10, 11
 KINDS = ["full", "topk:1", "topk:4", "topk:10", "topk:11", "topk:99"]
@@ -29,7 +29,7 @@ def sides(N=7, C=5, dtype=torch.float64, seed=0, scale=1.0):
 
 
 def target_of(kind, teacher):
-    return teacher if kind == "full" else loss.top(teacher, int(kind[5:]))
+    return teacher if kind == "full" else targets.top(teacher, int(kind[5:]))
 
 
 def plain_logits(late):
@@ -57,10 +57,10 @@ def test_by_hand():
     """q = (1/2, 1/4, 1/4), p = (1/4, 1/4, 1/2). One token and a bucket of two: (1/2, 1/2) against (1/4, 3/4)."""
     teacher, student = (Late(torch.eye(3), torch.tensor(x).log().expand(3, 3).T.contiguous())
                         for x in ([0.5, 0.25, 0.25], [0.25, 0.25, 0.5]))
-    full, bucketed = (loss.distill_loss(target, student)[0].item() for target in (teacher, loss.top(teacher, 1)))
+    full, bucketed = (loss.distill_loss(target, student)[0].item() for target in (teacher, targets.top(teacher, 1)))
     assert full == pytest.approx(0.5 * math.log(2) + 0.25 * math.log(0.5))
     assert bucketed == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))
-    text = loss.distill_loss(loss.Text(torch.tensor([[2]] * 3)), student)
+    text = loss.distill_loss(targets.Text(torch.tensor([[2]] * 3)), student)
     assert text.tolist() == pytest.approx([math.log(2)] * 3)
 
 
@@ -75,7 +75,7 @@ def test_equal_models_are_at_0_and_stay(kind):
 def test_the_bucketed_kl_grows_with_k_up_to_the_full_one():
     teacher, student, _ = sides(N=200)
     full = loss.distill_loss(teacher, student)
-    some = [loss.distill_loss(loss.top(teacher, k), student) for k in range(1, V + 1)]
+    some = [loss.distill_loss(targets.top(teacher, k), student) for k in range(1, V + 1)]
     assert all((b >= a - 1e-12).all() for a, b in zip([torch.zeros(200), *some], [*some, full]))
     assert torch.allclose(some[-1], full, atol=1e-10, rtol=0) and (full - some[3] > 0.01).any()
 
@@ -85,7 +85,7 @@ def test_the_bucketed_kl_grows_with_k_up_to_the_full_one():
 @pytest.mark.parametrize("chunk", [1, 3, 64])
 def test_the_plain_loss_and_its_gradients(kind, dtype, near, chunk, monkeypatch):
     """Whatever the chunk is."""
-    monkeypatch.setattr(loss, "CHUNK", chunk)
+    monkeypatch.setattr(targets, "CHUNK", chunk)
     teacher, student, weight = sides(dtype=dtype)
     lean = with_gradients(loss.distill_loss(target_of(kind, teacher), student), weight, student)
     for a, b in zip(lean, with_gradients(plain_kl(kind, teacher, student), weight, student)):
@@ -95,7 +95,7 @@ def test_the_plain_loss_and_its_gradients(kind, dtype, near, chunk, monkeypatch)
 @pytest.mark.parametrize("kind", ["full", "topk:4", "topk:11"])
 def test_bf16(kind, monkeypatch):
     """As near to the plain loss as bf16's 8 bits allow; the sums over chunks are not rounded on their way."""
-    monkeypatch.setattr(loss, "CHUNK", 3)
+    monkeypatch.setattr(targets, "CHUNK", 3)
     teacher, student, weight = sides(N=960, dtype=torch.bfloat16)
     lean = with_gradients(loss.distill_loss(target_of(kind, teacher), student), weight.float(), student)
     for a, b in zip(lean, with_gradients(plain_kl(kind, teacher, student), weight.float(), student)):
@@ -151,7 +151,7 @@ def steps(student, teacher, made, count=3, rate=0.3):
 @pytest.mark.parametrize("chunk", [5, 64])
 def test_the_same_steps(tiny, target, kl, chunk, monkeypatch):
     """Same records, same parameters; plain in float64 too, where opdlm's own is float32."""
-    monkeypatch.setattr(loss, "CHUNK", chunk)
+    monkeypatch.setattr(targets, "CHUNK", chunk)
     plain, lean = tiny(seed=1), tiny(seed=1)
     records = steps(plain, tiny(), recipe(target)), steps(lean, tiny(), recipe(target, kl))
     for a, b in zip(*records):
@@ -186,7 +186,7 @@ class Widest(TorchDispatchMode):
 @pytest.mark.parametrize("target, kl", [("teacher", "full"), ("teacher", "topk:4"), ("onehot", "full")])
 def test_no_tensor_is_places_by_vocabulary(tiny, target, kl, monkeypatch):
     """Neither side's, forward nor backward; the plain step's are."""
-    monkeypatch.setattr(loss, "CHUNK", 5)
+    monkeypatch.setattr(targets, "CHUNK", 5)
     widest = []
     for kind in ("plain", kl):
         with Widest() as seen:
