@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 
-from experiments.hull import best_rule, draw, gains, shown, table, volumes
+from experiments.gains import draw, gains, table, volumes
+from experiments.hull import best_rule, shown
 from experiments.policies import additive, grown, imitated, look_at
 from experiments.results import finish, head
 from experiments.students import student

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import opdlm
-from experiments import ablations, changes, conversion, frontier, hull, memory, methods, speed, worlds
+from experiments import ablations, changes, conversion, frontier, gains, hull, memory, methods, speed, worlds
 from experiments.job import Job, options_of
 from experiments.results import at_cost, gap, reached, tokens_cell
 from model import reveal
@@ -216,11 +216,11 @@ def test_volumes_and_gains_by_hand():
                             for seed, x in enumerate((fast, slow))]}
     assert hull.best_rule(results, "blocks", 0) == "threshold:0.8 in 4, sliding"
     assert [rule["rule"] for rule in hull.shown(results)] == list(rules)
-    found = hull.volumes(results)["blocks"]
+    found = gains.volumes(results)["blocks"]
     assert found["heuristics"] == pytest.approx([0.4] * 3) and found["random"] == [0, 0, 0]
     assert found["policies"] == pytest.approx([0.5, 0.4, 0.6])
     assert found["policies less heuristics"] == pytest.approx([0.1, 0, 0.2])
-    gain, = hull.gains(results)
+    gain, = gains.gains(results)
     assert gain["reward"] == [0, 0]                                                     # at alpha 0 speed is nothing
     assert gain["threshold"] == pytest.approx([(1 / 3 + 0) / 2] * 3)                    # 40 of 60 steps: 2 of 3 texts
     assert gain["random"] == pytest.approx([1.0] * 3)
