@@ -22,6 +22,7 @@ from model.confidence import largest
 from model.llama import rotate, rotations
 
 FILE = "policy.safetensors"
+SLOTS = 8192        # gone through together: what a CPU's cache can hold the numbers of
 
 
 # 1. the network -------------------------------------------------------------------------------------------------------
@@ -77,6 +78,11 @@ class Policy(nn.Module):
     def forward(self, sure: Tensor, masked: Tensor, time: Tensor) -> Tensor:
         """(N, K) logits, one a slot, from `sure` (N, K), the confidences, taken for 1 where the slot is not masked;
         `masked` (N, K); `time` (N,), the share of the block's steps that is over."""
+        some = max(SLOTS // sure.size(1), 1)
+        return torch.cat([self.logits(*x) for x in zip(*(x.split(some) for x in (sure, masked, time)))])
+
+    def logits(self, sure: Tensor, masked: Tensor, time: Tensor) -> Tensor:
+        """The same of some of the N."""
         pair = torch.arange(0, self.config.width, 2, device=time.device) / self.config.width
         angle = time[:, None] * (1000 * 1e4 ** -pair).to(time)                          # (N, C / 2)
         told = self.masked.weight + self.time(torch.cat([angle.cos(), angle.sin()], 1))[:, None]    # (N, 2, C)

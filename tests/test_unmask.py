@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import opdlm
-from model import reveal
+from model import reveal, unmask
 from model.denoiser import Denoiser
 from model.draw import Warp, uniforms
 from model.gpt import GPT, GPTConfig
@@ -128,6 +128,22 @@ def test_how_sure_a_slot_is_can_be_attended_to():
     odds = torch.tensor([[0.6, 0.9, 0.99]]).logit()[..., None] / 2
     low, middle, high = made.norm1(made.sure(odds))[0]
     assert (low - middle).abs().max() > 0.3 and (middle - high).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("slots", [1, 12, 50])
+def test_how_many_states_go_through_together_does_not_matter(slots, monkeypatch):
+    """Nor to gradients."""
+    generator = torch.Generator().manual_seed(0)
+    sure, masked, time = torch.rand(7, 6, generator=generator), torch.rand(7, 6, generator=generator) < 0.5, torch.rand(
+        7, generator=generator)
+
+    def said():
+        made = policy(6).double()
+        logits = made(sure.double(), masked, time.double())
+        return logits, *torch.autograd.grad(logits.square().sum(), list(made.parameters()))
+    together = said()
+    monkeypatch.setattr(unmask, "SLOTS", slots)
+    assert all(torch.allclose(a, b, atol=1e-10, rtol=1e-10) for a, b in zip(together, said()))
 
 
 def test_saved_and_loaded_it_does_the_same(net, tmp_path):
