@@ -1,32 +1,37 @@
-"""What experiments/unmasking.py says of its policies: what they gain over all heuristics, with errors; its picture."""
+"""What experiments/unmasking.py says of its policies: what they gain over all heuristics, with errors.
+
+An interval is of a bootstrap, its ends are the 2.5th and 97.5th percentiles: over stories, which are the same for all
+that is compared, and over the seeds of policies.
+"""
 import statistics
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
-from experiments.hull import at, bar, best_rule, hull, of_world, point, policies, test_of, volume, worlds
+from experiments.hull import at, bar, best_rule, corners, of_world, policies, test_of, volume, worlds
 from experiments.results import cell
 from model import grpo
 
 DRAWS = 2000        # of the bootstrap
+BLIND = ("mean", "shuffled")
 
 
 def table(results: dict) -> str:
-    """Markdown: a row a policy, and what was made of it; at its NFE mixtures of heuristics, of thresholds, of random
-    ones; its reward and that of the best heuristic for its alpha."""
-    lines = ["| world | policy | NFE | `valid` | all heuristics at that NFE | thresholds | random | reward | the best "
-             "heuristic's | minutes to train |", "|" + "---|" * 10]
+    """Markdown: a row a policy, and what was made of it; at its NFE a mixture of heuristics; its reward and that of the
+    heuristic that is best for its alpha."""
+    lines = ["| world | policy | NFE | `valid` | the heuristics' hull at that NFE | reward | the best heuristic's | "
+             "minutes to train |", "|" + "---|" * 8]
     for world in worlds(results):
-        bars = [bar(results, world), bar(results, world, "threshold"), bar(results, world, "random")]
         for name, some in policies(results, world).items():
-            minutes = cell([policy["seconds"] / 60 for policy in some], 0)
             for what in some[0]["looks"]:
                 seen, alpha = [policy["looks"][what] for policy in some], some[0]["alpha"]
                 cells = [cell([x["nfe"] for x in seen], 1), cell([x["valid"] for x in seen], 2)]
-                cells += [cell([at(points, x["nfe"]) for x in seen], 2) if points else "-" for points in bars]
+                cells.append(cell([at(bar(results, world), x["nfe"]) for x in seen], 2))
                 cells += ["-", "-"] if alpha is None else [
                     cell([x["reward"][str(alpha)] for x in seen]), of_best(results, world, alpha)]
-                lines.append(f"| {world} | {name}{what and ', ' + what} | {' | '.join(cells)} | {minutes} |")
+                lines.append(f"| {world} | {name}{what and ', ' + what} | {' | '.join(cells)} | "
+                             f"{cell(minutes(results, some), 0)} |")
     return "\n".join(lines)
 
 
@@ -36,69 +41,101 @@ def of_best(results: dict, world: str, alpha: float) -> str:
     return f"{test['reward'][str(alpha)]:.3f} +- {test['error'][str(alpha)]:.3f}"
 
 
+def minutes(results: dict, some: list[dict]) -> list[float]:
+    """Of a core, what each policy took, with the imitation that it went on from."""
+    begun = {policy["seed"]: policy["seconds"] for policy in policies(results, some[0]["world"])["imitated"]}
+    return [(policy["seconds"] + begun[policy["seed"]] * (policy["alpha"] is not None)) / 60 for policy in some]
+
+
+def table_of_gains(results: dict) -> str:
+    """Markdown: a row a policy, each number with its interval: its reward less the best heuristic's, and its share of
+    valid texts less what mixtures of heuristics reach at its NFE."""
+    lines = ["| world | policy | reward less the best heuristic's | `valid` above the heuristics' hull | above that of "
+             "those chosen before | of thresholds | of random rules |", "|" + "---|" * 7]
+    for gain in results["gains"]:
+        cells = [interval(gain[name]) for name in ("reward", "heuristics", "chosen", "thresholds", "random")]
+        lines.append(f"| {gain['world']} | {gain['policy']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def interval(numbers: list[float] | None) -> str:
+    return "{:.3f} ({:.3f} to {:.3f})".format(*numbers) if numbers else "-"
+
+
+def drawn(of: Callable, stories: int, seeds: int) -> list[float]:
+    """`of(share, who)` where each story has the same share (stories,) and `who` are all seeds, then of a bootstrap of
+    both: the ends of its interval, its standard deviation."""
+    source = np.random.default_rng(0)
+    some = [of(source.multinomial(stories, [1 / stories] * stories) / stories, source.integers(seeds, size=seeds))
+            for _ in range(DRAWS)]
+    value = of(np.full(stories, 1 / stories), range(seeds))
+    return [float(x) for x in (value, *np.quantile(some, (0.025, 0.975)), np.std(some))]
+
+
+def cloud(looks: list[dict]) -> np.ndarray:
+    """(n, 2, stories): of each look and text its steps, and if it is right; times shares of stories it is points."""
+    count = len(looks[0]["right"]) if looks else 1
+    return np.array([[x["steps"], x["right"]] for x in looks], dtype=float).reshape(-1, 2, count)
+
+
+def rivals(results: dict, world: str) -> dict[str, np.ndarray]:
+    """The heuristics that policies are compared with: all; those that were on the hull of the stories for choosing,
+    since of many some are lucky on the others; families."""
+    some = {"heuristics": of_world(results, world), "chosen": corners(results, world),
+            "thresholds": of_world(results, world, "threshold"), "random": of_world(results, world, "random")}
+    return {name: cloud([rule["test"] for rule in rules if "test" in rule]) for name, rules in some.items()}
+
+
 def volumes(results: dict) -> dict:
-    """By world, what a seed's policies of all alphas and betas dominate together, and what heuristics do: mean, and the
-    2.5th and 97.5th percentiles of a bootstrap over stories, and over seeds; and of the differences."""
+    """By world, what a seed's policies of all alphas and betas dominate together, the mean of seeds; what heuristics
+    do; and the differences."""
     return {world: volumes_of(results, world) for world in worlds(results)}
 
 
 def volumes_of(results: dict, world: str) -> dict[str, list[float]]:
-    sets = {f"policies, seed {seed}": some for seed, some in by_seed(results, world).items()}
-    seeds = list(sets)
-    for name, rules in (("heuristics", ()), ("thresholds", ("threshold",)), ("random", ("random",))):
-        sets[name] = [rule["test"] for rule in of_world(results, world, *rules) if "test" in rule]
-    count = len(sets["heuristics"][0]["right"])
-    source, length = np.random.default_rng(0), sets["heuristics"][0]["length"]
-    whole = {name: volume([point(x) for x in some], length) for name, some in sets.items() if some}
-    drawn = {name: [] for name in ("policies", "heuristics", "thresholds", "random")}
-    for _ in range(DRAWS):
-        share = source.multinomial(count, [1 / count] * count) / count                  # of each story
-        areas = {name: volume([counted(look, share) for look in some], length) for name, some in sets.items()}
-        drawn["policies"].append(statistics.mean(areas[seed] for seed in source.choice(seeds, len(seeds))))
-        for name in ("heuristics", "thresholds", "random"):
-            drawn[name].append(areas[name])
-    found = {"policies": [statistics.mean(whole[name] for name in seeds), *ends(drawn["policies"])]}
-    for name in ("heuristics", "thresholds", "random"):
-        found[name] = [whole.get(name, 0.0), *ends(drawn[name])]
-        gain = [a - b for a, b in zip(drawn["policies"], drawn[name])]
-        found[f"policies less {name}"] = [found["policies"][0] - found[name][0], *ends(gain)]
+    ours = [cloud(looks) for looks in by_seed(results, world).values()]
+    stories, length = ours[0].shape[-1], by_seed(results, world)[0][0]["length"]
+
+    def mine(share, who):
+        return statistics.mean(volume((ours[k] @ share).tolist(), length) for k in who)
+    found = {"policies": drawn(mine, stories, len(ours))}
+    for name, looks in rivals(results, world).items():
+        def theirs(share, who, looks=looks):
+            return volume((looks @ share).tolist(), length) if len(looks) else 0.0
+        found[name] = drawn(theirs, stories, len(ours))
+        found[f"policies less {name}"] = drawn(lambda *x, theirs=theirs: mine(*x) - theirs(*x), stories, len(ours))
     return found
 
 
 def gains(results: dict) -> list[dict]:
-    """Of each policy's name, pair by pair over stories, the mean of its seeds: its reward less the best heuristic's for
-    its alpha, with the standard error; and its share of valid texts less what mixtures of thresholds and of random
-    rules reach at its NFE, with the ends of a bootstrap."""
+    """Of each policy's name, the mean of its seeds: its reward less the best heuristic's for its alpha; its share of
+    valid texts less what mixtures of heuristics reach at its NFE; its reward less what it has when it is blind."""
     return [{"world": world, "policy": name, **gain(results, world, some)} for world in worlds(results)
             for name, some in policies(results, world).items() if some[0]["alpha"] is not None]
 
 
 def gain(results: dict, world: str, some: list[dict]) -> dict:
-    alpha, source = some[0]["alpha"], np.random.default_rng(0)
-    rule = test_of(results, world, best_rule(results, world, alpha))
-    seen = [policy["looks"][""] for policy in some]
-    less = np.mean([rewards(look, alpha) for look in seen], 0) - rewards(rule, alpha)
-    found = {"reward": [float(less.mean()), float(less.std(ddof=1) / len(less) ** 0.5)]}
-    count = len(rule["right"])
-    for rules in ("threshold", "random"):
-        sets = [r["test"] for r in of_world(results, world, rules) if "test" in r]
+    alpha, seen = some[0]["alpha"], [policy["looks"] for policy in some]
+    ours, stories = cloud([looks[""] for looks in seen]), len(seen[0][""]["right"])
 
-        def above(share, sets=sets):
-            rivals = [counted(look, share) for look in sets]
-            return statistics.mean(y - at(rivals, x) for x, y in (counted(look, share) for look in seen))
-        draws = [above(source.multinomial(count, [1 / count] * count) / count) for _ in range(DRAWS // 4)]
-        found[rules] = [above(np.full(count, 1 / count)), *ends(draws)] if sets else None
-    return found
+    def less(theirs: list[dict]) -> list[float]:
+        worth = [rewards(looks[""], alpha) - rewards(other, alpha) for looks, other in zip(seen, theirs)]
+        return drawn(lambda share, who: statistics.mean(share @ worth[k] for k in who), stories, len(some))
+
+    def above(rules: np.ndarray) -> list[float]:
+        def of(share, who):
+            points = (rules @ share).tolist()
+            return statistics.mean(y - at(points, x) for x, y in ((ours[k] @ share).tolist() for k in who))
+        return drawn(of, stories, len(some))
+    best = test_of(results, world, best_rule(results, world, alpha))
+    blind = {how: less([looks[how] for looks in seen]) for how in BLIND if how in seen[0]}
+    return {"reward": less([best] * len(some)), **blind,
+            **{name: above(rules) if len(rules) else None for name, rules in rivals(results, world).items()}}
 
 
 def rewards(look: dict, alpha: float) -> np.ndarray:
     """Of each text."""
     return grpo.reward(*map(torch.tensor, (look["right"], look["steps"])), look["length"], alpha).numpy()
-
-
-def counted(look: dict, share: np.ndarray) -> tuple:
-    """The point, if each story counts so much."""
-    return float(share @ np.array(look["steps"])), float(share @ np.array(look["right"]))
 
 
 def by_seed(results: dict, world: str) -> dict[int, list[dict]]:
@@ -107,39 +144,5 @@ def by_seed(results: dict, world: str) -> dict[int, list[dict]]:
     for policy in results["policies"]:
         if policy["world"] == world and policy["alpha"] is not None:
             found.setdefault(policy["seed"], []).extend(
-                look for what, look in policy["looks"].items() if what[:4] in ("", "beta"))
+                look for what, look in policy["looks"].items() if what not in BLIND)
     return found
-
-
-def ends(values: list[float]) -> list[float]:
-    return [float(np.quantile(values, q)) for q in (0.025, 0.975)]
-
-
-def draw(results: dict, figure) -> None:
-    """`valid` against NFE, a picture a world: heuristics, their hull, the policies. And the reward that collapses."""
-    figure.set_size_inches(16, 4.8)
-    axes = figure.subplots(1, len(worlds(results)) + 1)
-    for one, world in zip(axes, worlds(results)):
-        one.plot(*zip(*bar(results, world)), ".", color="0.8", label="heuristics")
-        one.plot(*zip(*hull(bar(results, world))), color="0.5", label="their hull")
-        for name, some in policies(results, world).items():
-            one.plot(*zip(*(point(policy["looks"][""]) for policy in some)), "*", label=name)
-            scaled = [x for policy in some for what, x in policy["looks"].items() if what.startswith("beta")]
-            if scaled:
-                one.plot(*zip(*map(point, scaled)), "+", label=f"{name}, times beta")
-        one.set(xlabel="NFE, steps a text", title=world)
-        one.grid(alpha=0.3)
-        one.legend(fontsize=6)
-    axes[0].set_ylabel("valid")
-    for run, color in zip(results["collapse"], ("0.4", "C3")):
-        steps, quality, nfe, _ = zip(*run["log"])
-        axes[-1].plot(smooth(steps), smooth(quality), color=color, label=f"{run['reward']}: quality")
-        axes[-1].plot(smooth(steps), [x / max(nfe) for x in smooth(nfe)], ":", color=color,
-                      label=f"{run['reward']}: NFE / {max(nfe):.0f}")
-    axes[-1].set(xlabel="update", title="the additive reward, from a poor start")
-    axes[-1].legend(fontsize=6)
-
-
-def smooth(values, size: int = 10) -> list[float]:
-    """Means of so many neighbours."""
-    return [statistics.mean(values[i:i + size]) for i in range(0, len(values), size)]

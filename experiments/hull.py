@@ -60,10 +60,16 @@ def shown(results: dict) -> list[dict]:
         some = of_world(results, world)
         best = {best_rule(results, world, alpha, among) for alpha in some[0]["dev"]["reward"]
                 for among in (imitable_in(world), lambda name: True)}
-        corners = hull([point(rule["dev"]) for rule in some])
-        found += [rule for rule in some if rule["rule"] in best or point(rule["dev"]) in corners
+        found += [rule for rule in some if rule["rule"] in best or rule in corners(results, world)
                   or rule["rule"].startswith(("threshold", "random"))]
     return found
+
+
+def corners(results: dict, world: str) -> list[dict]:
+    """The heuristics on the hull of the stories for choosing."""
+    some = of_world(results, world)
+    points = hull([point(rule["dev"]) for rule in some])
+    return [rule for rule in some if point(rule["dev"]) in points]
 
 
 def best_rule(results: dict, world: str, alpha, among: Callable = lambda name: True) -> str:

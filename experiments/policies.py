@@ -96,9 +96,10 @@ def trained(options, name: str, title: str, expert: str, until: tuple, seed: int
 
 
 def records(out: Path) -> list[list]:
-    """Of each update: its number, quality, NFE, doubts."""
+    """Of each update: its number, reward, quality, NFE, doubts, the share of groups that were worth the same."""
     lines = {x["step"]: x for x in map(json.loads, (out / "policy.jsonl").read_text().splitlines()[1:])}
-    return [[step, x["quality"], x["nfe"], x.get("doubts")] for step, x in lines.items()]     # a resumed one's last
+    names = ("step", "reward", "quality", "nfe", "doubts", "alike")
+    return [[x.get(name) for name in names] for x in lines.values()]                        # of a resumed one the last
 
 
 def imitated(options, work: tuple[str, str, int]) -> dict:

@@ -1,10 +1,12 @@
-"""What a policy costs in seconds, and what it does: one story by it and by the threshold rule."""
+"""What a policy costs in seconds, and pictures: all points, and one story by it and by the threshold rule."""
+import statistics
 import time
 from pathlib import Path
 
 import torch
 
 from data.tinystories import stories
+from experiments.hull import bar, hull, point, policies, worlds
 from experiments.policies import folder
 from experiments.results import HERE
 from experiments.students import in_turns
@@ -49,6 +51,36 @@ def alone(rule: unmask.Learned, block: int, times: int = 200) -> float:
     for _ in range(times):
         rule(sure, masked, step, numbers)
     return (time.perf_counter() - begun) / times
+
+
+def draw(results: dict, figure) -> None:
+    """`valid` against NFE, a picture a world: heuristics, their hull, the policies. And the reward that collapses."""
+    figure.set_size_inches(16, 4.8)
+    axes = figure.subplots(1, len(worlds(results)) + 1)
+    for one, world in zip(axes, worlds(results)):
+        one.plot(*zip(*bar(results, world)), ".", color="0.8", label="heuristics")
+        one.plot(*zip(*hull(bar(results, world))), color="0.5", label="their hull")
+        for name, some in policies(results, world).items():
+            one.plot(*zip(*(point(policy["looks"][""]) for policy in some)), "*", label=name)
+            scaled = [x for policy in some for what, x in policy["looks"].items() if what.startswith("beta")]
+            if scaled:
+                one.plot(*zip(*map(point, scaled)), "+", label=f"{name}, times beta")
+        one.set(xlabel="NFE, steps a text", title=world)
+        one.grid(alpha=0.3)
+        one.legend(fontsize=6)
+    axes[0].set_ylabel("valid")
+    for run, color in zip(results["collapse"], ("0.4", "C3")):
+        steps, _, quality, nfe, *_ = zip(*run["log"])
+        axes[-1].plot(smooth(steps), smooth(quality), color=color, label=f"{run['reward']}: quality")
+        axes[-1].plot(smooth(steps), [x / max(nfe) for x in smooth(nfe)], ":", color=color,
+                      label=f"{run['reward']}: NFE / {max(nfe):.0f}")
+    axes[-1].set(xlabel="update", title="the additive reward, from a poor start")
+    axes[-1].legend(fontsize=6)
+
+
+def smooth(values, size: int = 10) -> list[float]:
+    """Means of so many neighbours."""
+    return [statistics.mean(values[i:i + size]) for i in range(0, len(values), size)]
 
 
 def story(options, results: dict) -> None:

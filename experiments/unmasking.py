@@ -15,12 +15,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 
-from experiments.gains import draw, gains, table, volumes
+from experiments.gains import gains, table, table_of_gains, volumes
 from experiments.hull import best_rule, shown
 from experiments.policies import additive, grown, imitated, look_at
+from experiments.pool import prepare
 from experiments.results import finish, head
 from experiments.students import student
-from experiments.unmasked import costs, story
+from experiments.unmasked import costs, draw, story
 from experiments.worlds import WORLDS, heuristics, imitable_in, job_of
 from report import cli
 from report.cli import option
@@ -40,9 +41,10 @@ def main(argv: list[str]) -> None:
     options = cli.parse(Options, argv, __doc__)
     if options.quick:
         options = replace(options, seeds=1, dev=8, test=8)
-    results, every = head("unmasking", options) | {"shown": SHOWN}, 12 if options.quick else 1
+    results, every = head("unmasking", options) | {"shown": SHOWN}, 9 if options.quick else 1
     worlds, seeds = list(reversed(WORLDS)), range(options.seeds)
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        list(pool.map(prepare, [job_of(worlds[0], options.quick)]))
         list(pool.map(student, [job_of(name, options.quick) for name in worlds]))
         work = [(name, rule) for name in worlds for rule in list(heuristics(name))[::every]]
         seen = list(pool.map(partial(look_at, options, "dev"), work))
@@ -62,7 +64,7 @@ def main(argv: list[str]) -> None:
     results["costs"] = {name: costs(options, results, name, experts[name]) for name in worlds}
     story(options, results)
     finish("unmasking", without_texts(results), draw, options.quick)
-    print(table(results))
+    print(table(results), table_of_gains(results), sep="\n\n")
 
 
 def without_texts(results: dict) -> dict:

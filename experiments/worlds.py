@@ -16,7 +16,7 @@ from model.confidence import largest
 
 ANY = {"text": "data", "states": "random", "target": "onehot", "weight": "1/t", "lr": 0.01}
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
-FAST = ("factor:0.5", "factor:1", "eb:0.1", "eb:0.25", "eb:0.35", "eb:0.5", "eb:1")
+FAST = ("factor:0.5", "factor:1", "eb:0.1", "eb:0.25", "eb:0.5")
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,15 @@ def opened_world(name: str, quick: bool) -> tuple:
 
 
 def heuristics(name: str) -> dict[str, unmask.Within]:
-    """Rules over their parameters, in blocks of several sizes, or in windows that slide."""
+    """Rules over their parameters, in blocks of several sizes, or in windows that slide; of a whole block both are the
+    same."""
     sizes, windows = WORLDS[name].sizes, WORLDS[name].windows
-    specs = [(f"threshold:{level}", size, False) for level in LEVELS for size in sizes]
-    specs += [(f"threshold:{level}", size, True) for level in LEVELS[1::2] for size in windows]
-    specs += [(f"leftmost:{level}", sizes[-1], True) for level in (0.3, 0.4, *LEVELS, 0.65, 0.75)]
+    whole, places = sizes[-1], [(size, False) for size in sizes] + [(size, True) for size in windows]
+    specs = [(spec, *place) for spec in (*(f"threshold:{level}" for level in LEVELS), *FAST) for place in places]
+    specs += [(f"leftmost:{level}", whole, False) for level in (0.3, 0.4, *LEVELS, 0.65, 0.75)]
     specs += [(f"{rule}:{n}", size, False) for rule in ("static", "random") for n in (1, 2, 4) for size in sizes[::2]
               if n < size]
-    specs += [(spec, size, False) for spec in FAST for size in sizes[1:]]
-    return {f"{spec} in {size}{', sliding' * slides}": unmask.Within(reveal.parse(spec), size, slides)
+    return {f"{spec} in {size}{', sliding' * slides}": unmask.Within(reveal.parse(spec), size, slides or size == whole)
             for spec, size, slides in specs}
 
 

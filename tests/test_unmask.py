@@ -122,6 +122,14 @@ def test_a_window_slides(net):
             assert first <= int((row == step).nonzero()[0]) < first + 3
 
 
+@pytest.mark.parametrize("spec", ["threshold:0.3", "factor:1", "static:2"])
+def test_over_a_whole_block_a_window_has_nowhere_to_slide(net, spec):
+    rule = reveal.parse(spec)
+    slid, stood = (write(net, Within(rule, 4, slides)) for slides in (True, False))
+    assert torch.equal(slid.tokens, stood.tokens) and torch.equal(slid.order, stood.order)
+    assert not torch.equal(stood.order, write(net, Within(rule, 2)).order)
+
+
 def test_how_sure_a_slot_is_can_be_attended_to():
     """From the first: a norm of one number's multiples would leave its sign alone."""
     made = Policy(PolicyConfig(8)).init_weights(torch.Generator().manual_seed(0))
