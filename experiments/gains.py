@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from experiments.hull import at, bar, best_rule, corners, of_world, policies, test_of, volume, worlds
+from experiments.hull import at, bar, best_rule, corners, named, policies, test_of, volume
 from experiments.results import cell
 from model import grpo
 
@@ -20,41 +20,39 @@ BLIND = ("mean", "shuffled")
 def table(results: dict) -> str:
     """Markdown: a row a policy, and what was made of it; at its NFE a mixture of heuristics; its reward and that of the
     heuristic that is best for its alpha."""
-    lines = ["| world | policy | NFE | `valid` | the heuristics' hull at that NFE | reward | the best heuristic's | "
-             "minutes to train |", "|" + "---|" * 8]
-    for world in worlds(results):
-        for name, some in policies(results, world).items():
-            for what in some[0]["looks"]:
-                seen, alpha = [policy["looks"][what] for policy in some], some[0]["alpha"]
-                cells = [cell([x["nfe"] for x in seen], 1), cell([x["valid"] for x in seen], 2)]
-                cells.append(cell([at(bar(results, world), x["nfe"]) for x in seen], 2))
-                cells += ["-", "-"] if alpha is None else [
-                    cell([x["reward"][str(alpha)] for x in seen]), of_best(results, world, alpha)]
-                lines.append(f"| {world} | {name}{what and ', ' + what} | {' | '.join(cells)} | "
-                             f"{cell(minutes(results, some), 0)} |")
+    lines = ["| policy | NFE | `valid` | the heuristics' hull at that NFE | reward | the best heuristic's | minutes to "
+             "train |", "|" + "---|" * 7]
+    for name, some in policies(results).items():
+        for what in some[0]["looks"]:
+            seen, alpha = [policy["looks"][what] for policy in some], some[0]["alpha"]
+            cells = [cell([x["nfe"] for x in seen], 1), cell([x["valid"] for x in seen], 2)]
+            cells.append(cell([at(bar(results), x["nfe"]) for x in seen], 2))
+            cells += ["-", "-"] if alpha is None else [
+                cell([x["reward"][str(alpha)] for x in seen]), of_best(results, alpha)]
+            lines.append(f"| {name}{what and ', ' + what} | {' | '.join(cells)} | {cell(minutes(results, some), 0)} |")
     return "\n".join(lines)
 
 
-def of_best(results: dict, world: str, alpha: float) -> str:
+def of_best(results: dict, alpha: float) -> str:
     """The reward of the heuristic that is best for an alpha, with its standard error."""
-    test = test_of(results, world, best_rule(results, world, alpha))
+    test = test_of(results, best_rule(results, alpha))
     return f"{test['reward'][str(alpha)]:.3f} +- {test['error'][str(alpha)]:.3f}"
 
 
 def minutes(results: dict, some: list[dict]) -> list[float]:
     """Of a core, what each policy took, with the imitation that it went on from."""
-    begun = {policy["seed"]: policy["seconds"] for policy in policies(results, some[0]["world"])["imitated"]}
+    begun = {policy["seed"]: policy["seconds"] for policy in policies(results)["imitated"]}
     return [(policy["seconds"] + begun[policy["seed"]] * (policy["alpha"] is not None)) / 60 for policy in some]
 
 
 def table_of_gains(results: dict) -> str:
     """Markdown: a row a policy, each number with its interval: its reward less the best heuristic's, and its share of
     valid texts less what mixtures of heuristics reach at its NFE."""
-    lines = ["| world | policy | reward less the best heuristic's | `valid` above the heuristics' hull | above that of "
-             "those chosen before | of thresholds | of random rules |", "|" + "---|" * 7]
+    lines = ["| policy | reward less the best heuristic's | `valid` above the heuristics' hull | above that of "
+             "those chosen before | of thresholds | of random rules |", "|" + "---|" * 6]
     for gain in results["gains"]:
         cells = [interval(gain[name]) for name in ("reward", "heuristics", "chosen", "thresholds", "random")]
-        lines.append(f"| {gain['world']} | {gain['policy']} | {' | '.join(cells)} |")
+        lines.append(f"| {gain['policy']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -78,28 +76,24 @@ def cloud(looks: list[dict]) -> np.ndarray:
     return np.array([[x["steps"], x["right"]] for x in looks], dtype=float).reshape(-1, 2, count)
 
 
-def rivals(results: dict, world: str) -> dict[str, np.ndarray]:
+def rivals(results: dict) -> dict[str, np.ndarray]:
     """The heuristics that policies are compared with: all; those that were on the hull of the stories for choosing,
     since of many some are lucky on the others; families."""
-    some = {"heuristics": of_world(results, world), "chosen": corners(results, world),
-            "thresholds": of_world(results, world, "threshold"), "random": of_world(results, world, "random")}
+    some = {"heuristics": named(results), "chosen": corners(results), "thresholds": named(results, "threshold"),
+            "random": named(results, "random")}
     return {name: cloud([rule["test"] for rule in rules if "test" in rule]) for name, rules in some.items()}
 
 
-def volumes(results: dict) -> dict:
-    """By world, what a seed's policies of all alphas and betas dominate together, the mean of seeds; what heuristics
-    do; and the differences."""
-    return {world: volumes_of(results, world) for world in worlds(results)}
-
-
-def volumes_of(results: dict, world: str) -> dict[str, list[float]]:
-    ours = [cloud(looks) for looks in by_seed(results, world).values()]
-    stories, length = ours[0].shape[-1], by_seed(results, world)[0][0]["length"]
+def volumes(results: dict) -> dict[str, list[float]]:
+    """What a seed's policies of all alphas and betas dominate together, the mean of seeds; what heuristics do; and the
+    differences."""
+    ours = [cloud(looks) for looks in by_seed(results).values()]
+    stories, length = ours[0].shape[-1], by_seed(results)[0][0]["length"]
 
     def mine(share, who):
         return statistics.mean(volume((ours[k] @ share).tolist(), length) for k in who)
     found = {"policies": drawn(mine, stories, len(ours))}
-    for name, looks in rivals(results, world).items():
+    for name, looks in rivals(results).items():
         def theirs(share, who, looks=looks):
             return volume((looks @ share).tolist(), length) if len(looks) else 0.0
         found[name] = drawn(theirs, stories, len(ours))
@@ -110,11 +104,11 @@ def volumes_of(results: dict, world: str) -> dict[str, list[float]]:
 def gains(results: dict) -> list[dict]:
     """Of each policy's name, the mean of its seeds: its reward less the best heuristic's for its alpha; its share of
     valid texts less what mixtures of heuristics reach at its NFE; its reward less what it has when it is blind."""
-    return [{"world": world, "policy": name, **gain(results, world, some)} for world in worlds(results)
-            for name, some in policies(results, world).items() if some[0]["alpha"] is not None]
+    return [{"policy": name, **gain(results, some)} for name, some in policies(results).items()
+            if some[0]["alpha"] is not None]
 
 
-def gain(results: dict, world: str, some: list[dict]) -> dict:
+def gain(results: dict, some: list[dict]) -> dict:
     alpha, seen = some[0]["alpha"], [policy["looks"] for policy in some]
     ours, stories = cloud([looks[""] for looks in seen]), len(seen[0][""]["right"])
 
@@ -127,10 +121,10 @@ def gain(results: dict, world: str, some: list[dict]) -> dict:
             points = (rules @ share).tolist()
             return statistics.mean(y - at(points, x) for x, y in ((ours[k] @ share).tolist() for k in who))
         return drawn(of, stories, len(some))
-    best = test_of(results, world, best_rule(results, world, alpha))
+    best = test_of(results, best_rule(results, alpha))
     blind = {how: less([looks[how] for looks in seen]) for how in BLIND if how in seen[0]}
     return {"reward": less([best] * len(some)), **blind,
-            **{name: above(rules) if len(rules) else None for name, rules in rivals(results, world).items()}}
+            **{name: above(rules) if len(rules) else None for name, rules in rivals(results).items()}}
 
 
 def rewards(look: dict, alpha: float) -> np.ndarray:
@@ -138,11 +132,11 @@ def rewards(look: dict, alpha: float) -> np.ndarray:
     return grpo.reward(*map(torch.tensor, (look["right"], look["steps"])), look["length"], alpha).numpy()
 
 
-def by_seed(results: dict, world: str) -> dict[int, list[dict]]:
+def by_seed(results: dict) -> dict[int, list[dict]]:
     """What a seed's policies wrote, whatever their alpha, and however scaled."""
     found = {}
     for policy in results["policies"]:
-        if policy["world"] == world and policy["alpha"] is not None:
+        if policy["alpha"] is not None:
             found.setdefault(policy["seed"], []).extend(
                 look for what, look in policy["looks"].items() if what not in BLIND)
     return found

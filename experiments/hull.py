@@ -46,56 +46,47 @@ def point(numbers: dict) -> tuple:
     return numbers["nfe"], numbers["valid"]
 
 
-def of_world(results: dict, world: str, *rules: str) -> list[dict]:
-    """The heuristics of a world, or those whose name begins so."""
-    return [rule for rule in results["heuristics"]
-            if rule["world"] == world and rule["rule"].startswith(rules or ("",))]
+def named(results: dict, *begin: str) -> list[dict]:
+    """The heuristics, or those whose name begins so."""
+    return [rule for rule in results["heuristics"] if rule["rule"].startswith(begin or ("",))]
 
 
 def shown(results: dict) -> list[dict]:
     """The heuristics that numbers are given of: on the hull of the stories for choosing, with the best reward of an
     alpha, thresholds, and random ones."""
-    found = []
-    for world in worlds(results):
-        some = of_world(results, world)
-        best = {best_rule(results, world, alpha, among) for alpha in some[0]["dev"]["reward"]
-                for among in (imitable_in(world), lambda name: True)}
-        found += [rule for rule in some if rule["rule"] in best or rule in corners(results, world)
-                  or rule["rule"].startswith(("threshold", "random"))]
-    return found
+    some = named(results)
+    best = {best_rule(results, alpha, among) for alpha in some[0]["dev"]["reward"]
+            for among in (imitable_in(results["world"]), lambda name: True)}
+    return [rule for rule in some if rule["rule"] in best or rule in corners(results)
+            or rule["rule"].startswith(("threshold", "random"))]
 
 
-def corners(results: dict, world: str) -> list[dict]:
+def corners(results: dict) -> list[dict]:
     """The heuristics on the hull of the stories for choosing."""
-    some = of_world(results, world)
+    some = named(results)
     points = hull([point(rule["dev"]) for rule in some])
     return [rule for rule in some if point(rule["dev"]) in points]
 
 
-def best_rule(results: dict, world: str, alpha, among: Callable = lambda name: True) -> str:
+def best_rule(results: dict, alpha, among: Callable = lambda name: True) -> str:
     """The heuristic with the best reward on the stories for choosing, of equals the fastest."""
-    some = [rule for rule in of_world(results, world) if among(rule["rule"])]
+    some = [rule for rule in named(results) if among(rule["rule"])]
     return max(some, key=lambda rule: (rule["dev"]["reward"][str(alpha)], -rule["dev"]["nfe"]))["rule"]
 
 
-def bar(results: dict, world: str, *rules: str) -> list[tuple]:
+def bar(results: dict) -> list[tuple]:
     """Heuristics as they are on the stories that numbers are of."""
-    return [point(rule["test"]) for rule in of_world(results, world, *rules) if "test" in rule]
+    return [point(rule["test"]) for rule in named(results) if "test" in rule]
 
 
-def policies(results: dict, world: str) -> dict[str, list[dict]]:
+def policies(results: dict) -> dict[str, list[dict]]:
     """By name, a policy a seed."""
     found = {}
     for policy in results["policies"]:
-        if policy["world"] == world:
-            found.setdefault(policy["policy"], []).append(policy)
+        found.setdefault(policy["policy"], []).append(policy)
     return found
 
 
-def worlds(results: dict) -> list[str]:
-    return list(dict.fromkeys(rule["world"] for rule in results["heuristics"]))
-
-
-def test_of(results: dict, world: str, name: str) -> dict:
+def test_of(results: dict, name: str) -> dict:
     """What is said of a heuristic."""
-    return next(rule for rule in of_world(results, world) if rule["rule"] == name)["test"]
+    return next(rule for rule in named(results) if rule["rule"] == name)["test"]

@@ -29,10 +29,10 @@ def folder(options) -> Path:
     return WORK / ("quick" if options.quick else "unmasking")
 
 
-def look(options, name: str, rule: Callable, part: str) -> dict:
+def look(options, rule: Callable, part: str) -> dict:
     """What is said of a rule's texts: the share that is valid, steps and forwards a text, each alpha's mean reward; and
     of each text, if it is right, and its steps."""
-    net, layout, length, corpus = opened_world(name, options.quick)
+    net, layout, length, corpus = opened_world(options.world, options.quick)
     starts, tok = stories(corpus.val, corpus.tokenizer.eot), corpus.tokenizer
     held = measure.held_out(corpus.val, starts, options.dev + options.test, length)
     held, right, nfe, forwards = held[:options.dev] if part == "dev" else held[options.dev:], [], [], 0
@@ -44,7 +44,7 @@ def look(options, name: str, rule: Callable, part: str) -> dict:
         nfe.append(noted.stacked().alive.sum(0))
         forwards += int(text.forwards.sum()) / len(held)
     right, nfe = torch.cat(right), torch.cat(nfe)
-    worth = {str(a): grpo.reward(right, nfe, policy.room(length), a) for a in WORLDS[name].alphas}
+    worth = {str(a): grpo.reward(right, nfe, policy.room(length), a) for a in WORLDS[options.world].alphas}
     return {"valid": right.mean().item(), "nfe": nfe.float().mean().item(), "forwards": forwards,
             "length": policy.room(length),
             "reward": {a: r.mean().item() for a, r in worth.items()},
@@ -52,25 +52,25 @@ def look(options, name: str, rule: Callable, part: str) -> dict:
             "right": right.int().tolist(), "steps": nfe.tolist()}
 
 
-def looked(options, name: str, rule: Callable, part: str, title: str, said: dict) -> dict:
+def looked(options, rule: Callable, part: str, title: str, said: dict) -> dict:
     """The same; taken before, of the same: read."""
     torch.set_num_threads(1)
-    settings = {"version": LOOKED, "student": job_of(name, options.quick).settings, "stories": [options.dev,
-                options.test], **said}
-    file = folder(options) / "looks" / f"{name}, {title}, {part}.json".replace(" ", "")
-    return kept(file, settings, partial(look, options, name, rule, part))
+    settings = {"version": LOOKED, "student": job_of(options.world, options.quick).settings, "stories": [
+        options.dev, options.test], **said}
+    file = folder(options) / "looks" / f"{options.world}, {title}, {part}.json".replace(" ", "")
+    return kept(file, settings, partial(look, options, rule, part))
 
 
-def look_at(options, part: str, work: tuple[str, str]) -> dict:
+def look_at(options, part: str, title: str) -> dict:
     """At a heuristic."""
-    name, title = work
-    return looked(options, name, heuristics(name)[title], part, title, {})
+    return looked(options, heuristics(options.world)[title], part, title, {})
 
 
-def trained(options, name: str, title: str, expert: str, until: tuple, seed: int, begin: Path | None = None,
+def trained(options, title: str, expert: str, until: tuple, seed: int, begin: Path | None = None,
             **how) -> tuple[Path, dict]:
     """The folder of a policy, and what it was made with; made, if it is not there so. A run that was killed goes on."""
     torch.set_num_threads(1)
+    name = options.world
     net, layout, length, corpus = opened_world(name, options.quick)
     assert imitable(rule := heuristics(name)[expert])
     how = WORLDS[name].learning | how
@@ -102,36 +102,38 @@ def records(out: Path) -> list[list]:
     return [[x.get(name) for name in names] for x in lines.values()]                        # of a resumed one the last
 
 
-def imitated(options, work: tuple[str, str, int]) -> dict:
+def imitated(options, expert: str, seed: int) -> dict:
     """One that has only imitated."""
-    name, expert, seed = work
-    out, said = trained(options, name, "imitated", expert, (WORLDS[name].until[0],) * 2, seed)
-    return judged(options, name, out, said, "imitated", expert, seed)
+    out, said = imitator(options, expert, seed)
+    return judged(options, out, said, "imitated", expert, seed)
 
 
-def grown(options, shown: float, work: tuple[str, str, float, int]) -> dict:
+def imitator(options, expert: str, seed: int) -> tuple[Path, dict]:
+    return trained(options, "imitated", expert, (WORLDS[options.world].until[0],) * 2, seed)
+
+
+def grown(options, expert: str, shown: float, work: tuple[float, int]) -> dict:
     """One that went on from there by rewards."""
-    name, expert, alpha, seed = work
-    begin, _ = trained(options, name, "imitated", expert, (WORLDS[name].until[0],) * 2, seed)
-    title = f"alpha {alpha}"
-    out, said = trained(options, name, title, expert, WORLDS[name].until, seed, begin, alpha=alpha)
-    return judged(options, name, out, said, title, expert, seed, alpha, alpha == shown)
+    (alpha, seed), title = work, f"alpha {work[0]}"
+    begin, _ = imitator(options, expert, seed)
+    out, said = trained(options, title, expert, WORLDS[options.world].until, seed, begin, alpha=alpha)
+    return judged(options, out, said, title, expert, seed, alpha, alpha == shown)
 
 
-def judged(options, name: str, out: Path, said: dict, title: str, expert: str, seed: int, alpha: float | None = None,
+def judged(options, out: Path, said: dict, title: str, expert: str, seed: int, alpha: float | None = None,
            more: bool = False) -> dict:
     """Its looks. Its temperature is the one whose reward is best on the stories for choosing; scaled, it is 1."""
     made = unmask.Learned(unmask.load(out / "policy"))
 
     def of(rule, part, what=""):
-        return looked(options, name, rule, part, f"{title}, seed {seed}, at {rule.temperature}, {what}", said)
+        return looked(options, rule, part, f"{title}, seed {seed}, at {rule.temperature}, {what}", said)
     tried = {t: of(replace(made, temperature=t), "dev") for t in TEMPERATURES}
     best = max(TEMPERATURES, key=lambda t: tried[t]["reward"][str(1 if alpha is None else alpha)])
     looks = {"": of(replace(made, temperature=best), "test")}
     if more:
         looks |= {f"beta {beta}": of(replace(made, beta=beta), "test", f"beta {beta}") for beta in BETAS}
         looks |= {how: of(Blind(replace(made, temperature=best), how), "test", how) for how in ("mean", "shuffled")}
-    return {"world": name, "policy": title, "alpha": alpha, "seed": seed, "expert": expert, "temperature": best,
+    return {"policy": title, "alpha": alpha, "seed": seed, "expert": expert, "temperature": best,
             "seconds": json.loads((out / "seconds.json").read_text()), "tried": tried, "looks": looks,
             "log": records(out)}
 
@@ -139,5 +141,5 @@ def judged(options, name: str, out: Path, said: dict, title: str, expert: str, s
 def additive(options, expert: str, reward: str) -> dict:
     """The log of one that imitates so little that most of its texts are wrong yet, with this reward, where speed counts
     much."""
-    out, _ = trained(options, "blocks", f"little, {reward}", expert, (3, 123), 0, alpha=3, reward=getattr(grpo, reward))
+    out, _ = trained(options, f"little, {reward}", expert, (3, 123), 0, alpha=3, reward=getattr(grpo, reward))
     return {"reward": reward, "log": records(out)}

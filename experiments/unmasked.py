@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from data.tinystories import stories
-from experiments.hull import bar, hull, point, policies, worlds
+from experiments.hull import bar, hull, point, policies
 from experiments.policies import folder
 from experiments.results import HERE
 from experiments.students import in_turns
@@ -18,26 +18,26 @@ from report import measure, policy, trace
 TURNS = 5
 
 
-def learned(options, results: dict, name: str) -> unmask.Learned:
+def learned(options, results: dict) -> unmask.Learned:
     """The policy of the first seed, of the alpha that is shown, at its temperature."""
-    said = next(p for p in results["policies"] if (p["world"], p["alpha"], p["seed"]) == (name, results["shown"], 0))
-    made = unmask.load(folder(options) / f"{name},{said['policy']},seed0".replace(" ", "") / "policy")
+    said = next(p for p in results["policies"] if (p["alpha"], p["seed"]) == (results["shown"], 0))
+    made = unmask.load(folder(options) / f"{results['world']},{said['policy']},seed0".replace(" ", "") / "policy")
     return unmask.Learned(made, temperature=said["temperature"])
 
 
-def told(options, name: str, count: int) -> tuple:
+def told(options, count: int) -> tuple:
     """The world's student, its layout, stories for choosing, the tokenizer, the length."""
-    net, layout, length, corpus = opened_world(name, options.quick)
+    net, layout, length, corpus = opened_world(options.world, options.quick)
     starts = stories(corpus.val, corpus.tokenizer.eot)
     return net, layout, measure.held_out(corpus.val, starts, count, length), corpus.tokenizer, length
 
 
-def costs(options, results: dict, name: str, expert: str) -> dict:
+def costs(options, results: dict, expert: str) -> dict:
     """Seconds a token, 8 texts one at a time, a number a turn, of greedy text: by the policy, the heuristic that it
     began with, thresholds; AR's loop. And what the policy itself takes a step."""
-    net, layout, held, tok, _ = told(options, name, 8)
-    rules = {"policy": learned(options, results, name), expert: heuristics(name)[expert], "threshold:0.9": reveal.parse(
-        "threshold:0.9")}
+    net, layout, held, tok, _ = told(options, 8)
+    rules = {"policy": learned(options, results), expert: heuristics(options.world)[expert],
+             "threshold:0.9": reveal.parse("threshold:0.9")}
     writers = {title: measure.by_rule(net, layout, rule, Warp(temperature=0)) for title, rule in rules.items()}
     found = in_turns(writers, net, held, tok.eot, 0, TURNS, policy.LEAST)
     return {"seconds a token": found, "seconds of the policy a step": alone(rules["policy"], layout.block)}
@@ -54,28 +54,25 @@ def alone(rule: unmask.Learned, block: int, times: int = 200) -> float:
 
 
 def draw(results: dict, figure) -> None:
-    """`valid` against NFE, a picture a world: heuristics, their hull, the policies. And the reward that collapses."""
-    figure.set_size_inches(16, 4.8)
-    axes = figure.subplots(1, len(worlds(results)) + 1)
-    for one, world in zip(axes, worlds(results)):
-        one.plot(*zip(*bar(results, world)), ".", color="0.8", label="heuristics")
-        one.plot(*zip(*hull(bar(results, world))), color="0.5", label="their hull")
-        for name, some in policies(results, world).items():
-            one.plot(*zip(*(point(policy["looks"][""]) for policy in some)), "*", label=name)
-            scaled = [x for policy in some for what, x in policy["looks"].items() if what.startswith("beta")]
-            if scaled:
-                one.plot(*zip(*map(point, scaled)), "+", label=f"{name}, times beta")
-        one.set(xlabel="NFE, steps a text", title=world)
-        one.grid(alpha=0.3)
-        one.legend(fontsize=6)
-    axes[0].set_ylabel("valid")
+    """`valid` against NFE: heuristics, their hull, the policies. And the reward that collapses."""
+    left, *right = figure.subplots(1, 1 + bool(results["collapse"]), squeeze=False)[0]
+    left.plot(*zip(*bar(results)), ".", color="0.8", label="heuristics")
+    left.plot(*zip(*hull(bar(results))), color="0.5", label="their hull")
+    for name, some in policies(results).items():
+        left.plot(*zip(*(point(policy["looks"][""]) for policy in some)), "*", label=name)
+        scaled = [x for policy in some for what, x in policy["looks"].items() if what.startswith("beta")]
+        if scaled:
+            left.plot(*zip(*map(point, scaled)), "+", label=f"{name}, times beta")
+    left.set(xlabel="NFE, steps a text", ylabel="valid")
+    left.grid(alpha=0.3)
+    left.legend(fontsize=6)
     for run, color in zip(results["collapse"], ("0.4", "C3")):
         steps, _, quality, nfe, *_ = zip(*run["log"])
-        axes[-1].plot(smooth(steps), smooth(quality), color=color, label=f"{run['reward']}: quality")
-        axes[-1].plot(smooth(steps), [x / max(nfe) for x in smooth(nfe)], ":", color=color,
+        right[0].plot(smooth(steps), smooth(quality), color=color, label=f"{run['reward']}: quality")
+        right[0].plot(smooth(steps), [x / max(nfe) for x in smooth(nfe)], ":", color=color,
                       label=f"{run['reward']}: NFE / {max(nfe):.0f}")
-    axes[-1].set(xlabel="update", title="the additive reward, from a poor start")
-    axes[-1].legend(fontsize=6)
+        right[0].set(xlabel="update", title="the additive reward, from a poor start")
+        right[0].legend(fontsize=6)
 
 
 def smooth(values, size: int = 10) -> list[float]:
@@ -84,22 +81,21 @@ def smooth(values, size: int = 10) -> list[float]:
 
 
 def story(options, results: dict) -> None:
-    """experiments/unmasking/story.png: the first story for choosing, by the policy and by threshold:0.9, a row a step,
-    a column a token."""
+    """story.png beside the results: the first story for choosing, by the policy and by threshold:0.9, a row a step, a
+    column a token."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    name = "blocks"
-    net, layout, held, tok, length = told(options, name, 1)
-    rules = {"by the policy": learned(options, results, name), "by threshold:0.9": reveal.parse("threshold:0.9")}
+    net, layout, held, tok, length = told(options, 1)
+    rules = {"by the policy": learned(options, results), "by threshold:0.9": reveal.parse("threshold:0.9")}
     figure, axes = plt.subplots(2, 1, figsize=(13, 5.4), dpi=130)
     for one, (title, rule) in zip(axes, rules.items()):
         writer = measure.by_rule(net, layout, rule, Warp(temperature=0))
         texts, _ = measure.generate(writer, held, tok.eot, length, 0, least=policy.LEAST)
         panel(one, title, *texts[0], tok, layout.block)
     figure.tight_layout()
-    where = Path("out/experiments/quick/unmasking") if options.quick else HERE / "unmasking"
-    trace.save(figure, where / "story.png")
+    where = Path("out/experiments/quick") if options.quick else HERE
+    trace.save(figure, where / f"unmasking_{options.world}" / "story.png")
     plt.close(figure)
 
 

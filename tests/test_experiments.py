@@ -211,12 +211,12 @@ def test_volumes_and_gains_by_hand():
     other the better one itself. All stories alike, so that no draw of them matters."""
     slow, poor, fast = looked([60] * 8, [1] * 8), looked([20] * 8, [0] * 8), looked([40] * 8, [1] * 8)
     rules = {"threshold:0.8 in 4, sliding": slow, "random:1 in 2": poor}
-    results = {"heuristics": [{"world": "blocks", "rule": name, "dev": x, "test": x} for name, x in rules.items()],
-               "policies": [{"world": "blocks", "policy": "alpha 0", "alpha": 0, "seed": seed, "looks": {"": x}}
+    results = {"world": "blocks", "heuristics": [{"rule": name, "dev": x, "test": x} for name, x in rules.items()],
+               "policies": [{"policy": "alpha 0", "alpha": 0, "seed": seed, "looks": {"": x}}
                             for seed, x in enumerate((fast, slow))]}
-    assert hull.best_rule(results, "blocks", 0) == "threshold:0.8 in 4, sliding"
+    assert hull.best_rule(results, 0) == "threshold:0.8 in 4, sliding"
     assert [rule["rule"] for rule in hull.shown(results)] == list(rules)
-    found = gains.volumes(results)["blocks"]
+    found = gains.volumes(results)
     assert found["heuristics"] == pytest.approx([0.4] * 3 + [0]) and found["random"] == [0, 0, 0, 0]
     assert found["policies"][:3] == pytest.approx([0.5, 0.4, 0.6])
     assert found["policies less heuristics"][:3] == pytest.approx([0.1, 0, 0.2])
@@ -232,11 +232,11 @@ def test_a_policy_is_worth_more_than_itself_blind():
     """Right twice as often, in half the time: a reward of 0.51 less 0.005; stories and seeds alike but for who is
     right. The error is that of the share of stories."""
     sees, blind = looked([50] * 8, [1] * 8), looked([100] * 8, [1, 0] * 4)
-    rule = {"world": "blocks", "rule": "random:1 in 2", "dev": blind, "test": blind}
+    rule = {"rule": "random:1 in 2", "dev": blind, "test": blind}
     for look in (sees, blind):
         look["reward"]["1"] = look["valid"] * (101 - look["nfe"]) / 100
-    results = {"heuristics": [rule], "policies": [
-        {"world": "blocks", "policy": "alpha 1", "alpha": 1, "seed": 0, "looks": {"": sees, "mean": blind}}]}
+    results = {"world": "blocks", "heuristics": [rule], "policies": [
+        {"policy": "alpha 1", "alpha": 1, "seed": 0, "looks": {"": sees, "mean": blind}}]}
     gain, = gains.gains(results)
     assert gain["mean"] == gain["reward"] and gain["mean"][0] == pytest.approx(0.505)
     assert gain["mean"][3] == pytest.approx(0.01 * 0.5 / 8 ** 0.5, rel=0.1)             # of a share of 8, half of them
