@@ -108,9 +108,11 @@ def draw(results: dict, figure) -> None:
     left.set(xlabel="t, share masked: from all to none", ylabel="nats a masked token, light above heavy")
     left.legend(fontsize=7)
     seen = [by_name(run, steps) for run in runs]
-    for name in (name for name in seen[0] if not name.startswith("segments")):
+    placed = {name: statistics.mean(look[name]["gen_nats"] for look in seen) for name in seen[0]
+              if not name.startswith("segments")}
+    for k, (name, y) in enumerate(sorted(placed.items(), key=lambda item: item[1])):     # names left and right in turn
         x = 100 * (1 - seen[0][name]["saved"]["blocks"])
-        right.plot(x, statistics.mean(look[name]["gen_nats"] for look in seen), ".")
-        right.annotate(name, (x, statistics.mean(look[name]["gen_nats"] for look in seen)), fontsize=6)
+        right.plot(x, y, ".", color=f"C{k}")
+        right.annotate(f" {name} ", (x, y), ha="left" if k % 2 else "right", va="center", fontsize=6)
     right.set(xlabel="FLOPs of the blocks, % of heavy", ylabel="gen_nats under the judge")
     right.grid(alpha=0.3)

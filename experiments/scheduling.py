@@ -2,7 +2,8 @@
 
     python -m experiments.scheduling            the story world, three seeds
     python -m experiments.scheduling --quick    the plumbing, a minute
-    python -m experiments.scheduling --name=scheduling_text --data=FILE.txt --val_data=FILE.txt
+    python -m experiments.scheduling --name=scheduling_text --data=FILE.txt --val_data=FILE.txt --length=128 \
+        --updates=2000 --samples=128
 
 Measures what the light model costs at each masked share (report/importance.py), derives schedules from that, and judges
 what they write by an AR model that is larger and has read other stories. Leaves experiments/NAME/results.json (every
@@ -31,6 +32,7 @@ class Options:
     name: str = option("scheduling", "of the results: experiments/NAME")
     data: str = option("toy", "--data of train_tiny.py")
     val_data: str | None = option(None, "--val_data of train_tiny.py")
+    length: int | None = option(None, "--length of train_tiny.py")
     quick: bool = option(False, "tiny models, few samples: whether it runs at all")
     seeds: int = option(3, "heavy, light and judge of each")
     pretrain: int = option(480, "AR updates that each begins with")
@@ -41,7 +43,7 @@ class Options:
     @property
     def flags(self) -> dict:
         """Of train_tiny.py."""
-        text = {"data": self.data} | ({"val_data": self.val_data} if self.val_data else {})
+        text = {name: getattr(self, name) for name in ("data", "val_data", "length") if getattr(self, name)}
         return {**text, "pretrain_steps": self.pretrain, "distill_steps": self.updates, "lr": 0.01} | (
             {"width": 64, "rows": 4, "batch": 4} if self.quick else {})
 

@@ -13,7 +13,7 @@ import torch
 import opdlm
 import sample
 import train_tiny
-from experiments import ablations, frontier, memory, pace, reaching, tiny, verified
+from experiments import ablations, frontier, memory, pace, reaching, savings, tiny, verified
 from experiments.results import by_row, cell
 from model.gpt import GPT, GPTConfig
 from model.muon import Muon
@@ -131,6 +131,23 @@ def test_the_table_of_speed_is_made_of_the_results_and_says_what_is_said():
                               ("SDAR", "beside", "0.1")):
         some = {f"{row[part] / 1000:.1f}" for row in took if row["whose"] == whose}
         assert " to ".join(dict.fromkeys((min(some), max(some)))) == said and f"{said} ms" in TEXT
+
+
+def test_what_is_said_of_model_scheduling_is_made_of_the_results():
+    results = json.loads((ROOT / "experiments/scheduling/results.json").read_text())
+    tables, claims = [savings.table(results, steps) for steps in (32, 128)], savings.claims(results)
+    section = TEXT.partition("\n## Model scheduling")[2].partition("\n## ")[0]
+    assert all(table in section for table in tables)
+    cells = {value.strip() for row in "\n".join(tables).splitlines() for value in row.split("|")}
+    number = r"\d+\.\d+ \(\d+\.\d+ to \d+\.\d+\)"
+    known = {found for text in (*cells, *claims) for found in re.findall(number, text)}
+    said = re.findall(number, " ".join(section.rpartition("![")[2].split()))
+    assert len(said) == 14 and set(said) <= known and {"16.67 %", "15.29 %"} <= cells
+    runs = results["runs"]
+    assert {f"{run['curves']['stories']['gen_nats']:.3f}" for run in runs} == {"0.305"}
+    low = {run["curves"]["t"][k] for run in runs for name in ("ce", "kl")
+           for k, value in enumerate(run["curves"][name]) if value < 0}
+    assert low == {1.0} and all(0.005 < -run["curves"]["ce"][-1] < 0.015 for run in runs)
 
 
 def test_what_is_said_of_quality_against_speed_is_made_of_the_results():
