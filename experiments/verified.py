@@ -3,7 +3,7 @@
     python -m experiments.verified              the story world, three seeds: about an hour on two cores
     python -m experiments.verified --quick      the plumbing, a minute
     python -m experiments.verified --name=verified_text --data=FILE.txt --val_data=FILE.txt --length=128 --lr=0.005 \
-        --rows="block 4, clean 0.5;block 4, left parts"
+        --rows="block 4, clean 0.5"
 
 At the end, by one process: seconds a token beside those of AR with its cache. Leaves experiments/NAME/results.json
 (every seed, every number, the commit) and curves.png.

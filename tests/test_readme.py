@@ -112,6 +112,17 @@ def test_what_is_said_of_verified_text_is_made_of_the_results():
     assert first["step"] == 320 and "(305k response tokens)" in TEXT and abs(first["tokens"] / 1000 - 305) < 2
 
 
+def test_what_is_said_of_verified_real_text_is_made_of_the_results():
+    results = json.loads((ROOT / "experiments/verified_text/results.json").read_text())
+    assert verified.table(results) in TEXT and verified.times(results) in TEXT
+    points = list(zip(*(run["points"] for run in results["runs"])))
+    for look, point in (("self", 4), ("self", 3), ("self temperature=0", 4)):
+        said = cell([p[f"verifier={look}"]["tok_per_fwd"] for p in points[point]], 2)
+        assert f"{said} " in TEXT.partition("A token of this text has")[2].partition("\n\n")[0].replace("\n", " ")
+    assert [p[0]["step"] for p in points[3:]] == [160, 320] and 605e3 < points[4][0]["tokens"] < 615e3
+    assert {f"{run['teacher']['val_nats']:.1f}" for run in results["runs"]} <= {"2.4", "2.5"}
+
+
 def test_the_table_of_speed_is_made_of_the_results_and_says_what_is_said():
     results = json.loads((ROOT / "experiments/speed/results.json").read_text())
     assert pace.table(results, pace.peers()) in TEXT
