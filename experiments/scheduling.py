@@ -2,8 +2,8 @@
 
     python -m experiments.scheduling            the story world, three seeds
     python -m experiments.scheduling --quick    the plumbing, a minute
-    python -m experiments.scheduling --name=scheduling_text --data=FILE.txt --val_data=FILE.txt --length=128 \
-        --updates=2000 --samples=128
+    python -m experiments.scheduling --name=scheduling_text --data=FILE.txt --val_data=FILE.txt --length=64 \
+        --updates=4000 --lr=0.005 --samples=128
 
 Measures what the light model costs at each masked share (report/importance.py), derives schedules from that, and judges
 what they write by an AR model that is larger and has read other stories. Leaves experiments/NAME/results.json (every
@@ -38,13 +38,14 @@ class Options:
     pretrain: int = option(480, "AR updates that each begins with")
     updates: int = option(3000, "of 16 rows, of heavy and light")
     samples: int = option(512, "texts of each placement; of each of the search's schedules a quarter as many")
+    lr: float = option(0.01, "--lr of train_tiny.py, of heavy and light")
     steps: int = option(32, "of a text, ancestral; and four times as many, for four placements and half the texts")
 
     @property
     def flags(self) -> dict:
         """Of train_tiny.py."""
         text = {name: getattr(self, name) for name in ("data", "val_data", "length") if getattr(self, name)}
-        return {**text, "pretrain_steps": self.pretrain, "distill_steps": self.updates, "lr": 0.01} | (
+        return {**text, "pretrain_steps": self.pretrain, "distill_steps": self.updates, "lr": self.lr} | (
             {"width": 64, "rows": 4, "batch": 4} if self.quick else {})
 
 
