@@ -13,7 +13,7 @@ import torch
 import opdlm
 import sample
 import train_tiny
-from experiments import ablations, frontier, memory, pace, reaching, savings, tiny, verified
+from experiments import ablations, frontier, memory, pace, reaching, savings, spending, tiny, verified
 from experiments.results import by_row, cell
 from model.gpt import GPT, GPTConfig
 from model.muon import Muon
@@ -147,7 +147,7 @@ def test_the_table_of_speed_is_made_of_the_results_and_says_what_is_said():
 def test_what_is_said_of_model_scheduling_is_made_of_the_results():
     results = json.loads((ROOT / "experiments/scheduling/results.json").read_text())
     tables, claims = [savings.table(results, steps) for steps in (32, 128)], savings.claims(results)
-    section = TEXT.partition("\n## Model scheduling")[2].partition("\n## ")[0]
+    section = TEXT.partition("\n## Model scheduling")[2].partition("\n**Inside blocks**")[0]
     assert all(table in section for table in tables)
     cells = {value.strip() for row in "\n".join(tables).splitlines() for value in row.split("|")}
     number = r"\d+\.\d+ \(\d+\.\d+ to \d+\.\d+\)"
@@ -159,6 +159,19 @@ def test_what_is_said_of_model_scheduling_is_made_of_the_results():
     low = {run["curves"]["t"][k] for run in runs for name in ("ce", "kl")
            for k, value in enumerate(run["curves"][name]) if value < 0}
     assert low == {1.0} and all(0.005 < -run["curves"]["ce"][-1] < 0.015 for run in runs)
+
+
+def test_what_is_said_of_a_light_model_inside_blocks_is_made_of_the_results():
+    table = spending.table(json.loads((ROOT / "experiments/shallow/results.json").read_text()))
+    said = " ".join(TEXT.partition(table)[2].partition("\n## ")[0].split())
+    rows = {cells[1]: cells[2:-1] for cells in ([x.strip() for x in row.split("|")] for row in table.splitlines()[2:])}
+    mixed = [row for name, row in rows.items() if "light " in name]
+    for k in (-2, -1):
+        means = [float(row[k].split()[0]) for row in mixed]
+        assert f"{min(means):.2f} to {max(means):.2f} of" in said
+    numbers = re.findall(r"\d\.\d+ \(\d\.\d+ to \d\.\d+\)", said)
+    assert len(numbers) == 4 and set(numbers) <= {*rows["8, light"], *rows["8, heavy"]}
+    assert float(rows["16, light"][0].split()[0]) > float(rows["16, heavy"][0].split()[0])
 
 
 def test_what_is_said_of_quality_against_speed_is_made_of_the_results():
