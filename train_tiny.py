@@ -165,7 +165,7 @@ def unmasking(options: Options, device) -> None:
     if layout is None:
         raise ValueError(f"{folder} holds an AR model: convert it first, without --stage, or name a student")
     corpus = open_corpus(options.data, options.val_data, options.vocab, tokenizer.load(folder))
-    teacher = None if corpus.name == "toy" else hub.load(run / "ar")[0].to(device)
+    teacher = None if corpus.name == "toy" else judge(options.judge, run).to(device)
     length = min(options.length or student.config.context, student.config.context)
     if policy.room(length) < 1:
         raise ValueError(f"--length={length}: a policy learns behind prompts of up to "
@@ -185,7 +185,24 @@ def unmasking(options: Options, device) -> None:
                  asdict(options), options.resume)
 
 
+def judge(name: str | None, run: Path):
+    """The AR model that says what text is worth: the one named, or the run's own."""
+    if name is None and not (run / "ar").is_dir():
+        raise ValueError(f"{run} has no ar folder, and --stage=policy asks an AR model what text is worth: name "
+                         "the one that the student was made of, --judge=NAME")
+    return hub.load(hub.ar_folder(name or str(run / "ar")))[0]
+
+
 # 3. all together ------------------------------------------------------------------------------------------------------
+
+def own_folder(options: Options) -> Path:
+    """--out, unless an AR model lies there that is not --init's: it would be taken for this student's teacher."""
+    ar = Path(options.out, "ar")
+    if options.init != "scratch" and ar.is_dir() and hub.fetch(options.init).resolve() != ar.resolve():
+        raise ValueError(f"{ar} is not the AR model of --init={options.init}, and would be taken for this student's "
+                         "teacher: name another --out")
+    return writable(Path(options.out))
+
 
 def main(argv: list[str]) -> None:
     options = cli.parse(Options, argv, __doc__, PRESETS)
@@ -197,7 +214,7 @@ def main(argv: list[str]) -> None:
     corpus = open_corpus(options.data, options.val_data, options.vocab, own)
     options = settled(options, corpus)
     prompt = watched(options.watch_prompt, corpus.tokenizer, options.length)
-    out = writable(Path(options.out))
+    out = own_folder(options)
     if options.resume and not found(out / STATE):
         raise ValueError(f"there is nothing to resume in {out}: it has no {STATE}; run without --resume")
     tok = corpus.tokenizer

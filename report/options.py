@@ -67,6 +67,8 @@ class Options:
     alpha: float = option(1.0, "of --stage=policy: how much speed counts beside quality (paper: 10 to 0)")
     expert: str | None = option(None, "of --stage=policy: a rule that half of the updates imitate; none: the student's "
                                 "own; of whole texts threshold:0.9, 8 tokens at a time, and then write along")
+    judge: str | None = option(None, "of --stage=policy, on text: the AR model that says what it is worth; none: the "
+                               "run's own ar folder")
     policy_updates: int | None = option(None, "of --stage=policy, half of them imitating; each of 8 prompts, of whole "
                                         "texts 4, and 8 texts of each; none: 300, of whole texts 160")
     device: str = option("auto", "auto: cuda, else mps, else cpu", ("auto", "cpu", "cuda", "mps"))

@@ -1,5 +1,6 @@
 """A policy learned for a student: what texts are worth, and that a run goes on where it stopped."""
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,22 @@ def test_an_ar_model_has_no_masks_to_reveal(student, capsys):
     hub.save("ar", hub.load("run/opdlm")[0], TOK)
     assert learn("--init=ar") == 2
     assert "ar holds an AR model: convert it first" in capsys.readouterr().err
+
+
+def test_text_is_judged_by_the_ar_model_that_is_named_or_lies_there(student, monkeypatch, capsys):
+    text = replace(story_world(stories=50, held_out=2), name="text")
+    monkeypatch.setattr(train_tiny, "open_corpus", lambda *_: text)
+    assert learn("--policy_updates=1") == 2
+    assert "run has no ar folder" in capsys.readouterr().err
+    for seed, folder in enumerate(("ar", "run/ar")):
+        net = GPT(GPTConfig(TOK.vocab_size, 40, 1, 2, 16)).init_weights(torch.Generator().manual_seed(seed))
+        hub.save(folder, net, TOK)
+    asked, real = [], policy.learn
+    monkeypatch.setattr(policy, "learn", lambda *given: asked.append(given[2]) or real(*given))
+    for flags in (["--judge=ar"], []):
+        assert learn("--policy_updates=1", *flags) == 0
+    there = [hub.load(name)[0].wte.weight for name in ("ar", "run/ar")]
+    assert [torch.equal(net.wte.weight, weight) for net in asked for weight in there] == [True, False, False, True]
 
 
 @pytest.mark.parametrize("expert", ["random:2", "ancestral:8", "eb:0.1"])

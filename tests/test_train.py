@@ -120,6 +120,7 @@ def test_init_takes_a_checkpoint(capsys):
     assert train("--distill_steps=1", "--out=next", "--init=run/ar") == 0
     first, second = (json.loads(Path(out, "summary.json").read_text())["ar"]["val_nats"] for out in ("run", "next"))
     assert first == second and not steps("next", "pretrain")
+    assert train("--distill_steps=1", "--out=run", "--init=run/ar") == 0                 # whose teacher it is indeed
 
 
 def test_a_prompt_that_is_watched(capsys):
@@ -210,7 +211,9 @@ def test_what_saves_memory_changes_no_loss():
     (["--block=-1"], "--block=-1 has no room"),
     (["--states=visited", "--text=data"], "needs text=student"), (["--reveal=best"], "no reveal rule 'best'"),
     (["--init=nowhere"], "nowhere is no checkpoint"), (["--init=run/opdlm"], "is a student already (block 4)"),
-    (["--init=run"], "of a run its ar or opdlm"), (["--init=bare"], "tokenizer.json: without one ids are no text"),
+    (["--init=run"], "of a run its ar or opdlm"),
+    (["--init=other"], "run/ar is not the AR model of --init=other"),
+    (["--init=bare"], "tokenizer.json: without one ids are no text"),
     (["--init=run/ar", "--length=97"], "--length=97 is more than the 96 positions of --init=run/ar"),
     (["--longest_prompt=0"], "--longest_prompt"), (["--longest_prompt=96"], "behind a prompt of 96 in 96 positions"),
     (["--align=left"], "--align"), (["--width=33"], "--width"),
@@ -222,6 +225,7 @@ def test_bad_input_is_one_sentence_and_costs_nothing(flags, said, capsys):
     assert train("--distill_steps=1", "--out=run") == 0
     Path("bare").mkdir()
     shutil.copy("run/ar/config.json", "bare")
+    shutil.copytree("run/ar", "other")
     before, _ = contents("run"), capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         sys.exit(train("--distill_steps=1", "--out=run", *flags))
