@@ -10,10 +10,12 @@ from model.draw import uniforms
 from model.gpt import GPT, GPTConfig
 from model.masks import Layout
 from model.schedule import Scheduled, derived, parse, placed
+from model.unmask import Learned, Policy, PolicyConfig
 
 EOT, P, R = 10, 3, 14
 LAYOUTS = [Layout(block, clean, shift) for block in (2, 4, 17) for clean in sorted({1, block}) for shift in (0, 1)]
-RULES = ("static:1", "threshold:0.3", "leftmost:0.4", "ancestral:40", "random:2")
+RULES = ("static:1", "threshold:0.3", "leftmost:0.4", "ancestral:40", "random:2", "factor:1", "eb:0.5", "policy")
+POLICY = Policy(PolicyConfig(17, 16)).init_weights(torch.Generator().manual_seed(0))
 
 
 def network(layers, vocab=11):
@@ -30,7 +32,7 @@ NETS = {"H": network(3), "L": network(1)}
 
 
 def write(denoiser, spec, rows=12):
-    rule = reveal.parse(spec)
+    rule = Learned(POLICY) if spec == "policy" else reveal.parse(spec)
     prompt = torch.randint(0, EOT, (rows, P), generator=torch.Generator().manual_seed(rows))
     u = uniforms(0, 0, range(rows), (P + R, rule.numbers(denoiser.layout.block)))
     lens = 1 + torch.arange(rows) % P

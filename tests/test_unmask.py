@@ -205,12 +205,23 @@ def test_nfe_is_each_row_s_own(net):
             assert some.alive.sum(0)[row] == sum(int(part.max()) + 1 for part in text.order[row, 2:].split(4))
 
 
-def test_the_first_inner_step_has_ratio_one_and_the_policy_gradient(net):
-    """Its gradient is that of minus the advantage times the log-probability, mean over steps, then over texts."""
+def test_what_is_learnt_from_has_the_probability_it_was_done_with(net):
+    """So the first ratio is 1 by the state and the action that were noted, not by saying one number twice."""
+    made, said = policy(loud=3.0), []
+    hook = made.register_forward_hook(lambda *x: said.append(x[-1]))
+    some, _ = seen(made, net)
+    hook.remove()
+    right = torch.where(some.action, 1, -1) * torch.stack(said)                          # (S, B, K)
+    wanted = (torch.nn.functional.logsigmoid(right) * some.masked).sum(-1)
+    assert len({*some.time[some.alive].tolist()}) == 4
+    assert torch.allclose((some.logprob(made) - wanted)[some.alive].exp(), torch.ones(()), atol=1e-5)
+
+
+def test_the_first_inner_step_is_the_policy_gradient(net):
+    """That of minus the advantage times the log-probability, mean over steps, then over texts."""
     made, gain = policy(), torch.tensor([1.0, -0.5, 0.2, 0.3, -2.0, 1.0])
     some, _ = seen(made, net)
     logp = some.logprob(made)
-    assert torch.equal((logp - logp.detach()).exp()[some.alive], torch.ones(int(some.alive.sum())))
     wanted = -((logp * some.alive).sum(0) / some.alive.sum(0) * gain).mean()
     wanted = torch.autograd.grad(wanted, list(made.parameters()))
     still = torch.optim.SGD(made.parameters(), 0.0)
