@@ -37,7 +37,7 @@ class Options:
     quick: bool = option(False, "a tiny student, two updates: whether it runs at all")
     seeds: int = option(3, "policies of each alpha")
     dev: int = option(256, "stories that choices are made on")
-    test: int = option(384, "stories that numbers are of")
+    test: int = option(512, "stories that numbers are of")
 
     def __post_init__(self):
         if self.world not in WORLDS:

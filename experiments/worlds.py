@@ -16,6 +16,7 @@ from model.confidence import largest
 
 ANY = {"text": "data", "states": "random", "target": "onehot", "weight": "1/t", "lr": 0.01}
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+COUNTS = (("static", ""), ("static", " by margin"), ("static", " by entropy"), ("random", ""))
 FAST = ("factor:0.5", "factor:1", "eb:0.1", "eb:0.25", "eb:0.5")
 
 
@@ -57,10 +58,17 @@ def heuristics(name: str) -> dict[str, unmask.Within]:
     whole, places = sizes[-1], [(size, False) for size in sizes] + [(size, True) for size in windows]
     specs = [(spec, *place) for spec in (*(f"threshold:{level}" for level in LEVELS), *FAST) for place in places]
     specs += [(f"leftmost:{level}", whole, False) for level in (0.3, 0.4, *LEVELS, 0.65, 0.75)]
-    specs += [(f"{rule}:{n}", size, False) for rule in ("static", "random") for n in (1, 2, 4) for size in sizes[::2]
-              if n < size]
-    return {f"{spec} in {size}{', sliding' * slides}": unmask.Within(reveal.parse(spec), size, slides or size == whole)
+    specs += [(f"{rule}:{n}{by}", size, False) for rule, by in COUNTS for n in (1, 2, 4)
+              for size in sizes[::2] if n < size]
+    specs += [(f"ancestral:{whole // n}", whole, False) for n in (1, 2, 4)]
+    return {f"{spec} in {size}{', sliding' * slides}": unmask.Within(parsed(spec), size, slides or size == whole)
             for spec, size, slides in specs}
+
+
+def parsed(spec: str) -> reveal.Rule:
+    """A rule from NAME:ARGUMENT, or NAME:ARGUMENT by CONFIDENCE."""
+    spec, _, by = spec.partition(" by ")
+    return reveal.parse(spec, by or None)
 
 
 def imitable(rule: unmask.Within) -> bool:
