@@ -178,11 +178,11 @@ def unmasking(options: Options, device) -> None:
     expert = Within(expert, 8, slides=True) if whole else expert
     how = {"eps": 0.2, "steered": True, "prompts": 4} if whole else {"eps": 0.5}
     settings = Settings(policy.room(length), options.alpha, expert=expert, **how)
-    updates = options.policy_updates or (160 if whole else 300)
+    updates = options.policy_updates or (240 if whole else 450)
     data = partial(draw, corpus, length=length, seed=options.seed, device=device)
     policy.learn(student.to(device).requires_grad_(False), layout, teacher, corpus, data, settings,
-                 (updates // 2, updates), options.seed, options.lr or 0.003, writable(Path(options.out)),
-                 asdict(options), options.resume)
+                 (updates // 3, updates * 2 // 3, updates), options.seed, options.lr or 0.003,
+                 writable(Path(options.out)), asdict(options), options.resume)
 
 
 def judge(name: str | None, run: Path):

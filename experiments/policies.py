@@ -22,7 +22,8 @@ from report.publish import write_json
 
 TEMPERATURES, BETAS = (0.25, 0.5, 1), (0.25, 0.5, 0.75, 1, 10, 100)
 RATE = 0.003
-LOOKED, MADE = 1, 2         # to be raised when the same settings give another look, or another policy
+HASTE = grpo.Settings.haste
+LOOKED, MADE = 1, 3         # to be raised when the same settings give another look, or another policy
 
 
 def folder(options) -> Path:
@@ -66,15 +67,16 @@ def look_at(options, part: str, title: str) -> dict:
     return looked(options, heuristics(options.world)[title], part, title, {})
 
 
-def trained(options, title: str, expert: str, until: tuple, seed: int, begin: Path | None = None,
+def trained(options, title: str, expert: str, until: tuple, seed: int, begin: tuple[Path, int] | None = None,
             **how) -> tuple[Path, dict]:
-    """The folder of a policy, and what it was made with; made, if it is not there so. A run that was killed goes on."""
+    """The folder of a policy, and what it was made with; made, if it is not there so. A run that was killed goes on.
+    `begin`: the folder of another, and how much of `until` that has done."""
     torch.set_num_threads(1)
     name = options.world
     net, layout, length, corpus = opened_world(name, options.quick)
     assert imitable(rule := heuristics(name)[expert])
     how = WORLDS[name].learning | how
-    until = tuple(2 + (n > until[0]) for n in until) if options.quick else until
+    until = tuple(2 + sorted({*until}).index(n) for n in until) if options.quick else until
     said = {"made": MADE, "student": job_of(name, options.quick).settings, "expert": expert, "until": list(until),
             "seed": seed, "rate": RATE, **{k: getattr(v, "__name__", v) for k, v in how.items()}}
     out = writable(folder(options) / f"{name}, {title}, seed {seed}".replace(" ", ""))
@@ -89,7 +91,7 @@ def trained(options, title: str, expert: str, until: tuple, seed: int, begin: Pa
         begun = time.process_time()
         policy.learn(net, layout, None, corpus, data, settings, until, seed, RATE, out, said,
                      same and found(out / "policy" / policy.STATE) is not None,
-                     unmask.load(begin / "policy").requires_grad_(True) if begin else None)
+                     begin and (unmask.load(begin[0] / "policy").requires_grad_(True), until[begin[1]]))
         write_json(out / "seconds.json", time.process_time() - begun)
         write_json(out / "job.json", said)
     return out, said
@@ -103,20 +105,24 @@ def records(out: Path) -> list[list]:
 
 
 def imitated(options, expert: str, seed: int) -> dict:
-    """One that has only imitated."""
-    out, said = imitator(options, expert, seed)
+    """Of one that has only imitated."""
+    out, said = staged(options, expert, seed, 0)
     return judged(options, out, said, "imitated", expert, seed)
 
 
-def imitator(options, expert: str, seed: int) -> tuple[Path, dict]:
-    return trained(options, "imitated", expert, (WORLDS[options.world].until[0],) * 2, seed)
+def staged(options, expert: str, seed: int, stage: int, alpha: float = HASTE) -> tuple[Path, dict]:
+    """One that has imitated (stage 0), from there hurried (1), from there learned what its alpha asks for (2). What a
+    seed's policies have in common is made once."""
+    every = WORLDS[options.world].until
+    begin = (staged(options, expert, seed, stage - 1)[0], stage - 1) if stage else None
+    title = f"alpha {alpha:g}" if stage else "imitated"
+    return trained(options, title, expert, tuple(min(n, every[stage]) for n in every), seed, begin, alpha=alpha)
 
 
 def grown(options, expert: str, shown: float, work: tuple[float, int]) -> dict:
-    """One that went on from there by rewards."""
-    (alpha, seed), title = work, f"alpha {work[0]}"
-    begin, _ = imitator(options, expert, seed)
-    out, said = trained(options, title, expert, WORLDS[options.world].until, seed, begin, alpha=alpha)
+    """Of one that went on from there by rewards."""
+    (alpha, seed), title = work, f"alpha {work[0]:g}"
+    out, said = staged(options, expert, seed, 1 if alpha == HASTE else 2, alpha)
     return judged(options, out, said, title, expert, seed, alpha, alpha == shown)
 
 
@@ -141,5 +147,5 @@ def judged(options, out: Path, said: dict, title: str, expert: str, seed: int, a
 def additive(options, expert: str, reward: str) -> dict:
     """The log of one that imitates so little that most of its texts are wrong yet, with this reward, where speed counts
     much."""
-    out, _ = trained(options, f"little, {reward}", expert, (3, 123), 0, alpha=3, reward=getattr(grpo, reward))
+    out, _ = trained(options, f"little, {reward}", expert, (3, 3, 123), 0, alpha=3, reward=getattr(grpo, reward))
     return {"reward": reward, "log": records(out)}

@@ -12,6 +12,8 @@ policy acts, and a text is worth what it is worth at its end. What GRPO is here,
 As in the paper there is no division by the group's deviation and no KL to an older policy, and an action is all slots
 of a step. Not in the paper: a policy far from anything that is ever rewarded learns nothing from rewards, so before all
 that it imitates a rule (`imitate`), and is then made less sure of it (`soften`), or it would never try anything else.
+And a step saved is worth little beside a text that is spoilt: so that it is found while the policy still tries, speed
+counts more at first (`haste`).
 
 Letters: S steps, B texts, K slots of a block, G policy's texts and E experts' of a group.
 """
@@ -119,6 +121,7 @@ class Settings:
     clip: float = 0.2               # of the gradient's norm
     expert: Callable | None = None  # a rule
     softened: float = 0.5           # what is left of the logits after imitation
+    haste: float = 10               # alpha at first
     steered: bool = False           # if the expert goes on to write a text of each group (paper: of whole texts only)
     reward: Callable = reward
 

@@ -5,6 +5,7 @@ argued with. Of other text by the teacher: 1 if it is as likely to him as three 
 one token a step, and is no duller; the second since dull text is likely.
 """
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -76,24 +77,27 @@ def worth(corpus: Corpus, teacher, write: Callable) -> Callable:
     return partial(fluent, teacher=teacher, most=nats.quantile(0.75).item(), least=pairs.quantile(0.05).item())
 
 
-def learn(student, layout: Layout, teacher, corpus: Corpus, data: Callable, settings: Settings, until: tuple[int, int],
-          seed: int, lr: float, out: Path, header: dict, resume: bool, begin: unmask.Policy | None = None,
-          every: int = 20) -> None:
+def learn(student, layout: Layout, teacher, corpus: Corpus, data: Callable, settings: Settings,
+          until: tuple[int, int, int], seed: int, lr: float, out: Path, header: dict, resume: bool,
+          begin: tuple[unmask.Policy, int] | None = None, every: int = 20) -> None:
     """Leaves the policy in out/policy, the log beside it; with `resume` goes on from where that stopped. `until`: the
-    updates after which it has done imitating, and learning from rewards; `begin`: a policy that has done the first."""
-    policy = begin or unmask.Policy(unmask.PolicyConfig(layout.block)).init_weights(torch.Generator().manual_seed(seed))
+    updates after which it has imitated, hurried, and learned what its alpha asks for; `begin`: a policy, and the update
+    at which it goes on."""
+    policy, first = begin or (unmask.Policy(unmask.PolicyConfig(layout.block)), 0)
+    if not begin:
+        policy.init_weights(torch.Generator().manual_seed(seed))
     state, log = out / "policy" / STATE, Log(out / "policy.jsonl", header, resume)
     write, optimizer = writer(student, layout, data, settings, seed, corpus.tokenizer.eot), adam(policy, lr)
     noted = load_state(state, policy, optimizer, header) if resume else begin_states(state, header)
-    done, good, alike = max(noted["step"], until[0] if begin else 0), worth(corpus, teacher, write), 0
-    for phase, updates, peak in (imitate, range(until[0]), lr), (train, range(*until), lr / 6 if until[0] else lr):
+    done, good, alike = max(noted["step"], first), worth(corpus, teacher, write), 0
+    for phase, how, updates, peak in phases(settings, until, lr):
         left = range(max(done, updates.start), updates.stop)
         if left and left.start == updates.start:
             optimizer = adam(policy, peak)                  # gradients of the other phase were of other sizes
-            soften(policy, settings.softened if updates.start else 1)
-        for record in phase(policy, write, good, settings, optimizer, left, rates(optimizer, peak, updates)):
+            soften(policy, settings.softened if updates.start == until[0] > 0 else 1)
+        for record in phase(policy, write, good, how, optimizer, left, rates(optimizer, peak, updates)):
             step, alike = record["step"], alike + 1 if record.get("alike") == 1 else 0
-            log.step({"phase": phase.__name__, **record}, until[1], said(record))
+            log.step({"phase": phase.__name__, "alpha": how.alpha, **record}, until[-1], said(record))
             if step % every == 0 or step == updates.stop:
                 unmask.save(out / "policy", policy)
                 save_state(state, policy, optimizer, noted | {"step": step})
@@ -101,6 +105,13 @@ def learn(student, layout: Layout, teacher, corpus: Corpus, data: Callable, sett
                 return print("20 updates in which all texts of each group were worth the same: nothing can be learnt "
                              f"from them; their quality is {record['quality']:.2f}, take a better student, or another "
                              "--alpha")
+
+
+def phases(settings: Settings, until: tuple[int, int, int], lr: float) -> list[tuple]:
+    """What is done, how, in which updates, and up to which rate."""
+    hurry, rate = replace(settings, alpha=max(settings.haste, settings.alpha)), lr / 6 if until[0] else lr
+    return [(imitate, settings, range(until[0]), lr), (train, hurry, range(*until[:2]), rate),
+            (train, settings, range(*until[1:]), rate)]
 
 
 def adam(policy: unmask.Policy, lr: float) -> torch.optim.Optimizer:

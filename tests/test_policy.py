@@ -62,13 +62,13 @@ def records():
     return [json.loads(line) for line in Path("run/policy.jsonl").read_text().splitlines()][1:]
 
 
-@pytest.mark.parametrize("last", [2, 3, 4])
+@pytest.mark.parametrize("last", [2, 3, 4, 5, 6])
 def test_killed_and_resumed_it_is_the_uninterrupted_run(last, student, monkeypatch):
-    """While it imitates, between, or while it learns from rewards; to the last bit, as long as there is something to
-    learn: here a text is worth its share of even tokens."""
+    """While it imitates, hurries, or learns what its alpha asks for, or between; to the last bit, as long as there is
+    something to learn: here a text is worth its share of even tokens."""
     monkeypatch.setattr(policy, "valid", lambda text, tokenizer: ((text.tokens % 2 == 0) & text.kept).float().mean(1))
     monkeypatch.setattr(policy.learn, "__defaults__", (None, 1))                       # a save each update
-    assert learn("--policy_updates=4") == 0
+    assert learn("--policy_updates=6") == 0
     whole, files = records(), {p.name: p.read_bytes() for p in (student / "policy").glob("policy.*")}
     assert all("loss" in record for record in whole) and len({record["reward"] for record in whole}) > 1
     real = policy.Log.step
@@ -79,32 +79,34 @@ def test_killed_and_resumed_it_is_the_uninterrupted_run(last, student, monkeypat
         real(log, record, *rest)
     monkeypatch.setattr(policy.Log, "step", killed)
     with pytest.raises(RuntimeError, match="killed"):
-        learn("--policy_updates=4")
+        learn("--policy_updates=6")
     monkeypatch.setattr(policy.Log, "step", real)
-    assert learn("--policy_updates=4", "--resume") == 0
+    assert learn("--policy_updates=6", "--resume") == 0
+    assert [record["alpha"] for record in records()[2:]] == [10, 10, 1, 1]
     assert records() == whole
     assert {p.name: p.read_bytes() for p in (student / "policy").glob("policy.*")} == files
 
 
-def test_rewards_go_on_from_a_policy_that_has_imitated(student, monkeypatch):
+@pytest.mark.parametrize("done", [0, 1])
+def test_rewards_go_on_from_a_policy_that_has_imitated_or_hurried(done, student, monkeypatch):
     """In a run of its own, as in the same run: to the last bit."""
     monkeypatch.setattr(policy, "valid", lambda text, tokenizer: ((text.tokens % 2 == 0) & text.kept).float().mean(1))
-    assert learn("--policy_updates=4") == 0
+    assert learn("--policy_updates=6") == 0
     whole, real = (student / "policy/policy.safetensors").read_bytes(), policy.learn
 
     def parted(*given):
-        imitated, _ = given[6]
-        real(*given[:6], (imitated, imitated), *given[7:])
+        until = given[6]
+        real(*given[:6], tuple(min(n, until[done]) for n in until), *given[7:])
         assert (student / "policy/policy.safetensors").read_bytes() != whole
-        real(*given, unmask.load(student / "policy").requires_grad_(True))
+        real(*given, (unmask.load(student / "policy").requires_grad_(True), until[done]))
     monkeypatch.setattr(policy, "learn", parted)
-    assert learn("--policy_updates=4") == 0
+    assert learn("--policy_updates=6") == 0
     assert (student / "policy/policy.safetensors").read_bytes() == whole
 
 
 def test_a_run_that_can_learn_nothing_says_so(student, capsys):
     assert learn("--policy_updates=60") == 0
-    assert records()[-1]["step"] == 50                                                  # 30 that imitate, and 20 more
+    assert records()[-1]["step"] == 40                                                  # 20 that imitate, and 20 more
     assert "20 updates in which all texts of each group were worth the same" in capsys.readouterr().out
 
 
