@@ -66,7 +66,12 @@ class Comparison:
 
     def publish(self, out: Path) -> None:
         """The table and the stories on the terminal; summary.json and the pictures in the run's folder."""
+        self.numbers["after"] |= (cost := spent(out / "log.jsonl"))
         print("\n" + measure.table(self.numbers))
+        print(f"\ntok_s: up to 128 texts at once, {self.teacher.wte.weight.device}, {torch.get_num_threads()} threads; "
+              f"distillation: {self.numbers['after']['train_tokens'] / 1e3:.0f}k response tokens, "
+              f"{cost['loss_positions'] / 1e3:.0f}k of them with a loss, "
+              f"{cost['rollout_positions'] / 1e3:.0f}k positions of rollouts, {cost['train_flops']:.2g} FLOPs in all")
         colour = trace.wants_colour(sys.stdout)
         for name, story in self.stories.items():
             print(f"\n{name}: {trace.coloured(story, colour and name != 'ar')}")
@@ -76,6 +81,15 @@ class Comparison:
         curves.draw(out / "log.jsonl", out / "curves.png")
         trace.picture(self.stories["after"], out / "states.png")
         print(f"\nleft in {out}: " + " ".join(sorted(p.name + "/" * p.is_dir() for p in out.iterdir())))
+
+
+def spent(log: Path) -> dict[str, float]:
+    """What distillation took beside response tokens, from its records: positions that entered a loss, positions of
+    rollouts, FLOPs of all. A step that was made again counts once."""
+    lines = map(json.loads, log.read_text().splitlines())
+    steps = {line["step"]: line for line in lines if line.get("phase") == "distil"}
+    return {name: sum(step[key] for step in steps.values()) for name, key in (
+        ("loss_positions", "places"), ("rollout_positions", "positions"), ("train_flops", "flops"))}
 
 
 def write_json(path: Path, value) -> None:

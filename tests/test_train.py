@@ -88,6 +88,9 @@ def test_killed_and_resumed_is_uninterrupted(monkeypatch, updates, again):
     assert [step for step, _ in parts] == [1, 2, 3, 4, 5, *again]
     assert all(loss == whole[step] for step, loss in parts)
     assert Path("whole/opdlm/model.safetensors").read_bytes() == Path("parts/opdlm/model.safetensors").read_bytes()
+    whole, parts = (json.loads(Path(out, "summary.json").read_text())["after"] for out in ("whole", "parts"))
+    for name, key in ("loss_positions", "places"), ("rollout_positions", "positions"), ("train_flops", "flops"):
+        assert whole[name] == parts[name] == sum(r[key] for r in steps("whole", "distil")) > 0
 
 
 def test_same_seed_same_losses_to_the_last_bit():
