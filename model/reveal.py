@@ -134,4 +134,4 @@ def said(functions: dict) -> str:
 
 
 ABOUT = said({f"{name}:{what}": function for name, (function, _, what, _) in RULES.items()}) + (
-    "; policy:FOLDER[,BETA]: as a policy learned from rewards says, its rates times BETA (2512.09106)")
+    "; policy:FOLDER[,BETA[,TEMPERATURE]]: as a policy learned from rewards says, its rates times BETA (2512.09106)")

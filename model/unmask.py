@@ -128,7 +128,7 @@ class Learned:
         return show | masked & ~show.any(1, keepdim=True) & torch.zeros_like(masked).scatter(1, best, True)
 
     def __str__(self) -> str:
-        return f"{self.name}:{self.folder},{self.beta:g}"
+        return f"{self.name}:{self.folder},{self.beta:g},{self.temperature:g}"
 
     def steps(self, block: int) -> int:
         """The most that a block of so many slots takes: what is left then comes off, whatever the policy says."""
@@ -162,10 +162,13 @@ class Within:
 
 
 def parse(argument: str) -> Learned:
-    """The rule of --reveal=policy:FOLDER or policy:FOLDER,BETA."""
-    folder, _, beta = argument.partition(",")
+    """The rule of --reveal=policy:FOLDER, policy:FOLDER,BETA or policy:FOLDER,BETA,TEMPERATURE."""
+    folder, *numbers = argument.split(",")
     try:
-        return Learned(load(folder), float(beta or 1), folder=folder)
+        beta, temperature, *more = [*map(float, numbers), *[1.0] * (2 - len(numbers))]
+        if more or not 0 < beta < math.inf or not 0 < temperature < math.inf:
+            raise ValueError("behind the folder come at most two numbers above 0, beta and temperature")
+        return Learned(load(folder), beta, temperature, folder=folder)
     except ValueError as error:
         raise ValueError(f"--reveal=policy:{argument}: {error}") from None
 

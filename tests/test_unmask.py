@@ -166,6 +166,12 @@ def test_saved_and_loaded_it_does_the_same(net, tmp_path):
             load(tmp_path / folder)
     with pytest.raises(ValueError, match="^--reveal=policy:nowhere: nowhere holds no unmasking policy"):
         reveal.parse("policy:nowhere")
+    save(tmp_path, made)
+    rule = reveal.parse(f"policy:{tmp_path},2,0.5")
+    assert (rule.beta, rule.temperature) == (2, 0.5) and str(reveal.parse(str(rule))) == str(rule)
+    for numbers in ("0", "1,0", "1,1,1", "nan", "fast"):
+        with pytest.raises(ValueError, match="^--reveal=policy:.*(two numbers above 0|convert)"):
+            reveal.parse(f"policy:{tmp_path},{numbers}")
 
 
 # its training --------------------------------------------------------------------------------------------------------
