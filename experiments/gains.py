@@ -40,12 +40,9 @@ def of_best(results: dict, alpha: float) -> str:
 
 
 def minutes(results: dict, some: list[dict]) -> list[float]:
-    """Of a core, what each policy took, with those that it went on from."""
-    def before(policy: dict) -> list[str]:
-        hasty = max(p["alpha"] or 0 for p in results["policies"])
-        return {None: [], hasty: ["imitated"]}.get(policy["alpha"], ["imitated", f"alpha {hasty:g}"])
-    return [sum(p["seconds"] for name in (policy["policy"], *before(policy)) for p in policies(results)[name]
-                if p["seed"] == policy["seed"]) / 60 for policy in some]
+    """Of a core, what each policy took, with what it went on from."""
+    begun = {p["seed"]: p["seconds"] + results["hurried"][p["seed"]] for p in policies(results)["imitated"]}
+    return [(policy["seconds"] + begun[policy["seed"]] * (policy["alpha"] is not None)) / 60 for policy in some]
 
 
 def table_of_gains(results: dict) -> str:

@@ -20,9 +20,7 @@ from model.state import begin_states, found, writable
 from report import measure, policy
 from report.publish import write_json
 
-TEMPERATURES, BETAS = (0.25, 0.5, 1), (0.25, 0.5, 0.75, 1, 10, 100)
-RATE = 0.003
-HASTE = grpo.Settings.haste
+TEMPERATURES, BETAS, RATE = (0.25, 0.5, 1), (0.25, 0.5, 0.75, 1, 10, 100), 0.003
 LOOKED, MADE = 1, 3         # to be raised when the same settings give another look, or another policy
 
 
@@ -72,10 +70,9 @@ def trained(options, title: str, expert: str, until: tuple, seed: int, begin: tu
     """The folder of a policy, and what it was made with; made, if it is not there so. A run that was killed goes on.
     `begin`: the folder of another, and how much of `until` that has done."""
     torch.set_num_threads(1)
-    name = options.world
+    name, how = options.world, WORLDS[options.world].learning | how
     net, layout, length, corpus = opened_world(name, options.quick)
     assert imitable(rule := heuristics(name)[expert])
-    how = WORLDS[name].learning | how
     until = tuple(2 + sorted({*until}).index(n) for n in until) if options.quick else until
     said = {"made": MADE, "student": job_of(name, options.quick).settings, "expert": expert, "until": list(until),
             "seed": seed, "rate": RATE, **{k: getattr(v, "__name__", v) for k, v in how.items()}}
@@ -88,10 +85,9 @@ def trained(options, title: str, expert: str, until: tuple, seed: int, begin: tu
             write_json(out / "begun.json", said)
         settings = grpo.Settings(policy.room(length), expert=rule, **how)
         data = partial(train_tiny.draw, corpus, length=length, seed=seed, device="cpu")
-        begun = time.process_time()
-        policy.learn(net, layout, None, corpus, data, settings, until, seed, RATE, out, said,
-                     same and found(out / "policy" / policy.STATE) is not None,
-                     begin and (unmask.load(begin[0] / "policy").requires_grad_(True), until[begin[1]]))
+        begin = begin and (unmask.load(begin[0] / "policy").requires_grad_(True), until[begin[1]])
+        resume, begun = same and found(out / "policy" / policy.STATE) is not None, time.process_time()
+        policy.learn(net, layout, None, corpus, data, settings, until, seed, RATE, out, said, resume, begin)
         write_json(out / "seconds.json", time.process_time() - begun)
         write_json(out / "job.json", said)
     return out, said
@@ -106,24 +102,28 @@ def records(out: Path) -> list[list]:
 
 def imitated(options, expert: str, seed: int) -> dict:
     """Of one that has only imitated."""
-    out, said = staged(options, expert, seed, 0)
-    return judged(options, out, said, "imitated", expert, seed)
+    return judged(options, *staged(options, expert, seed, 0), "imitated", expert, seed)
 
 
-def staged(options, expert: str, seed: int, stage: int, alpha: float = HASTE) -> tuple[Path, dict]:
+def hurried(options, expert: str, seed: int) -> float:
+    """The seconds that one took to hurry, from where it had imitated."""
+    return json.loads((staged(options, expert, seed, 1)[0] / "seconds.json").read_text())
+
+
+def staged(options, expert: str, seed: int, stage: int, alpha: float = grpo.Settings.haste) -> tuple[Path, dict]:
     """One that has imitated (stage 0), from there hurried (1), from there learned what its alpha asks for (2). What a
     seed's policies have in common is made once."""
     every = WORLDS[options.world].until
     begin = (staged(options, expert, seed, stage - 1)[0], stage - 1) if stage else None
-    title = f"alpha {alpha:g}" if stage else "imitated"
+    title = ("imitated", "hurried", f"alpha {alpha:g}")[stage]
     return trained(options, title, expert, tuple(min(n, every[stage]) for n in every), seed, begin, alpha=alpha)
 
 
 def grown(options, expert: str, shown: float, work: tuple[float, int]) -> dict:
     """Of one that went on from there by rewards."""
-    (alpha, seed), title = work, f"alpha {work[0]:g}"
-    out, said = staged(options, expert, seed, 1 if alpha == HASTE else 2, alpha)
-    return judged(options, out, said, title, expert, seed, alpha, alpha == shown)
+    alpha, seed = work
+    made = staged(options, expert, seed, 2, alpha)
+    return judged(options, *made, f"alpha {alpha:g}", expert, seed, alpha, alpha == shown)
 
 
 def judged(options, out: Path, said: dict, title: str, expert: str, seed: int, alpha: float | None = None,
@@ -145,7 +145,6 @@ def judged(options, out: Path, said: dict, title: str, expert: str, seed: int, a
 
 
 def additive(options, expert: str, reward: str) -> dict:
-    """The log of one that imitates so little that most of its texts are wrong yet, with this reward, where speed counts
-    much."""
+    """The log of one that hardly imitates, so that most of its texts are wrong, where speed counts much."""
     out, _ = trained(options, f"little, {reward}", expert, (3, 3, 123), 0, alpha=3, reward=getattr(grpo, reward))
     return {"reward": reward, "log": records(out)}

@@ -7,7 +7,7 @@
 A policy learns from prompts of training stories. Of held-out stories some are for choosing, among heuristics and among
 a policy's temperatures, the others for what is said here. Text is greedy, as it is in training: what differs is which
 masks come off, and when. One policy of each seed imitates the heuristic that is best at the alpha shown; from there
-rewards alone make one of alpha 10, and from that one of each other alpha. Leaves experiments/unmasking_WORLD/
+rewards alone make one that hurries, and from that one of each alpha. Leaves experiments/unmasking_WORLD/
 results.json (every seed, every number, the commit), curves.png and story.png.
 """
 import sys
@@ -20,7 +20,7 @@ import torch
 
 from experiments.gains import gains, table, table_of_gains, volumes
 from experiments.hull import best_rule, shown
-from experiments.policies import HASTE, additive, grown, imitated, look_at
+from experiments.policies import additive, grown, hurried, imitated, look_at
 from experiments.results import finish, head
 from experiments.students import student
 from experiments.unmasked import costs, draw, story
@@ -61,11 +61,10 @@ def main(argv: list[str]) -> None:
             rule["test"] = test
         expert = best_rule(results, SHOWN, imitable_in(world))
         first = list(pool.map(partial(imitated, options, expert), seeds))
-        alphas = sorted({*WORLDS[world].alphas} - {HASTE}, key=lambda alpha: alpha != SHOWN)
-        tries = [(alpha, seed) for seed in seeds for alpha in alphas][:1 if options.quick else None]
-        grow = partial(grown, options, expert, SHOWN)
-        hasty = list(pool.map(grow, [(HASTE, seed) for seed in seeds]))                 # which the others begin with
-        results["policies"] = first + list(pool.map(grow, tries)) + hasty
+        results["hurried"] = list(pool.map(partial(hurried, options, expert), seeds))
+        alphas = sorted(WORLDS[world].alphas, key=lambda alpha: alpha != SHOWN)
+        tries = [(alpha, seed) for seed in seeds for alpha in alphas][:2 if options.quick else None]
+        results["policies"] = first + list(pool.map(partial(grown, options, expert, SHOWN), tries))
         collapse = ("reward", "additive") if world == "blocks" else ()
         results["collapse"] = list(pool.map(partial(additive, options, expert), collapse))
     results |= {"volumes": volumes(results), "gains": gains(results), "costs": costs(options, results, expert)}
