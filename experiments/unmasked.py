@@ -11,7 +11,7 @@ from experiments.policies import folder
 from experiments.results import HERE
 from experiments.students import in_turns
 from experiments.worlds import heuristics, opened_world
-from model import reveal, unmask
+from model import grpo, reveal, unmask
 from model.draw import Warp
 from report import measure, policy, trace
 
@@ -51,6 +51,22 @@ def alone(rule: unmask.Learned, block: int, times: int = 200) -> float:
     for _ in range(times):
         rule(sure, masked, step, numbers)
     return (time.perf_counter() - begun) / times
+
+
+def choices(options, results: dict, expert: str) -> dict:
+    """Where the policy and the heuristic that it began with part, in 64 of the policy's texts: how many slots a text
+    come off sooner than by that, and how many later, and quantiles of how sure the student is of them."""
+    net, layout, held, tok, length = told(options, 64)
+    noted = grpo.Recorded(learned(options, results))
+    writer = measure.by_rule(net, layout, noted, Warp(temperature=0))
+    measure.generate(writer, held, tok.eot, length, 0, least=policy.LEAST)
+    seen = noted.stacked()
+    theirs = seen.relabelled(heuristics(options.world)[expert]).action[0]
+    ours, sure = seen.action[seen.alive], seen.sure[seen.alive]
+    parted = {"sooner": sure[ours & ~theirs], "later": sure[theirs & ~ours]}
+    levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])
+    return {name: {"a text": len(some) / len(held), "sure": some.quantile(levels).tolist() if len(some) else []}
+            for name, some in parted.items()}
 
 
 def draw(results: dict, figure) -> None:

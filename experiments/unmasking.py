@@ -23,7 +23,7 @@ from experiments.hull import best_rule, shown
 from experiments.policies import additive, grown, hurried, imitated, look_at
 from experiments.results import finish, head
 from experiments.students import student
-from experiments.unmasked import costs, draw, story
+from experiments.unmasked import choices, costs, draw, story
 from experiments.worlds import WORLDS, heuristics, imitable_in, job_of
 from report import cli
 from report.cli import option
@@ -67,7 +67,8 @@ def main(argv: list[str]) -> None:
         results["policies"] = first + list(pool.map(partial(grown, options, expert, SHOWN), tries))
         collapse = ("reward", "additive") if world == "blocks" else ()
         results["collapse"] = list(pool.map(partial(additive, options, expert), collapse))
-    results |= {"volumes": volumes(results), "gains": gains(results), "costs": costs(options, results, expert)}
+    results |= {"volumes": volumes(results), "gains": gains(results), "costs": costs(options, results, expert),
+                "choices": choices(options, results, expert)}
     story(options, results)
     finish(f"unmasking_{world}", without_texts(results), draw, options.quick)
     print(table(results), table_of_gains(results), sep="\n\n")
