@@ -157,7 +157,7 @@ def test_the_table_of_speed_is_made_of_the_results_and_says_what_is_said():
 def test_what_is_said_of_model_scheduling_is_made_of_the_results():
     results = json.loads((ROOT / "experiments/scheduling/results.json").read_text())
     tables, claims = [savings.table(results, steps) for steps in (32, 128)], savings.claims(results)
-    section = TEXT.partition("\n## Model scheduling")[2].partition("\n**Inside blocks**")[0]
+    section = TEXT.partition("\n## Model scheduling")[2].partition("\n**On real text**")[0]
     assert all(table in section for table in tables)
     cells = {value.strip() for row in "\n".join(tables).splitlines() for value in row.split("|")}
     number = r"\d+\.\d+ \(\d+\.\d+ to \d+\.\d+\)"
@@ -178,6 +178,27 @@ def test_what_is_said_of_model_scheduling_is_made_of_the_results():
     assert low == {1.0} and all(0.005 < -run["curves"]["ce"][-1] < 0.015 for run in runs)
     sure = [round(-run["curves"]["ce"][-1] / run["curves"]["ce_error"][-1]) for run in runs]
     assert f"({min(sure)} to {max(sure)} standard errors)" in words
+
+
+def test_what_is_said_of_model_scheduling_on_real_text_is_made_of_the_results():
+    results = json.loads((ROOT / "experiments/scheduling_text/results.json").read_text())
+    tables, claims = [savings.table(results, steps) for steps in (32, 128)], savings.claims(results)
+    section = TEXT.partition("\n## Model scheduling")[2].partition("\n**Inside blocks**")[0]
+    section = section.partition("\n**On real text**")[2]
+    assert all(table in section for table in tables) and "below -2: 0 of" in claims[1]
+    words, runs = " ".join(section.rpartition("![")[2].split()), results["runs"]
+    short, long = ([savings.by_name(run, steps) for run in runs] for steps in (32, 128))
+    lost = {(name, n): cell([savings.lost(look, name) for look in seen], 2)
+            for n, seen in ((32, short), (128, long)) for name in ("derived", "sandwich (paper)")}
+    assert f"loses {lost['derived', 32]} at 32 steps and {lost['derived', 128]} at 128" in words
+    assert f"the sandwich {lost['sandwich (paper)', 32]} and {lost['sandwich (paper)', 128]}." in words
+    number = r"-?\d+\.\d+ \(-?\d+\.\d+ to \d+\.\d+\)"
+    known = {found for text in (*tables, *claims) for found in re.findall(number, text)}
+    assert len(said := re.findall(number, words)) == 9 and set(said) <= known
+    assert all(look["derived"]["steps"] == look["all early"]["steps"] for look in short)
+    gaps = [look["light"]["gen_nats"] - look["heavy"]["gen_nats"] for look in short + long]
+    errors = [look["derived"]["error"] / gap for look, gap in zip(short + long, gaps)]
+    assert f"standard error of {min(errors):.2f} to {max(errors):.2f} by seed" in words
 
 
 def test_what_is_said_of_a_light_model_inside_blocks_is_made_of_the_results():
