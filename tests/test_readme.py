@@ -13,7 +13,20 @@ import torch
 import opdlm
 import sample
 import train_tiny
-from experiments import ablations, frontier, memory, pace, reaching, savings, spending, tiny, verified
+from experiments import (
+    ablations,
+    frontier,
+    gains,
+    hull,
+    memory,
+    pace,
+    reaching,
+    savings,
+    spending,
+    tiny,
+    unmasking,
+    verified,
+)
 from experiments.results import by_row, cell
 from model.gpt import GPT, GPTConfig
 from model.muon import Muon
@@ -32,7 +45,7 @@ def test_every_number_said_first_stands_again_below():
     first, _, rest = TEXT.partition("\n![A story, a row a forward")
     said, below = (" ".join(text.split()) for text in (first.partition("What came out")[2], rest))
     numbers = re.findall(r"\d+\.\d+(?: \(\d+\.\d+ to \d+\.\d+\))?", said)
-    assert len(numbers) == 15 and not [number for number in numbers if number not in below]
+    assert len(numbers) == 16 and not [number for number in numbers if number not in below]
 
 
 def test_every_function_named_is_there():
@@ -41,7 +54,7 @@ def test_every_function_named_is_there():
 
 
 def test_every_flag_named_is_there():
-    flags = {f.name for program in (train_tiny, sample, tiny) for f in fields(program.Options)}
+    flags = {f.name for program in (train_tiny, sample, tiny, unmasking) for f in fields(program.Options)}
     named = set(re.findall(r"--(\w+)", re.sub(r"--index-url|--nproc_per_node|--nnodes|--rdzv_\w+", "", TEXT)))
     assert len(named) > 8 and named <= flags
 
@@ -212,6 +225,35 @@ def test_what_is_said_of_a_light_model_inside_blocks_is_made_of_the_results():
     numbers = re.findall(r"\d\.\d+ \(\d\.\d+ to \d\.\d+\)", said)
     assert len(numbers) == 4 and set(numbers) <= {*rows["8, light"], *rows["8, heavy"]}
     assert float(rows["16, light"][0].split()[0]) > float(rows["16, heavy"][0].split()[0])
+
+
+def test_what_is_said_of_learned_unmasking_is_made_of_the_results():
+    results = json.loads((ROOT / "experiments/unmasking_blocks/results.json").read_text())
+    section = TEXT.partition("\n## Learned unmasking")[2].partition("\n## ")[0]
+    tables = gains.table(results), gains.table_of_gains(results)
+    assert all(table in section for table in tables) and f"{len(results['heuristics'])} heuristics" in section
+    words, by = " ".join(section.rpartition("</details>")[2].split()), {row["policy"]: row for row in results["gains"]}
+    of = {name: {key: gains.interval(x) for key, x in row.items() if key != "policy"} for name, row in by.items()}
+    dominated = [gains.interval(results["volumes"][name]) for name in ("policies", "heuristics")]
+    for said in (f"at alpha 1 {of['alpha 1']['reward']}, standard error {by['alpha 1']['reward'][3]:.3f}",
+                 f"at alpha 3 {of['alpha 3']['reward']}", f"{of['alpha 0']['reward']} and {of['alpha 10']['reward']}.",
+                 f"at alpha 1 {of['alpha 1']['heuristics']} more", f"at 0.3 {of['alpha 0.3']['heuristics']}",
+                 f"of thresholds alone, {of['alpha 1']['thresholds']}",
+                 " and ".join(dominated), f"shuffled {of['alpha 1']['shuffled']}",
+                 f"each {of['alpha 1']['mean']} of reward less"):
+        assert said in words, said
+    assert all(by[f"alpha {alpha}"]["heuristics"][1] < 0 for alpha in (0, 3, 10))           # what can't be told
+    sooner, clock = results["choices"]["sooner"], results["costs"]["seconds a token"]
+    assert f"{sooner['a text']:.1f} slots" in words and "{:.2f} to {:.2f}".format(*sooner["sure"][::4]) in words
+    fast = [f"{1000 * statistics.median(clock[name]):.2f}"
+            for name in ("policy", "leftmost:0.7 in 8", "threshold:0.9", "ar")]
+    assert "thinks {:.2f} ms".format(1000 * results["costs"]["seconds of the policy a step"]) in words
+    assert "{} ms a token, leftmost:0.7 {}, threshold:0.9 {}, AR's loop {}.".format(*fast) in words
+    nfe = [statistics.mean(policy["looks"][""]["nfe"] for policy in hull.policies(results)[f"alpha {alpha}"])
+           for alpha in (0, 0.3, 1, 3, 10)]
+    assert nfe == sorted(nfe, reverse=True) and f"from {nfe[0]:.1f} at 0 to {nfe[-1]:.1f} at 10" in words
+    fair, collapsed = ([step[2] for step in run["log"][-20:]] for run in results["collapse"])
+    assert statistics.mean(fair) > 0.1 and max(collapsed) == 0
 
 
 def test_what_is_said_of_quality_against_speed_is_made_of_the_results():
