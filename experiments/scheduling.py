@@ -1,6 +1,6 @@
 """Model scheduling (arXiv 2604.02340): at which denoising steps may a light model stand in for a heavy one?
 
-    python -m experiments.scheduling            the story world, three seeds
+    python -m experiments.scheduling            the story world, three seeds, 50 minutes on two cores
     python -m experiments.scheduling --quick    the plumbing, a minute
     python -m experiments.scheduling --name=scheduling_text --data=FILE.txt --val_data=FILE.txt --length=64 \
         --updates=4000 --lr=0.005 --samples=128

@@ -1,6 +1,6 @@
 """What a learned unmasking policy is worth: beside every heuristic, in blocks and over whole texts (2512.09106).
 
-    python -m experiments.unmasking --world=blocks      the story world, blocks of 8: three policies of each kind
+    python -m experiments.unmasking --world=blocks      the story world, blocks of 8, three policies a kind: an hour
     python -m experiments.unmasking --world=whole       the same, where the block is the text
     python -m experiments.unmasking --quick             the plumbing, a minute
 
