@@ -36,7 +36,7 @@ WORLDS = {
     "blocks": World({**ANY, "block": 8}, 480, (2, 4, 8), (4,), (0, 0.3, 1, 3, 10),
                     {"eps": 0.5}, (150, 350, 550)),
     "whole": World({**ANY, "block": 0, "context": "block"}, 1600, (8, 32, 96), (4, 8), (0.3, 1, 3, 10),
-                   {"eps": 0.2, "steered": True, "prompts": 4}, (80, 180, 280))}
+                   {"eps": 0.2, "steered": True, "prompts": 4, "softened": 0.75}, (80, 180, 280))}
 
 
 def job_of(name: str, quick: bool) -> Job:
