@@ -23,11 +23,10 @@ from torch import Tensor
 import opdlm
 from data import tokenizer
 from data.corpus import Corpus, open_corpus, windows
-from model import dist, hub
+from model import dist, grpo, hub
 from model import reveal as rules
 from model.confidence import largest
 from model.gpt import GPT, GPTConfig, checkpointed
-from model.grpo import Settings
 from model.loss import lean
 from model.masks import AR, Layout
 from model.muon import Muon, optimizer_named, ramp, schedule
@@ -176,8 +175,8 @@ def unmasking(options: Options, device) -> None:
         raise ValueError(f"--expert={expert} can't be imitated, since it rolls dice or goes by another confidence than "
                          "the largest probability: take leftmost:P, threshold:P, static:COUNT or factor:F")
     expert = Within(expert, 8, slides=True) if whole else expert
-    how = {"eps": 0.2, "steered": True, "prompts": 4} if whole else {"eps": 0.5}
-    settings = Settings(policy.room(length), options.alpha, expert=expert, **how)
+    how = grpo.OF_WHOLE_TEXTS if whole else grpo.IN_BLOCKS
+    settings = grpo.Settings(policy.room(length), options.alpha, expert=expert, **how)
     updates = options.policy_updates or (240 if whole else 450)
     data = partial(draw, corpus, length=length, seed=options.seed, device=device)
     policy.learn(student.to(device).requires_grad_(False), layout, teacher, corpus, data, settings,

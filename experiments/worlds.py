@@ -11,7 +11,7 @@ from torch import Tensor
 from experiments.conversion import opened
 from experiments.job import Job, tiny
 from experiments.students import student
-from model import reveal, unmask
+from model import grpo, reveal, unmask
 from model.confidence import largest
 
 ANY = {"text": "data", "states": "random", "target": "onehot", "weight": "1/t", "lr": 0.01}
@@ -34,9 +34,9 @@ class World:
 
 WORLDS = {
     "blocks": World({**ANY, "block": 8}, 480, (2, 4, 8), (4,), (0, 0.3, 1, 3, 10),
-                    {"eps": 0.5}, (150, 350, 550)),
+                    grpo.IN_BLOCKS, (150, 350, 550)),
     "whole": World({**ANY, "block": 0, "context": "block"}, 1600, (8, 32, 96), (4, 8), (0.3, 1, 3, 10),
-                   {"eps": 0.2, "steered": True, "prompts": 4, "softened": 0.75}, (80, 180, 280))}
+                   grpo.OF_WHOLE_TEXTS, (80, 180, 280))}
 
 
 def job_of(name: str, quick: bool) -> Job:

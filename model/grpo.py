@@ -126,6 +126,10 @@ class Settings:
     reward: Callable = reward
 
 
+IN_BLOCKS = {"eps": 0.5}
+OF_WHOLE_TEXTS = {"eps": 0.2, "steered": True, "prompts": 4, "softened": 0.75}
+
+
 def train(policy: Policy, write: Callable, quality: Callable, settings: Settings, optimizer, updates: range,
           rate: Callable = lambda update: None) -> Iterator[dict]:
     """Write, judge, learn; yields each update's record. `write(rule, update, G)` gives the Text of G rows a prompt,

@@ -252,6 +252,10 @@ def test_what_is_said_of_learned_unmasking_is_made_of_the_results():
     nfe = [statistics.mean(policy["looks"][""]["nfe"] for policy in hull.policies(results)[f"alpha {alpha}"])
            for alpha in (0, 0.3, 1, 3, 10)]
     assert nfe == sorted(nfe, reverse=True) and f"from {nfe[0]:.1f} at 0 to {nfe[-1]:.1f} at 10" in words
+    shown = [policy["looks"] for policy in hull.policies(results)["alpha 1"]]
+    slow, usual = ([statistics.mean(looks[f"beta {beta}"][what] for looks in shown) for what in ("nfe", "valid")]
+                   for beta in (0.25, 1))
+    assert f"from {usual[0]:.1f} to {slow[0]:.1f}, and" in words and slow[1] < usual[1] + 0.01
     fair, collapsed = ([step[2] for step in run["log"][-20:]] for run in results["collapse"])
     assert statistics.mean(fair) > 0.1 and max(collapsed) == 0
 
