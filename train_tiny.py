@@ -31,7 +31,6 @@ from model.loss import lean
 from model.masks import AR, Layout
 from model.muon import Muon, optimizer_named, ramp, schedule
 from model.state import begin_states, found, load_state, save_state, writable
-from model.unmask import Within
 from report import cli, measure, policy, trace
 from report.options import MDLM, PAPER, PRESETS, Options, settled
 from report.publish import Comparison, watched
@@ -170,18 +169,17 @@ def unmasking(options: Options, device) -> None:
         raise ValueError(f"--length={length}: a policy learns behind prompts of up to "
                          f"{length - policy.room(length)} tokens: give it more positions")
     whole = layout.block >= length
-    expert = rules.parse(options.expert or ("threshold:0.9" if whole else hub.read_config(folder)["reveal"]))
+    expert = rules.parse(options.expert or ("leftmost:0.95" if whole else hub.read_config(folder)["reveal"]))
     if expert.rolls or expert.confidence is not largest:
         raise ValueError(f"--expert={expert} can't be imitated, since it rolls dice or goes by another confidence than "
                          "the largest probability: take leftmost:P, threshold:P, static:COUNT or factor:F")
-    expert = Within(expert, 8, slides=True) if whole else expert
-    how = grpo.OF_WHOLE_TEXTS if whole else grpo.IN_BLOCKS
+    how = (grpo.OF_WHOLE_TEXTS if whole else grpo.IN_BLOCKS) | ({"rate": options.lr} if options.lr else {})
     settings = grpo.Settings(policy.room(length), options.alpha, expert=expert, **how)
-    updates = options.policy_updates or (240 if whole else 450)
+    updates = options.policy_updates or (330 if whole else 450)
     data = partial(draw, corpus, length=length, seed=options.seed, device=device)
     policy.learn(student.to(device).requires_grad_(False), layout, teacher, corpus, data, settings,
-                 (updates // 3, updates * 2 // 3, updates), options.seed, options.lr or 0.003,
-                 writable(Path(options.out)), asdict(options), options.resume)
+                 (updates // 3, updates * 2 // 3, updates), options.seed, writable(Path(options.out)),
+                 asdict(options), options.resume)
 
 
 def judge(name: str | None, run: Path):

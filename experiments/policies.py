@@ -20,7 +20,7 @@ from model.state import begin_states, found, writable
 from report import measure, policy
 from report.publish import write_json
 
-TEMPERATURES, BETAS, RATE = (0.25, 0.5, 1), (0.25, 0.5, 0.75, 1, 10, 100), 0.003
+TEMPERATURES, BETAS = (0.25, 0.5, 1), (0.25, 0.5, 0.75, 1, 10, 100)
 LOOKED, MADE = 1, 3         # to be raised when the same settings give another look, or another policy
 
 
@@ -74,8 +74,9 @@ def trained(options, title: str, expert: str, until: tuple, seed: int, begin: tu
     net, layout, length, corpus = opened_world(name, options.quick)
     assert imitable(rule := heuristics(name)[expert])
     until = tuple(2 + sorted({*until}).index(n) for n in until) if options.quick else until
+    settings = grpo.Settings(policy.room(length), expert=rule, **how)
     said = {"made": MADE, "student": job_of(name, options.quick).settings, "expert": expert, "until": list(until),
-            "seed": seed, "rate": RATE, **{k: getattr(v, "__name__", v) for k, v in how.items()}}
+            "seed": seed, "rate": settings.rate, **{k: getattr(v, "__name__", v) for k, v in how.items()}}
     out = writable(folder(options) / f"{name}, {title}, seed {seed}".replace(" ", ""))
     if not (out / "job.json").exists() or json.loads((out / "job.json").read_text()) != said:
         (out / "job.json").unlink(missing_ok=True)
@@ -83,11 +84,10 @@ def trained(options, title: str, expert: str, until: tuple, seed: int, begin: tu
         if not same:
             begin_states(out / "policy" / policy.STATE, said)
             write_json(out / "begun.json", said)
-        settings = grpo.Settings(policy.room(length), expert=rule, **how)
         data = partial(train_tiny.draw, corpus, length=length, seed=seed, device="cpu")
         begin = begin and (unmask.load(begin[0] / "policy").requires_grad_(True), until[begin[1]])
         resume, begun = same and found(out / "policy" / policy.STATE) is not None, time.process_time()
-        policy.learn(net, layout, None, corpus, data, settings, until, seed, RATE, out, said, resume, begin)
+        policy.learn(net, layout, None, corpus, data, settings, until, seed, out, said, resume, begin)
         write_json(out / "seconds.json", time.process_time() - begun)
         write_json(out / "job.json", said)
     return out, said

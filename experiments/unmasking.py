@@ -6,7 +6,7 @@
 
 A policy learns from prompts of training stories. Of held-out stories some are for choosing, among heuristics and among
 a policy's temperatures, the others for what is said here. Text is greedy, as it is in training: what differs is which
-masks come off, and when. One policy of each seed imitates the heuristic that is best at the alpha shown; from there
+masks come off, and when. One policy of each seed imitates a heuristic, the best at an alpha (worlds.py); from there
 rewards alone make one that hurries, and from that one of each alpha. Leaves experiments/unmasking_WORLD/
 results.json (every seed, every number, the commit), curves.png and story.png.
 """
@@ -28,7 +28,7 @@ from experiments.worlds import WORLDS, heuristics, imitable_in, job_of
 from report import cli
 from report.cli import option
 
-SHOWN = 1           # the alpha whose best heuristic is imitated, and whose policy is scaled, blinded, timed
+SHOWN = 1           # the alpha whose policy is scaled, blinded, timed
 
 
 @dataclass
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
         chosen = shown(results)
         for rule, test in zip(chosen, pool.map(partial(look_at, options, "test"), [rule["rule"] for rule in chosen])):
             rule["test"] = test
-        expert = best_rule(results, SHOWN, imitable_in(world))
+        expert = best_rule(results, WORLDS[world].begin, imitable_in(world))
         first = list(pool.map(partial(imitated, options, expert), seeds))
         results["hurried"] = list(pool.map(partial(hurried, options, expert), seeds))
         alphas = sorted(WORLDS[world].alphas, key=lambda alpha: alpha != SHOWN)

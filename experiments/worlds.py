@@ -30,13 +30,14 @@ class World:
     alphas: tuple           # policies of each
     learning: dict          # how these are learned: grpo.Settings
     until: tuple            # updates after which they have imitated, hurried, and learned
+    begin: float = 1        # the alpha whose best heuristic they imitate
 
 
 WORLDS = {
     "blocks": World({**ANY, "block": 8}, 480, (2, 4, 8), (4,), (0, 0.3, 1, 3, 10),
                     grpo.IN_BLOCKS, (150, 350, 550)),
     "whole": World({**ANY, "block": 0, "context": "block"}, 1600, (8, 32, 96), (4, 8), (0.3, 1, 3, 10),
-                   grpo.OF_WHOLE_TEXTS, (80, 180, 280))}
+                   grpo.OF_WHOLE_TEXTS, (100, 220, 340), 0.3)}
 
 
 def job_of(name: str, quick: bool) -> Job:

@@ -119,6 +119,7 @@ class Settings:
     eps: float = 0.2                # (paper: 0.5 where no expert steers)
     inner: int = 2                  # gradient steps on the same texts
     clip: float = 0.2               # of the gradient's norm
+    rate: float = 0.003             # peak of the learning rate where it imitates; where rewards teach, a sixth
     expert: Callable | None = None  # a rule
     softened: float = 0.5           # what is left of the logits after imitation
     haste: float = 10               # alpha at first
@@ -127,7 +128,7 @@ class Settings:
 
 
 IN_BLOCKS = {"eps": 0.5}
-OF_WHOLE_TEXTS = {"eps": 0.2, "steered": True, "prompts": 4, "softened": 0.75}
+OF_WHOLE_TEXTS = {"eps": 0.2, "steered": True, "prompts": 8, "group": 4, "softened": 0.75, "rate": 0.002}
 
 
 def train(policy: Policy, write: Callable, quality: Callable, settings: Settings, optimizer, updates: range,

@@ -66,11 +66,11 @@ class Options:
     seed: int = option(0, "of everything that is drawn")
     alpha: float = option(1.0, "of --stage=policy: how much speed counts beside quality (paper: 10 to 0)")
     expert: str | None = option(None, "of --stage=policy: a rule that a third of the updates imitate; none: the "
-                                "student's own; of whole texts threshold:0.9, 8 tokens at a time, and then write along")
+                                "student's own; of whole texts leftmost:0.95, which goes on to write along")
     judge: str | None = option(None, "of --stage=policy, on text: the AR model that says what it is worth; none: the "
                                "run's own ar folder")
     policy_updates: int | None = option(None, "of --stage=policy, a third of them imitating, a third at alpha 10; 8 "
-                                        "texts of each of 8 prompts, of whole texts 4; none: 450, of whole texts 240")
+                                        "texts of each of 8 prompts, of whole ones 4; none: 450, of whole texts 330")
     device: str = option("auto", "auto: cuda, else mps, else cpu", ("auto", "cpu", "cuda", "mps"))
     compile: bool = option(False, "torch.compile the blocks")
     every: int = option(40, "updates between two saves, and between two looks at the held-out text")

@@ -78,7 +78,7 @@ def worth(corpus: Corpus, teacher, write: Callable) -> Callable:
 
 
 def learn(student, layout: Layout, teacher, corpus: Corpus, data: Callable, settings: Settings,
-          until: tuple[int, int, int], seed: int, lr: float, out: Path, header: dict, resume: bool,
+          until: tuple[int, int, int], seed: int, out: Path, header: dict, resume: bool,
           begin: tuple[unmask.Policy, int] | None = None, every: int = 20) -> None:
     """Leaves the policy in out/policy, the log beside it; with `resume` goes on from where that stopped. `until`: the
     updates after which it has imitated, hurried, and learned what its alpha asks for; `begin`: a policy, and the update
@@ -87,10 +87,10 @@ def learn(student, layout: Layout, teacher, corpus: Corpus, data: Callable, sett
     if not begin:
         policy.init_weights(torch.Generator().manual_seed(seed))
     state, log = out / "policy" / STATE, Log(out / "policy.jsonl", header, resume)
-    write, optimizer = writer(student, layout, data, settings, seed, corpus.tokenizer.eot), adam(policy, lr)
+    write, optimizer = writer(student, layout, data, settings, seed, corpus.tokenizer.eot), adam(policy, settings.rate)
     noted = load_state(state, policy, optimizer, header) if resume else begin_states(state, header)
     done, good, alike = max(noted["step"], first), worth(corpus, teacher, write), 0
-    for phase, how, updates, peak in phases(settings, until, lr):
+    for phase, how, updates, peak in phases(settings, until):
         left = range(max(done, updates.start), updates.stop)
         if left and left.start == updates.start:
             optimizer = adam(policy, peak)                  # gradients of the other phase were of other sizes
@@ -107,10 +107,10 @@ def learn(student, layout: Layout, teacher, corpus: Corpus, data: Callable, sett
                              "--alpha")
 
 
-def phases(settings: Settings, until: tuple[int, int, int], lr: float) -> list[tuple]:
+def phases(settings: Settings, until: tuple[int, int, int]) -> list[tuple]:
     """What is done, how, in which updates, and up to which rate."""
-    hurry, rate = replace(settings, alpha=max(settings.haste, settings.alpha)), lr / 6 if until[0] else lr
-    return [(imitate, settings, range(until[0]), lr), (train, hurry, range(*until[:2]), rate),
+    hurry, rate = replace(settings, alpha=max(settings.haste, settings.alpha)), settings.rate / (6 if until[0] else 1)
+    return [(imitate, settings, range(until[0]), settings.rate), (train, hurry, range(*until[:2]), rate),
             (train, settings, range(*until[1:]), rate)]
 
 
