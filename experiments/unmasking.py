@@ -1,7 +1,7 @@
 """What a learned unmasking policy is worth: beside every heuristic, in blocks and over whole texts (2512.09106).
 
     python -m experiments.unmasking --world=blocks      the story world, blocks of 8, three policies a kind: an hour
-    python -m experiments.unmasking --world=whole       the same, where the block is the text
+    python -m experiments.unmasking --world=whole       the same, where the block is the text: two hours
     python -m experiments.unmasking --quick             the plumbing, a minute
 
 A policy learns from prompts of training stories. Of held-out stories some are for choosing, among heuristics and among

@@ -45,7 +45,7 @@ def test_every_number_said_first_stands_again_below():
     first, _, rest = TEXT.partition("\n![A story, a row a forward")
     said, below = (" ".join(text.split()) for text in (first.partition("What came out")[2], rest))
     numbers = re.findall(r"\d+\.\d+(?: \(\d+\.\d+ to \d+\.\d+\))?", said)
-    assert len(numbers) == 16 and not [number for number in numbers if number not in below]
+    assert len(numbers) == 18 and not [number for number in numbers if number not in below]
 
 
 def test_every_function_named_is_there():
@@ -229,7 +229,7 @@ def test_what_is_said_of_a_light_model_inside_blocks_is_made_of_the_results():
 
 def test_what_is_said_of_learned_unmasking_is_made_of_the_results():
     results = json.loads((ROOT / "experiments/unmasking_blocks/results.json").read_text())
-    section = TEXT.partition("\n## Learned unmasking")[2].partition("\n## ")[0]
+    section = TEXT.partition("\n## Learned unmasking")[2].partition("\n**Over whole texts**")[0]
     tables = gains.table(results), gains.table_of_gains(results)
     assert all(table in section for table in tables) and f"{len(results['heuristics'])} heuristics" in section
     words, by = " ".join(section.rpartition("</details>")[2].split()), {row["policy"]: row for row in results["gains"]}
@@ -258,6 +258,41 @@ def test_what_is_said_of_learned_unmasking_is_made_of_the_results():
     assert f"from {usual[0]:.1f} to {slow[0]:.1f}, and" in words and slow[1] < usual[1] + 0.01
     fair, collapsed = ([step[2] for step in run["log"][-20:]] for run in results["collapse"])
     assert statistics.mean(fair) > 0.1 and max(collapsed) == 0
+
+
+def test_what_is_said_of_learned_unmasking_of_whole_texts_is_made_of_the_results():
+    results = json.loads((ROOT / "experiments/unmasking_whole/results.json").read_text())
+    section = TEXT.partition("\n**Over whole texts**")[2].partition("\n## ")[0]
+    tables = gains.table(results), gains.table_of_gains(results)
+    assert all(table in section for table in tables) and f"{len(results['heuristics'])} heuristics" in section
+    words, by = " ".join(section.rpartition("</details>")[2].split()), {row["policy"]: row for row in results["gains"]}
+    of = {name: {key: gains.interval(x) for key, x in row.items() if key != "policy"} for name, row in by.items()}
+    dominated = {name: gains.interval(x) for name, x in results["volumes"].items()}
+    for said in (f"at alpha 1 {of['alpha 1']['heuristics']} more", f"at 0.3 {of['alpha 0.3']['heuristics']}",
+                 f"at 3 {of['alpha 3']['heuristics']}", f"Not at 10: {of['alpha 10']['heuristics']}",
+                 f"at alpha 1 by {of['alpha 1']['reward']}, at 3 by {of['alpha 3']['reward']};",
+                 f"leftmost:0.95 is best, {of['alpha 0.3']['reward']}.",
+                 f"of thresholds alone, {of['alpha 1']['thresholds']}", f"of random rules {of['alpha 1']['random']}.",
+                 f"policies dominate {dominated['policies']} of it, all heuristics {dominated['heuristics']}, "
+                 f"the difference is {dominated['policies less heuristics']};",
+                 f"alone {dominated['thresholds']}, the difference {dominated['policies less thresholds']}.",
+                 f"shuffled {of['alpha 1']['shuffled']}", f"each {of['alpha 1']['mean']} of reward less"):
+        assert said in words, said
+    sooner, clock = results["choices"]["sooner"], results["costs"]["seconds a token"]
+    assert f"{sooner['a text']:.1f} slots" in words and f"with p above {sooner['sure'][2]:.2f}" in words
+    best = [hull.best_rule(results, alpha) for alpha in (0.3, 1, 3)]
+    assert best == ["leftmost:0.95 in 96", "eb:0.1 in 4, sliding", "eb:0.1 in 4, sliding"]
+    assert "thinks {:.2f} ms".format(1000 * results["costs"]["seconds of the policy a step"]) in words
+    fast = [f"{1000 * statistics.median(clock[name]):.2f}"
+            for name in ("policy", "leftmost:0.95 in 96", "threshold:0.9", "ar")]
+    assert "{} ms a token, leftmost:0.95 {}, threshold:0.9 {}, AR's loop {}.".format(*fast) in words
+    nfe = [statistics.mean(policy["looks"][""]["nfe"] for policy in hull.policies(results)[f"alpha {alpha}"])
+           for alpha in (0.3, 1, 3, 10)]
+    assert nfe == sorted(nfe, reverse=True) and f"from {nfe[0]:.1f} at 0.3 to {nfe[-1]:.1f} at 10" in words
+    shown = [policy["looks"] for policy in hull.policies(results)["alpha 1"]]
+    slow, usual = ([statistics.mean(looks[f"beta {beta}"][what] for looks in shown) for what in ("nfe", "valid")]
+                   for beta in (0.25, 1))
+    assert f"from {usual[0]:.1f} to {slow[0]:.1f}, and" in words and slow[1] < usual[1] + 0.01
 
 
 def test_what_is_said_of_quality_against_speed_is_made_of_the_results():
