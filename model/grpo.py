@@ -119,7 +119,7 @@ class Settings:
     eps: float = 0.2                # (paper: 0.5 where no expert steers)
     inner: int = 2                  # gradient steps on the same texts
     clip: float = 0.2               # of the gradient's norm
-    rate: float = 0.003             # peak of the learning rate where it imitates; where rewards teach, a sixth
+    rate: float = 0.003             # peak of the learning rate; where rewards teach after imitation, a sixth
     expert: Callable | None = None  # a rule
     softened: float = 0.5           # what is left of the logits after imitation
     haste: float = 10               # alpha at first
