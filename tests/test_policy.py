@@ -10,8 +10,10 @@ import opdlm
 import train_tiny
 from data import toy
 from data.corpus import story_world
+from experiments.worlds import WORLDS
 from model import hub, unmask
 from model.gpt import GPT, GPTConfig
+from model.grpo import Settings
 from model.masks import Layout
 from report import cli, policy
 
@@ -130,6 +132,23 @@ def test_text_is_judged_by_the_ar_model_that_is_named_or_lies_there(student, mon
         assert learn("--policy_updates=1", *flags) == 0
     there = [hub.load(name)[0].wte.weight for name in ("ar", "run/ar")]
     assert [torch.equal(net.wte.weight, weight) for net in asked for weight in there] == [True, False, False, True]
+
+
+@pytest.mark.parametrize("world", ["blocks", "whole"])
+def test_the_command_learns_with_what_was_measured(world, student, monkeypatch):
+    """The same settings as in experiments/unmasking_WORLD, of whole texts the same expert; --lr is another rate."""
+    asked = []
+    monkeypatch.setattr(policy, "learn", lambda *given: asked.append(given[5]))
+    if world == "whole":
+        hub.save("run/opdlm", hub.load("run/opdlm")[0], TOK, Layout(40, 1, 1), reveal="leftmost:0.9",
+                 confidence="largest")
+    assert learn() == learn("--lr=0.01", "--alpha=3") == 0
+    usual, other = asked
+    assert usual == Settings(policy.room(40), expert=usual.expert, **WORLDS[world].learning)
+    assert other == replace(usual, rate=0.01, alpha=3)
+    measured = json.loads((Path(__file__).parent.parent / f"experiments/unmasking_{world}/results.json").read_text())
+    wanted = measured["policies"][0]["expert"].partition(" in ")[0] if world == "whole" else "leftmost:0.9"
+    assert str(usual.expert) == wanted
 
 
 @pytest.mark.parametrize("expert", ["random:2", "ancestral:8", "eb:0.1"])
