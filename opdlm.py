@@ -1,298 +1,483 @@
-"""OPDLM: an autoregressive language model becomes a diffusion language model (arXiv 2606.06712), read downwards.
+"""OPDLM: turn an autoregressive (AR) language model into a diffusion language model (arXiv 2606.06712).
 
-The student is the teacher's copy under another attention mask. It writes a text, one block of masks after the other
-(1. rollout); of every block, one of the half-written states that it really visited is taken up again (2. states); the
-frozen teacher, who reads the finished text, says what should stand under the masks (3. target); the student, who sees
-the half-written block and the text before it, is moved there (4. loss, 5. step). With x0 the text, x_t the state, M its
-masks and q the target:
+The student is a copy of the teacher under another attention mask. Training repeats five parts, in the order
+of this file:
+
+    1. rollout   the student writes a text block by block, each block from all masks to none
+    2. state     every block is put back into one of the partially masked states that it passed through
+    3. target    the frozen teacher reads the finished text: one distribution per masked position
+    4. loss      the student reads the state and the text before the block: KL divergence from the target
+    5. step      backward pass, optimizer step
+
+With x0 the finished text, x_t the state, M its masked positions and q the target, the loss is
 
     L = E[ mean over i in M of KL( q_i || p_student( . | x0 before the block, x_t ) ) ]
 
-Letters: B rows, T positions, P prompt, R = T - P response, K block, V vocabulary, M masked slots, N places with a loss.
+Shapes: B rows, T positions, P prompt, R = T - P response, K block size, V vocabulary, M masked positions,
+N positions in the loss, S random numbers per position.
 """
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import masks, reveal
-from model.denoiser import Denoiser
-from model.draw import Warp, uniforms
+from decoding import reveal
+from decoding.denoiser import Denoiser
+from decoding.sampling import SamplingConfig, uniforms
+from model import masks
 from model.masks import Layout
 
-# 1. rollout: a text, block by block, each block from all masks to none ------------------------------------------------
+# 1. rollout: generate a text block by block -------------------------------------------------------
 
 @dataclass
-class Text:
-    """Finished text and how it came about: a whole denoising trajectory is two integer tensors, tokens and order."""
-    tokens: Tensor          # (B, T) prompt and response; behind the block of the first end-of-text, end-of-text
-    order: Tensor           # (B, T) the step of its block, from 0, that revealed a slot; more: none did; -1: no slot
-    kept: Tensor            # (B, T) bool: the response up to its first end-of-text, included
-    forwards: Tensor        # (B,) passes of the network a row has paid for, prefill and commits included
-    positions: Tensor       # (B,) positions pushed through it
+class Rollout:
+    """A finished text and its denoising trajectory, which two integer tensors hold: `tokens` and `order`."""
+    tokens: Tensor          # (B, T) prompt and response, padded with end-of-text
+    order: Tensor           # (B, T) step of its block that revealed a position; -1 where nothing was revealed
+    response_mask: Tensor   # (B, T) bool: the response, up to and including its first end-of-text
+    forwards: Tensor        # (B,) forward passes spent on a row, prefill and commits included
+    positions: Tensor       # (B,) positions processed in these passes
+
+
+class PlainDenoiser:
+    """The simplest denoiser: every step is one forward pass over the whole text, without a cache.
+
+    decoding/denoiser.py has its cached twin, with the same logits and less work.
+    """
+
+    def __init__(self, net, layout: Layout):
+        self.net = net
+        self.layout = layout
+        self.mask_id = net.mask_id
+
+    def reset(self, prompt_len: Tensor, end: Tensor) -> None:
+        """Start new rows. `prompt_len`, `end` (B,): where each response begins and where it must stop."""
+        self.prompt_len = prompt_len
+        self.end = end
+        self.forwards = torch.zeros_like(prompt_len)
+        self.positions = torch.zeros_like(prompt_len)
+
+    def __call__(self, tokens: Tensor, start: Tensor, masked: Tensor) -> Tensor:
+        """(B, K, V) logits of positions start .. start + K - 1 of `tokens` (B, T), valid where `masked`."""
+        T = int(self.end.max())
+        B, K = masked.shape
+        position = torch.arange(T, device=tokens.device).expand(B, T)
+        in_block = position >= start[:, None]  # (B, T); positions after the block are never attended to
+        mask = masks.sampler_mask(position, in_block, self.prompt_len, self.end, self.layout, T)
+        logits = self.net(tokens[:, :T], mask, position).view(B, T, -1)
+
+        active = masked.any(1)
+        self.forwards = self.forwards + active
+        self.positions = self.positions + active * T
+
+        slot = torch.arange(K, device=tokens.device)
+        source = start[:, None] + slot - self.layout.logit_shift  # (B, K) where a position's logits are read
+        source = source.clamp(max=T - 1)[..., None]
+        return logits.gather(1, source.expand(-1, -1, logits.size(-1)))
 
 
 @torch.no_grad()
-def rollout(denoiser: Denoiser, prompt: Tensor, length: int, rule: reveal.Rule, u: Tensor, eot: int,
-            warp: Warp = Warp(), prompt_len: Tensor | None = None) -> Text:
-    """Write up to `length` tokens after each row of `prompt` (B, P), until an end-of-text.
+def rollout(denoiser: Denoiser | PlainDenoiser, prompt: Tensor, length: int, rule: reveal.Rule, u: Tensor,
+            eot: int, sampling: SamplingConfig = SamplingConfig(),
+            prompt_len: Tensor | None = None) -> Rollout:
+    """Generate up to `length` tokens after each row of `prompt` (B, P), until an end-of-text token.
 
-    `u` (B, P + length, S): one uniform number a position (S = 1), or S of them, of which each step takes the next (the
-    paper's redraws), and behind them what the rule rolls. `warp`: from probabilities to those that are drawn from.
-    `prompt_len` (B,): where prompts end, if some are shorter than P; their responses follow at once.
+    `rule` decides which masked positions are revealed at a step (decoding/reveal.py). `u` (B, P + length, S)
+    holds uniform random numbers, S per position: those that sample its token (one, or one per step for rules
+    that sample anew at each step), then those that the rule itself uses. `sampling` is temperature, top-k and
+    top-p. `prompt_len` (B,) gives the prompts' lengths where they differ.
     """
-    (B, P), K, device = prompt.shape, denoiser.layout.block, prompt.device
-    cap, draws, row = rule.steps(K), u.size(2) - rule.rolls, torch.arange(B, device=device)[:, None]
-    start = torch.full((B,), P, device=device) if prompt_len is None else prompt_len   # (B,) where a row's block begins
-    begin, end, step = start, start + length, torch.zeros_like(start)
-    tokens = F.pad(prompt, (0, length + K), value=denoiser.mask_id)                 # + K: a block may hang over the end
-    tokens = tokens.masked_fill(torch.arange(P + length + K, device=device) >= begin[:, None], denoiser.mask_id)
-    order, slot, u = torch.full_like(tokens, -1), torch.arange(K, device=device), F.pad(u, (0, 0, 0, K))
-    denoiser.open(begin, end)
+    B, P = prompt.shape
+    K = denoiser.layout.block
+    device = prompt.device
+    max_steps = rule.steps(K)  # the last of them reveals all that is still masked
+    num_samples = u.size(2) - rule.rolls  # random numbers per position that sample tokens
+    row = torch.arange(B, device=device)[:, None]                # (B, 1) for indexing
+    slot = torch.arange(K, device=device)                        # (K,) positions within a block
+    if prompt_len is None:
+        prompt_len = torch.full((B,), P, device=device)
+    end = prompt_len + length                                    # (B,)
+
+  # The canvas: everything after the prompt is MASK. K extra positions, since the last block may overhang.
+    tokens = F.pad(prompt, (0, length + K), value=denoiser.mask_id)
+    position = torch.arange(tokens.size(1), device=device)
+    tokens = tokens.masked_fill(position >= prompt_len[:, None], denoiser.mask_id)
+    order = torch.full_like(tokens, -1)
+    u = F.pad(u, (0, 0, 0, K))
+
+    start = prompt_len  # (B,) where the current block of each row begins
+    step = torch.zeros_like(start)  # (B,) denoising steps taken in this block
+    denoiser.reset(prompt_len, end)
     while (start < end).any():
-        here = start[:, None] + slot                                             # (B, K) positions of each row's block
-        block, inside = tokens.gather(1, here), here < end[:, None]
+        index = start[:, None] + slot  # (B, K) absolute positions of the current block
+        inside = index < end[:, None]
+        block = tokens.gather(1, index)
         masked = (block == denoiser.mask_id) & inside
-        probs = denoiser(tokens, start, masked)[masked].float().softmax(-1)              # (M, V)
-        number = u[row, here, step.clamp(max=draws - 1)[:, None]]                        # (B, K)
-        drawn = warp.draw(probs, number[masked])                                         # (M,)
-        sure = torch.zeros_like(number).masked_scatter(masked, rule.confidence(probs, drawn))
-        show = rule(sure, masked, step, u[row, here]) | masked & (step == cap - 1)[:, None]  # the last takes the rest
-        block = torch.where(show, block.masked_scatter(masked, drawn), block)
-        tokens = tokens.scatter(1, here, block)
-        order = order.scatter(1, here, torch.where(show, step[:, None], order.gather(1, here).masked_fill(masked, cap)))
-        start, step = advance(masked & ~show, (block == eot) & inside, start, end, step)
-    tokens = tokens[:, :-K].masked_fill(tokens[:, :-K] == denoiser.mask_id, eot)    # masks are left behind the end only
-    return Text(tokens, order[:, :-K], kept(tokens, begin, end, eot), denoiser.forwards, denoiser.positions)
+
+        # Predict and sample a token for every masked position.
+        logits = denoiser(tokens, start, masked)                 # (B, K, V)
+        probs = logits[masked].float().softmax(-1)               # (M, V)
+        nth_sample = step.clamp(max=num_samples - 1)
+        u_token = u[row, index, nth_sample[:, None]]             # (B, K)
+        sampled = sampling.sample(probs, u_token[masked])        # (M,)
+
+        # Choose which of them are revealed.
+        confidence = torch.zeros_like(u_token)
+        confidence[masked] = rule.confidence(probs, sampled)
+        revealed = rule(confidence, masked, step, u[row, index])
+        is_last_step = step == max_steps - 1
+        revealed = revealed | (masked & is_last_step[:, None])
+
+        # Write them, and note at which step.
+        proposal = block.masked_scatter(masked, sampled)
+        block = torch.where(revealed, proposal, block)
+        tokens = tokens.scatter(1, index, block)
+        block_order = order.gather(1, index)
+        block_order = torch.where(masked, max_steps, block_order)  # max_steps: not revealed so far
+        block_order = torch.where(revealed, step[:, None], block_order)
+        order = order.scatter(1, index, block_order)
+
+        # Go to the next block once no mask is left; stop once an end-of-text has no mask before it.
+        still_masked = masked & ~revealed
+        is_eot = (block == eot) & inside
+        no_mask_before = still_masked.cumsum(1) == 0
+        text_done = (is_eot & no_mask_before).any(1)             # (B,)
+        block_done = ~still_masked.any(1)
+        start = torch.where(block_done, start + K, start).minimum(end)
+        start = torch.where(text_done, end, start)
+        step = torch.where(block_done, 0, step + 1)
+
+    tokens = tokens[:, :-K]
+    tokens = tokens.masked_fill(tokens == denoiser.mask_id, eot)  # masks remain only after the end of a text
+    response_mask = find_response(tokens, prompt_len, end, eot)
+    return Rollout(tokens, order[:, :-K], response_mask, denoiser.forwards, denoiser.positions)
 
 
-def advance(masked: Tensor, ends: Tensor, start: Tensor, end: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-    """(B,) twice: where each row's block begins now, and its step: the same block, the next, or once an end-of-text has
-    no mask before it, the end. `masked` and `ends`, where an end-of-text is, (B, K) are of the block just worked on."""
-    over, full = (ends & (masked.cumsum(1) == 0)).any(1), ~masked.any(1)
-    start = torch.where(over, end, (start + masked.size(1) * full).minimum(end))
-    return start, torch.where(full, 0, step + 1)
-
-
-def kept(tokens: Tensor, begin: Tensor, end: Tensor, eot: int) -> Tensor:
-    """(B, T): the response, begin <= position < end, up to its first end-of-text."""
+def find_response(tokens: Tensor, prompt_len: Tensor, end: Tensor, eot: int) -> Tensor:
+    """(B, T) bool: positions from prompt_len to end, up to and including the first end-of-text among them."""
     position = torch.arange(tokens.size(1), device=tokens.device)
-    response = (position >= begin[:, None]) & (position < end[:, None])
-    ends = (tokens == eot) & response
-    return response & (ends.cumsum(1) - ends.long() == 0)
+    response = (position >= prompt_len[:, None]) & (position < end[:, None])
+    is_eot = (tokens == eot) & response
+    eots_before = is_eot.cumsum(1) - is_eot.long()
+    return response & (eots_before == 0)
 
 
-# The three texts to learn from. Each gets rows (B, T), tokens of training stories, of which the first P are the prompt.
-def student_text(student, teacher, rows: Tensor, P: int, R: int, u: Tensor, recipe: "Recipe") -> Text:
-    """The student's own: the paper's."""
-    return rollout(Denoiser(student, recipe.layout), rows[:, :P], R, recipe.rule, u, recipe.eot)
+# Three sources of text. Each takes `texts` (B, T), training texts whose first P tokens are the prompt.
+
+def student_text(student, teacher, texts: Tensor, P: int, R: int, u: Tensor, recipe: "Recipe") -> Rollout:
+    """Written by the student itself: on-policy, as in the paper."""
+    return rollout(Denoiser(student, recipe.layout), texts[:, :P], R, recipe.rule, u, recipe.eot)
 
 
-def teacher_text(student, teacher, rows: Tensor, P: int, R: int, u: Tensor, recipe: "Recipe") -> Text:
-    """The frozen AR model's."""
-    return rollout(Denoiser(teacher, masks.AR), rows[:, :P], R, reveal.parse("static:1"), u, recipe.eot)
+def teacher_text(student, teacher, texts: Tensor, P: int, R: int, u: Tensor, recipe: "Recipe") -> Rollout:
+    """Written by the frozen AR teacher, one token at a time."""
+    return rollout(Denoiser(teacher, masks.AR), texts[:, :P], R, reveal.parse("static:1"), u, recipe.eot)
 
 
-def data_text(student, teacher, rows: Tensor, P: int, R: int, u: Tensor, recipe: "Recipe") -> Text:
-    """A story's. What follows its end is end-of-text; a model whose block is the whole text has to learn that too."""
-    tokens, begin = rows[:, :P + R], torch.full((len(rows),), P, device=rows.device)
-    keep, free = kept(tokens, begin, begin + R, recipe.eot), torch.zeros_like(begin)
-    response = torch.arange(P + R, device=rows.device) >= P                              # (T,)
-    tokens = torch.where(keep | ~response, tokens, recipe.eot)
-    return Text(tokens, torch.full_like(tokens, -1), keep | response & (recipe.layout.block > R), free, free)
+def data_text(student, teacher, texts: Tensor, P: int, R: int, u: Tensor, recipe: "Recipe") -> Rollout:
+    """The training text, padded with end-of-text. Nothing was denoised, so `order` is -1 everywhere."""
+    tokens = texts[:, :P + R]
+    prompt_len = torch.full((len(texts),), P, device=texts.device)
+    response_mask = find_response(tokens, prompt_len, prompt_len + R, recipe.eot)
+    in_response = torch.arange(P + R, device=texts.device) >= P
+    tokens = torch.where(in_response & ~response_mask, recipe.eot, tokens)
+    if recipe.layout.block > R:  # a full-sequence model also has to learn the padding
+        response_mask = response_mask | in_response
+    no_cost = torch.zeros_like(prompt_len)
+    return Rollout(tokens, torch.full_like(tokens, -1), response_mask, no_cost, no_cost)
 
 
-# 2. states: which slots of a finished text are masked again -----------------------------------------------------------
-# Each takes order, kept (B, R) and u (B, R, 2) and gives masked (B, R); a block's own number is that of its first slot.
+# 2. state: which positions of the finished text are masked again ----------------------------------
+# Each function takes order, response_mask (B, R), u (B, R, 2) and the block size; it returns masked (B, R).
 
-def in_blocks(x: Tensor, block: int, fill) -> Tensor:
-    """(B, R, ...) -> (B, blocks, K, ...), the last block filled up."""
-    return F.pad(x, (0, 0) * (x.dim() - 2) + (0, -x.size(1) % block), value=fill).unflatten(1, (-1, block))
+def split_blocks(x: Tensor, block: int, fill) -> Tensor:
+    """(B, R, ...) -> (B, blocks, K, ...); the last block is padded with `fill`."""
+    missing = -x.size(1) % block
+    padding = (0, 0) * (x.dim() - 2) + (0, missing)  # F.pad starts with the last dimension
+    return F.pad(x, padding, value=fill).unflatten(1, (-1, block))
 
 
-def out_of_blocks(x: Tensor, length: int) -> Tensor:
-    """(B, blocks, K) -> (B, R)."""
+def join_blocks(x: Tensor, length: int) -> Tensor:
+    """(B, blocks, K) -> (B, R), without the padding."""
     return x.flatten(1, 2)[:, :length]
 
 
-def visited(order: Tensor, kept: Tensor, u: Tensor, block: int) -> Tensor:
-    """One of the block's own states, uniformly over those that have a masked slot with a loss (paper section 4.2)."""
-    step = in_blocks(order, block, -1)                                                   # (B, blocks, K)
-    states = step.masked_fill(~in_blocks(kept, block, False), -1).amax(-1, keepdim=True) + 1
-    k = (in_blocks(u, block, 0.0)[:, :, :1, 0] * states).long()                          # (B, blocks, 1)
-    return out_of_blocks(step >= k, order.size(1))
+def per_block(u: Tensor, block: int) -> Tensor:
+    """(B, blocks, 1): one random number per block, the first one of its first position."""
+    return split_blocks(u, block, 0.0)[:, :, :1, 0]
 
 
-def random(order: Tensor, kept: Tensor, u: Tensor, block: int) -> Tensor:
-    """n random slots, n uniform over 1 .. K. Weighted by K / n this is, exactly and with less noise, masked diffusion's
-    bound, which draws t uniformly, masks each slot with probability t and weights it by 1 / t."""
-    real, number = in_blocks(torch.ones_like(kept), block, False), in_blocks(u, block, 0.0)
-    n = 1 + (number[:, :, :1, 0] * real.sum(-1, keepdim=True)).long()                    # (B, blocks, 1)
-    rank = number[..., 1].masked_fill(~real, 2.0).argsort(-1).argsort(-1)                # (B, blocks, K)
-    return out_of_blocks(rank < n, order.size(1))
+def visited(order: Tensor, response_mask: Tensor, u: Tensor, block: int) -> Tensor:
+    """One of the states that the block passed through, chosen uniformly (paper, section 4.2).
+
+    State k of a block is what the student saw at denoising step k: all positions with order >= k are masked.
+    Chosen are only states with at least one masked position in the response.
+    """
+    order_in_block = split_blocks(order, block, -1)                          # (B, blocks, K)
+    in_response = split_blocks(response_mask, block, False)
+    last_step = order_in_block.masked_fill(~in_response, -1).amax(-1, keepdim=True)
+    num_states = last_step + 1                                               # (B, blocks, 1)
+    k = (per_block(u, block) * num_states).long()
+    return join_blocks(order_in_block >= k, order.size(1))
 
 
-def prefix(order: Tensor, kept: Tensor, u: Tensor, block: int) -> Tensor:
-    """All but a left part of the block, of any length that leaves a loss: nothing right of a mask is shown."""
-    shown = in_blocks(u, block, 0.0)[:, :, :1, 0] * in_blocks(kept, block, False).sum(-1, keepdim=True)
-    return out_of_blocks(torch.arange(block, device=order.device) >= shown.long(), order.size(1))
+def random_mask(order: Tensor, response_mask: Tensor, u: Tensor, block: int) -> Tensor:
+    """n random positions of each block, n uniform over 1 .. K.
+
+    With loss weight K / n this is an unbiased estimate of the masked-diffusion bound, which draws t
+    uniformly, masks each position with probability t and weights the loss by 1 / t; its variance is lower.
+    """
+    is_real = split_blocks(torch.ones_like(response_mask), block, False)     # False in the padding
+    size = is_real.sum(-1, keepdim=True)
+    n = 1 + (per_block(u, block) * size).long()                              # (B, blocks, 1)
+    score = split_blocks(u, block, 0.0)[..., 1]                              # (B, blocks, K)
+    score = score.masked_fill(~is_real, 2.0)  # above every random number: ranked last
+    rank = score.argsort(-1).argsort(-1)
+    return join_blocks(rank < n, order.size(1))
 
 
-# 3. target: what should stand under the masks -------------------------------------------------------------------------
+def prefix_shown(order: Tensor, response_mask: Tensor, u: Tensor, block: int) -> Tensor:
+    """A random left part of each block is shown, the rest is masked: the states of left-to-right decoding."""
+    num_response = split_blocks(response_mask, block, False).sum(-1, keepdim=True)
+    num_shown = (per_block(u, block) * num_response).long()                  # (B, blocks, 1)
+    slot = torch.arange(block, device=order.device)
+    return join_blocks(slot >= num_shown, order.size(1))
+
+
+# 3. target: the distribution that the student should have at a masked position --------------------
+# Each function takes the finished tokens (B, T) and N positions as (rows, position); it returns (N, V).
 
 @torch.no_grad()
-def teacher_probs(teacher, tokens: Tensor, rows: Tensor, at: Tensor) -> Tensor:
-    """(N, V): one causal pass over the finished text; its logits at position i - 1 are about the token at i."""
-    return teacher(tokens, read=rows * tokens.size(1) + at - 1).float().softmax(-1)
+def teacher_probs(teacher, tokens: Tensor, rows: Tensor, position: Tensor) -> Tensor:
+    """The teacher's distributions, from one causal pass over the finished text.
 
-
-def one_hot(teacher, tokens: Tensor, rows: Tensor, at: Tensor) -> Tensor:
-    """(N, V): the text itself."""
-    return F.one_hot(tokens[rows, at], teacher.config.vocab).float()
-
-
-# 4. loss --------------------------------------------------------------------------------------------------------------
-
-def student_logits(student, tokens: Tensor, noisy: Tensor, P: int, layout: Layout, rows: Tensor, at: Tensor,
-                   head: Callable = F.linear, ar_places: int = 0) -> Tensor:
-    """(N, V): the logits about positions `at` of `rows`, in one pass over [clean text | noisy response].
-
-    Logits about a slot stand `shift` before it: in the noisy stream if that is in its block, else in the clean one. The
-    last `ar_places` of the N are all read in the clean one, where a causal student is an AR model.
+    An AR model's logits at position i - 1 predict the token at position i.
     """
-    T, device = tokens.size(1), tokens.device
-    C = T if ar_places else T - 1 - (T - P - 1) % layout.block           # nobody looks at the last block's clean text
-    position = torch.cat([torch.arange(C, device=device), torch.arange(P, T, device=device)])     # (C + R,)
-    mask = masks.two_stream(T, P, layout, device, C)                                     # (C + R, C + R)
-    source = at - layout.shift
-    inside = masks.block_of(source, P, layout.block) == masks.block_of(at, P, layout.block)
-    place = torch.where(inside & (torch.arange(len(at), device=device) < len(at) - ar_places), C + source - P, source)
-    return student(torch.cat([tokens[:, :C], noisy], 1), mask, position, rows * len(position) + place, head=head)
+    read = rows * tokens.size(1) + position - 1                  # (N,) flat indices into B * T
+    return teacher(tokens, read=read).float().softmax(-1)
+
+
+def one_hot(teacher, tokens: Tensor, rows: Tensor, position: Tensor) -> Tensor:
+    """All probability on the token of the text: the loss becomes cross-entropy."""
+    return F.one_hot(tokens[rows, position], teacher.config.vocab).float()
+
+
+# 4. loss ------------------------------------------------------------------------------------------
+
+def student_logits(student, tokens: Tensor, noisy: Tensor, P: int, layout: Layout, rows: Tensor,
+                   position: Tensor, head: Callable = F.linear) -> Tensor:
+    """(N, V) logits of N positions, given as (rows, position): one pass over [clean text | noisy response].
+
+    `tokens` (B, T) is the finished text, `noisy` (B, R) the response with its masks. A noisy block attends to
+    itself and to the clean text before it, which is what the sampler saw (model/masks.py, training_mask).
+    """
+    T = tokens.size(1)
+    K = layout.block
+    device = tokens.device
+    last_block = (T - P - 1) % K + 1
+    C = T - last_block  # no block attends to the clean text of the last one
+    clean_position = torch.arange(C, device=device)
+    noisy_position = torch.arange(P, T, device=device)
+    both = torch.cat([clean_position, noisy_position])           # (C + R,)
+    mask = masks.training_mask(T, P, layout, device, C)          # (C + R, C + R)
+
+    # Logits are read `logit_shift` before their position: in the noisy stream if that is in the same block,
+    # else in the clean stream.
+    source = position - layout.logit_shift
+    same_block = masks.block_of(source, P, K) == masks.block_of(position, P, K)
+    column = torch.where(same_block, C + source - P, source)     # (N,) index into C + R
+    read = rows * (C + len(noisy_position)) + column
+    return student(torch.cat([tokens[:, :C], noisy], 1), mask, both, read, head=head)
 
 
 def distill_loss(target: Tensor, logits: Tensor) -> Tensor:
-    """(N,) nats: forward KL from `target` (N, V), probabilities, to the softmax of `logits` (N, V), in fp32."""
-    return torch.xlogy(target, target).sum(-1) - (target * logits.float().log_softmax(-1)).sum(-1)
+    """(N,) nats: forward KL from `target` (N, V), probabilities, to the softmax of `logits` (N, V)."""
+    log_probs = logits.float().log_softmax(-1)
+    negative_entropy = torch.xlogy(target, target).sum(-1)
+    cross_entropy = -(target * log_probs).sum(-1)
+    return negative_entropy + cross_entropy
 
 
-# Weights take masked, kept (B, R) and the block, and give (B, R), 0 where there is no loss.
-def mean_of_masked(masked: Tensor, kept: Tensor, block: int) -> Tensor:
-    """Each row is the mean over its places with a loss (paper)."""
-    return parts((masked & kept).float())
+# Loss weights. Each function takes masked and response_mask (B, R) and the block size, and returns (B, R).
+
+def mean_of_masked(masked: Tensor, response_mask: Tensor, block: int) -> Tensor:
+    """The mean over a row's masked positions, as in the paper."""
+    return normalize_rows((masked & response_mask).float())
 
 
-def first_most(masked: Tensor, kept: Tensor, block: int) -> Tensor:
-    """That mean, a block's first masked slot counting 8 times: the leftmost rule always draws there, and only there is
-    all that the teacher has read visible to the student too."""
-    nth = out_of_blocks(in_blocks(masked, block, False).cumsum(-1), masked.size(1))
-    return parts((masked & kept) * torch.where(nth == 1, 8.0, 1.0))
+def first_masked_x8(masked: Tensor, response_mask: Tensor, block: int) -> Tensor:
+    """That mean, with the first masked position of every block counted 8 times.
+
+    A left-to-right rule always reveals that position, and only there do student and teacher see the same
+    context.
+    """
+    masked_so_far = split_blocks(masked, block, False).cumsum(-1)
+    nth = join_blocks(masked_so_far, masked.size(1))  # (B, R) 1 at the first masked position of a block
+    count = torch.where(nth == 1, 8.0, 1.0)
+    return normalize_rows((masked & response_mask) * count)
 
 
-def inverse_share(masked: Tensor, kept: Tensor, block: int) -> Tensor:
-    """1 / t, t a block's masked share, per token of the row (BD3LM, SDAR): a bound on the text's nats."""
-    count, size = (in_blocks(x, block, False).sum(-1, keepdim=True) for x in (masked, torch.ones_like(masked)))
-    t = out_of_blocks((count / size).expand(-1, -1, block), masked.size(1))              # (B, R)
-    return (masked & kept) / t.clamp(min=1e-6) / kept.sum(1, keepdim=True).clamp(min=1)
+def inverse_t(masked: Tensor, response_mask: Tensor, block: int) -> Tensor:
+    """1 / t per response token, t the masked share of the block (BD3LM, SDAR): a bound on the text's NLL."""
+    num_masked = split_blocks(masked, block, False).sum(-1, keepdim=True)    # (B, blocks, 1)
+    size = split_blocks(torch.ones_like(masked), block, False).sum(-1, keepdim=True)
+    t = (num_masked / size).expand(-1, -1, block)
+    t = join_blocks(t, masked.size(1)).clamp(min=1e-6)                       # (B, R)
+    num_tokens = response_mask.sum(1, keepdim=True).clamp(min=1)
+    return (masked & response_mask) / t / num_tokens
 
 
-def parts(x: Tensor) -> Tensor:
-    """(B, R), each row divided by its sum; a row of zeros stays."""
+def normalize_rows(x: Tensor) -> Tensor:
+    """(B, R): each row divided by its sum; a row of zeros stays zero."""
     return x / x.sum(1, keepdim=True).clamp(min=1)
 
 
-# 5. step: one equation, and the dials that make the papers' methods of it ---------------------------------------------
+def clean_loss(student, teacher, tokens: Tensor, response_mask: Tensor, P: int,
+               recipe: "Recipe") -> tuple[Tensor, int]:
+    """The student's loss as an AR model, from a plain causal pass: the mean over each row, summed over rows.
 
-TEXTS = {"student": student_text, "teacher": teacher_text, "data": data_text}
-STATES = {"visited": visited, "random": random, "prefix": prefix}
+    It keeps the student a good AR model, which self-speculative decoding relies on. The second value is the
+    number of positions in the loss.
+    """
+    rows, slots = response_mask.nonzero(as_tuple=True)
+    position = slots + P
+    read = rows * tokens.size(1) + position - 1
+    target = recipe.target(teacher, tokens, rows, position)                  # (N, V)
+    logits = student(tokens, read=read, head=recipe.head)
+    weight = normalize_rows(response_mask.float())[response_mask]
+    loss = (recipe.divergence(target, logits) * weight).sum()
+    return loss, len(rows)
+
+
+# 5. step: one equation; its dials give the methods of several papers ------------------------------
+
+SOURCES = {"student": student_text, "teacher": teacher_text, "data": data_text}
+STATES = {"visited": visited, "random": random_mask, "prefix": prefix_shown}
 TARGETS = {"teacher": teacher_probs, "onehot": one_hot}
-WEIGHTS = {"mean": mean_of_masked, "first": first_most, "1/t": inverse_share}
-METHODS = {                       # text x0, states x_t, target q, weight
+WEIGHTS = {"mean": mean_of_masked, "first": first_masked_x8, "1/t": inverse_t}
+METHODS = {                       # source of x0, states x_t, target q, weight
     "opdlm": ("student", "visited", "teacher", "mean"),
     "opdlm-off": ("student", "random", "teacher", "mean"),
     "kd": ("teacher", "random", "teacher", "mean"),
     "sft": ("teacher", "random", "onehot", "mean"),
     "sdar": ("data", "random", "onehot", "1/t"),
 }
-ROLLOUT, STATE, PROMPT, DATA = 1, 2, 3, 4   # the streams of uniform numbers; 0 is the sampler's
+ROLLOUT, STATE, PROMPT, DATA = 1, 2, 3, 4  # streams of random numbers; stream 0 belongs to the sampler
 
 
 @dataclass
 class Recipe:
-    """What a conversion is made of. The first four are the dials; their values are the functions above."""
-    text: Callable
-    states: Callable
+    """The configuration of a conversion. The first four fields, the dials, are functions of this file."""
+    source: Callable                            # who writes the text x0
+    states: Callable                            # which positions are masked again
     target: Callable
     weight: Callable
     layout: Layout
-    eot: int                                    # id of end-of-text
-    rule: reveal.Rule = reveal.parse("leftmost:0.98")
-    batch: int = 16                             # rows of one update, over all processes
-    share: Callable = lambda numbers: numbers   # those of a range of rows that are worked on in this process
-    passes: int = 1                             # forwards and backwards, one after the other, that an update is made of
-    updates: int = 1                            # updates per rollout (paper: 16)
-    prompt: int = 16                            # longest prompt, tokens; a batch's is drawn from 1 .. this
+    eot: int                                    # id of the end-of-text token
+    rule: reveal.Rule = reveal.parse("leftmost:0.98")   # the reveal rule of rollouts
+    batch: int = 16                             # rows per update, summed over all processes
+    shard_rows: Callable = lambda rows: rows  # the part of a range of rows that this process works on
+    grad_accum: int = 1                         # gradient accumulation steps per update
+    updates_per_rollout: int = 1                # (paper: 16)
+    max_prompt: int = 16  # prompt lengths are uniform over 1 .. max_prompt tokens
     seed: int = 0
-    clean_weight: float = 0.0                   # of the same loss once more, of the student as an AR model
-    divergence: Callable = distill_loss         # from target to student, at each place
-    head: Callable = F.linear                   # the student's last step; model/loss.py: all three without (N, V)
-    show: Callable = repr                       # ids as text, for a debugger: p recipe.show(noisy[0])
+    clean_weight: float = 0.0                   # weight of clean_loss
+    divergence: Callable = distill_loss         # from target to student, per position
+    head: Callable = F.linear  # the student's output layer; training/chunked_kl.py has a lean one
+    show: Callable = repr  # token ids as text, for a debugger: p recipe.show(noisy[0])
 
     def __post_init__(self):
-        if self.states is visited and self.text is not student_text:
-            raise ValueError("states=visited needs text=student, as nobody denoised the others: take random or prefix")
-        if self.clean_weight and (self.layout.clean_block, self.layout.shift) != (1, 1):
-            raise ValueError("--clean_weight needs --align=ar --context=causal: else the student is no AR model")
+        if self.states is visited and self.source is not student_text:
+            raise ValueError("states=visited needs source=student: only the student's rollouts have "
+                             "denoising states; use states=random or states=prefix")
+        if self.clean_weight and (self.layout.context_block, self.layout.logit_shift) != (1, 1):
+            raise ValueError("--clean_weight needs --align=ar --context=causal: otherwise the student is not "
+                             "an AR model")
 
 
-def train_step(student, teacher, text: Text, P: int, u: Tensor, recipe: Recipe, optimizer) -> dict:
-    """A forward and a backward on `text` (B, T), whose responses begin at P; `u` (B, T, 2) picks the states."""
-    optimizer.zero_grad(set_to_none=True)                                 # here, to make room for the activations
-    tokens, response = text.tokens, text.kept[:, P:]                                     # (B, T), (B, R)
-    masked = recipe.states(text.order[:, P:], response, u[:, P:], recipe.layout.block)   # (B, R)
-    noisy = tokens[:, P:].masked_fill(masked, student.mask_id)                           # (B, R) x_t
-    loss_at, again = masked & response, response & bool(recipe.clean_weight)             # (B, R) twice
-    rows, slots = torch.cat([loss_at.nonzero(), again.nonzero()]).unbind(1)              # (N,) twice
-    target = recipe.target(teacher, tokens, rows, slots + P)                             # (N, V)
-    logits = student_logits(student, tokens, noisy, P, recipe.layout, rows, slots + P, recipe.head, int(again.sum()))
-    kl = recipe.divergence(target, logits)                                               # (N,)
-    weight = recipe.weight(masked, response, recipe.layout.block)[loss_at]
-    weight = torch.cat([weight, recipe.clean_weight * parts(again.float())[again]])      # (N,)
-    loss = (kl * weight).sum() / recipe.batch
+def train_step(student, teacher, text: Rollout, P: int, u: Tensor, recipe: Recipe, optimizer) -> dict:
+    """One forward and backward pass on a text whose response begins at P; `u` (B, T, 2) picks the states."""
+    optimizer.zero_grad(set_to_none=True)  # at the beginning, to free memory for the activations
+    tokens = text.tokens                                                     # (B, T)
+    response_mask = text.response_mask[:, P:]                                # (B, R)
+    masked = recipe.states(text.order[:, P:], response_mask, u[:, P:], recipe.layout.block)
+    noisy = tokens[:, P:].masked_fill(masked, student.mask_id)               # (B, R) x_t
+
+    in_loss = masked & response_mask                                         # (B, R)
+    rows, slots = in_loss.nonzero(as_tuple=True)                             # (N,) each
+    position = slots + P
+    target = recipe.target(teacher, tokens, rows, position)                  # (N, V)
+    logits = student_logits(student, tokens, noisy, P, recipe.layout, rows, position, recipe.head)
+    kl = recipe.divergence(target, logits)                                   # (N,)
+    weight = recipe.weight(masked, response_mask, recipe.layout.block)[in_loss]
+    loss = (kl * weight).sum()
+    num_clean = 0
+    if recipe.clean_weight:
+        clean, num_clean = clean_loss(student, teacher, tokens, response_mask, P, recipe)
+        loss = loss + recipe.clean_weight * clean
+    loss = loss / recipe.batch
     loss.backward()
     optimizer.step()
-    M, count = int(loss_at.sum()), int(response.sum())
-    said = -target.gather(1, tokens[rows, slots + P][:, None])[:M].log().mean()      # nats of the text, where masked
-    return {"loss": loss.item(), "kl": kl[:M].mean().item(), "text_nats": said.item(), "tokens": count,
-            "places": len(rows), "masked": M / count, "len": count / len(tokens)}
+
+    num_tokens = int(response_mask.sum())
+    text_probs = target.gather(1, tokens[rows, position][:, None])  # (N, 1) of the text, under the target
+    return {
+        "loss": loss.item(),
+        "kl": kl.mean().item(),
+        "text_nats": -text_probs.log().mean().item(),
+        "tokens": num_tokens,
+        "loss_positions": len(rows) + num_clean,
+        "masked": len(rows) / num_tokens,
+        "len": num_tokens / len(tokens),
+    }
 
 
-def train(student, teacher, data: Callable, recipe: Recipe, optimizer, length: Callable, steps: range) -> Iterator:
-    """Roll out, then update; yields each pass's record. `data(rows)` gives (B, T) tokens of training stories by their
-    global row numbers, `length(step)` the longest response, tokens."""
-    for first in range(steps.start, steps.stop, recipe.updates):
-        rows = [recipe.share(range(step * recipe.batch, (step + 1) * recipe.batch))
-                for step in range(first, min(first + recipe.updates, steps.stop))]       # of each update
-        numbers, B = list(chain.from_iterable(rows)), len(rows[0]) // recipe.passes
-        stories = data(numbers)                                                          # (B * updates, T)
-        P = 1 + int(uniforms(recipe.seed, PROMPT, range(first, first + 1), (1,)) * recipe.prompt)
-        R = min(length(first), stories.size(1) - P)
-        S = recipe.rule.numbers(recipe.layout.block)
-        draws = uniforms(recipe.seed, ROLLOUT, numbers, (P + R, S)).to(stories.device)
-        text = recipe.text(student, teacher, stories, P, R, draws, recipe)
-        picks = uniforms(recipe.seed, STATE, numbers, (P + R, 2)).to(stories.device)
-        for i in range(len(rows) * recipe.passes):
+def train(student, teacher, data: Callable, recipe: Recipe, optimizer, length: Callable,
+          steps: range) -> Iterator[dict]:
+    """Roll out, then update, for the updates `steps`. Yields one record per forward and backward pass.
+
+    `data(rows)` returns the tokens (B, T) of the training texts with these global row numbers; `length(step)`
+    is the longest response in tokens.
+    """
+    K = recipe.layout.block
+    for first in range(steps.start, steps.stop, recipe.updates_per_rollout):
+        updates = range(first, min(first + recipe.updates_per_rollout, steps.stop))
+        row_ids = []
+        for step in updates:                                     # every update has rows of its own
+            row_ids += recipe.shard_rows(range(step * recipe.batch, (step + 1) * recipe.batch))
+        texts = data(row_ids)                                                # (B * updates, T)
+
+        u_prompt = uniforms(recipe.seed, PROMPT, range(first, first + 1), (1,))
+        P = 1 + int(u_prompt * recipe.max_prompt)                # one prompt length per rollout
+        R = min(length(first), texts.size(1) - P)
+        S = recipe.rule.numbers(K)
+        u_rollout = uniforms(recipe.seed, ROLLOUT, row_ids, (P + R, S)).to(texts.device)
+        u_state = uniforms(recipe.seed, STATE, row_ids, (P + R, 2)).to(texts.device)
+        text = recipe.source(student, teacher, texts, P, R, u_rollout, recipe)
+
+        num_passes = len(updates) * recipe.grad_accum
+        B = len(row_ids) // num_passes
+        for i in range(num_passes):
             part = slice(i * B, (i + 1) * B)
-            some = rows_of(text, part, P, recipe.layout.block)
-            record = train_step(student, teacher, some, P, picks[part, :some.tokens.size(1)], recipe, optimizer)
-            cost = {"forwards": int(some.forwards.sum()), "positions": int(some.positions.sum())}
-            yield {"step": first + i // recipe.passes + 1, **record, **cost}
+            batch = take_rows(text, part, P, K)
+            u_batch = u_state[part, :batch.tokens.size(1)]
+            record = train_step(student, teacher, batch, P, u_batch, recipe, optimizer)
+            record["step"] = first + i // recipe.grad_accum + 1
+            record["forwards"] = int(batch.forwards.sum())
+            record["positions"] = int(batch.positions.sum())
+            yield record
 
 
-def rows_of(text: Text, part: slice, P: int, block: int) -> Text:
-    """These rows, cut behind the block in which the longest of them ends."""
-    R = int(text.kept[part, P:].sum(1).max())
-    T = P + R + -R % block                                                               # slicing stops at the end
-    return Text(*(x[part, :T] for x in (text.tokens, text.order, text.kept)), text.forwards[part], text.positions[part])
+def take_rows(text: Rollout, part: slice, P: int, block: int) -> Rollout:
+    """These rows, cut after the block in which the longest of them ends."""
+    longest = int(text.response_mask[part, P:].sum(1).max())
+    T = P + longest + -longest % block  # may exceed the text: slicing stops at its end
+    return Rollout(
+        tokens=text.tokens[part, :T],
+        order=text.order[part, :T],
+        response_mask=text.response_mask[part, :T],
+        forwards=text.forwards[part],
+        positions=text.positions[part],
+    )

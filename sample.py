@@ -15,59 +15,56 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 import opdlm
 from data import tokenizer
-from model import hub, schedule
-from model import reveal as rules
-from model.denoiser import Denoiser
-from model.dist import device_named
-from model.draw import Warp
+from decoding import reveal as rules
+from decoding import scheduling as schedule
+from decoding.denoiser import Denoiser
+from decoding.sampling import SamplingConfig
+from model import checkpoint
 from model.masks import AR, Layout
-from report import cli, measure, page, trace, watch
-from report.cli import option
+from report import generate, html, terminal, trace
+from training import cli
+from training.dist import find_device
+from unmasking import policy  # noqa: F401  (registers --reveal=policy:FOLDER)
 
-RUN, SMALL = Path("out/tiny"), Path(__file__).parent / "model/small"
+RUN, SMALL = Path("out/tiny"), Path(__file__).parent / "model/pretrained"
 MOST = 1024         # tokens of a response that nobody gave a length
-PICTURES = {".png": trace.picture, ".html": page.save}
+PICTURES = {".png": trace.picture, ".html": html.save}
 
 
 @dataclass
 class Options:
-    ckpt: str | None = option(None, "a run's folder, a checkpoint's, or hf:NAME or hf:NAME@REVISION of the hub; none: "
-                              "out/tiny if a run left it, else model/small, which comes with the code")
-    export: str | None = option(None, "a new folder to write the checkpoint to, instead of text")
-    dtype: str | None = option(None, "numbers that --export writes; none: the checkpoint's", ("float32", "bfloat16"))
-    prompt: str = option("", "text to go on from")
-    mode: str = option("diffusion", "diffusion: a block at a time; ar: a token at a time, by the AR model; verified: "
-                       "the verifier's own text, which diffusion drafts", ("diffusion", "ar", "verified"))
-    verifier: str = option("teacher", "of --mode=verified: teacher: the run's AR model; self: the student, as an AR "
-                           "model; or an AR checkpoint, as --ckpt")
-    reveal: str | None = option(None, f"which masks come off; none: the checkpoint's rule. {rules.ABOUT}")
-    confidence: str | None = option(None, f"p of a slot; none: the rule's. {rules.said(rules.CONFIDENCE)}",
-                                    tuple(rules.CONFIDENCE))
-    block: int | None = option(None, "tokens denoised together; none: the checkpoint's")
-    temperature: float = option(1.0, "of the tokens drawn; 0 takes the likeliest")
-    top_k: int | None = option(None, "draw among the so many likeliest tokens")
-    top_p: float | None = option(None, "draw among the fewest tokens that have this share of all probability together")
-    light: str | None = option(None, "a smaller model with the same tokens, as --ckpt, that takes a part of the steps")
-    schedule: str | None = option(None, "which steps: L32,H64,L32, the first 32 of a block light, and so on; "
-                                  "mask:1-0.5=L,0.5-0=H, by the share masked; auto:0.25, the quarter that costs least")
-    length: int | None = option(None, "longest response, tokens; none: what the model has room for, at most 1024")
-    n: int = option(1, "texts")
-    seed: int = option(0, "of the draws; text i of a seed is the same for any --n")
-    watch: bool = option(False, "show on a terminal how each text was denoised, forward by forward")
-    fps: float = option(8.0, "forwards a second that --watch shows, 0.1 to 1000")
-    picture: str | None = option(None, "a file for how the first text was denoised: .png, a still, or .html, a page "
-                                 "with a slider")
-    device: str = option("auto", "auto: cuda, else mps, else cpu", ("auto", "cpu", "cuda", "mps"))
+    ckpt: str | None = None  # a run's folder, a checkpoint's, or hf:NAME or hf:NAME@REVISION of the hub; none: out/tiny if a run left it, else model/pretrained, which comes with the code
+    export: str | None = None  # a new folder to write the checkpoint to, instead of text
+    dtype: Literal["float32", "bfloat16"] | None = None  # numbers that --export writes; none: the checkpoint's
+    prompt: str = ""  # text to go on from
+    mode: Literal["diffusion", "ar", "verified"] = "diffusion"  # diffusion: a block at a time; ar: a token at a time, by the AR model; verified: the verifier's own text, which diffusion drafts
+    verifier: str = "teacher"  # of --mode=verified: teacher: the run's AR model; self: the student, as an AR model; or an AR checkpoint, as --ckpt
+    reveal: str | None = None  # see docs/decoding.md
+    confidence: str | None = None  # see docs/decoding.md
+    block: int | None = None  # tokens denoised together; none: the checkpoint's
+    temperature: float = 1.0  # of the tokens drawn; 0 takes the likeliest
+    top_k: int | None = None  # draw among the so many likeliest tokens
+    top_p: float | None = None  # draw among the fewest tokens that have this share of all probability together
+    light: str | None = None  # a smaller model with the same tokens, as --ckpt, that takes a part of the steps
+    schedule: str | None = None  # which steps: L32,H64,L32, the first 32 of a block light, and so on; mask:1-0.5=L,0.5-0=H, by the share masked; auto:0.25, the quarter that costs least
+    length: int | None = None  # longest response, tokens; none: what the model has room for, at most 1024
+    n: int = 1  # texts
+    seed: int = 0  # of the draws; text i of a seed is the same for any --n
+    watch: bool = False  # show on a terminal how each text was denoised, forward by forward
+    fps: float = 8.0  # forwards a second that --watch shows, 0.1 to 1000
+    picture: str | None = None  # a file for how the first text was denoised: .png, a still, or .html, a page with a slider
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
 
     def __post_init__(self):
         if any(x is not None and x < 1 for x in (self.n, self.length, self.block)):
             raise ValueError("--n and --length are at least 1, as is --block")
-        Warp(self.temperature, self.top_k, self.top_p)               # refuses what can't be
+        SamplingConfig(self.temperature, self.top_k, self.top_p)               # refuses what can't be
         if self.dtype and not self.export:
             raise ValueError("--dtype is for what --export writes: name its folder too")
         if (self.light is None) != (self.schedule is None):
@@ -85,32 +82,32 @@ class Options:
 def find(name: str | None, mode: str) -> Path:
     """A checkpoint's folder: of a run, the model that a mode asks for; of no name, the last run, if it has that."""
     part = "ar" if mode == "ar" else "opdlm"
-    folder = hub.fetch(name or (RUN if (RUN / part).is_dir() else SMALL))
+    folder = checkpoint.fetch(name or (RUN if (RUN / part).is_dir() else SMALL))
     if part == "ar" and (folder / "opdlm").is_dir() and not (folder / part).is_dir():
         raise ValueError(f"{folder} has no ar/: its AR model is the checkpoint that --init named, so name that")
     return folder / part if (folder / part).is_dir() else folder
 
 
-def load(options: Options) -> tuple[measure.Writer, tokenizer.Tokenizer]:
+def load(options: Options) -> tuple[generate.TextGenerator, tokenizer.Tokenizer]:
     """A way to write, as --mode says, and the tokenizer."""
-    folder, device = find(options.ckpt, options.mode), device_named(options.device)
-    net, layout = hub.load(folder)
-    net, tok, warp = net.to(device), tokenizer.load(folder), Warp(options.temperature, options.top_k, options.top_p)
+    folder, device = find(options.ckpt, options.mode), find_device(options.device)
+    net, layout = checkpoint.load(folder)
+    net, tok, sampling = net.to(device), tokenizer.load(folder), SamplingConfig(options.temperature, options.top_k, options.top_p)
     if options.mode == "ar":
-        return measure.by_rule(net, AR, rules.parse("static:1"), warp), tok
+        return generate.diffusion_generator(net, AR, rules.parse("static:1"), sampling), tok
     if layout is None:
         raise ValueError(f"{folder} holds an AR model: use --mode=ar, or a checkpoint that train_tiny.py has converted")
     if options.block:
-        layout = Layout(options.block, options.block if layout.clean_block > 1 else 1, layout.shift)
+        layout = Layout(options.block, options.block if layout.context_block > 1 else 1, layout.logit_shift)
     if options.mode == "diffusion":
         rule = rule_of(options, folder)
-        return measure.by_rule(net, layout, rule, warp, denoiser(options, tok, layout, rule, device)), tok
-    return measure.by_verifier(net, layout, verifier(options, folder, net, tok, device), warp), tok
+        return generate.diffusion_generator(net, layout, rule, sampling, denoiser(options, tok, layout, rule, device)), tok
+    return generate.speculative_generator(net, layout, verifier(options, folder, net, tok, device), sampling), tok
 
 
 def rule_of(options: Options, folder: Path) -> rules.Rule:
     """That of the command line, else that of the checkpoint."""
-    config = hub.read_config(folder)
+    config = checkpoint.read_config(folder)
     confidence = config.get("confidence", "largest")
     if confidence not in rules.CONFIDENCE:
         known = " or ".join(rules.CONFIDENCE)
@@ -123,8 +120,8 @@ def denoiser(options: Options, tok, layout: Layout, rule: rules.Rule, device) ->
     if options.light is None:
         return Denoiser
     folder = find(options.light, "opdlm")
-    net, wired = hub.load(folder)
-    if wired is None or (wired.clean_block > 1, wired.shift) != (layout.clean_block > 1, layout.shift):
+    net, wired = checkpoint.load(folder)
+    if wired is None or (wired.context_block > 1, wired.logit_shift) != (layout.context_block > 1, layout.logit_shift):
         raise ValueError(f"--light={options.light} is not wired as the other model is: train both with the same "
                          "--align and --context")
     if tokenizer.load(folder).to_json() != tok.to_json():
@@ -133,17 +130,17 @@ def denoiser(options: Options, tok, layout: Layout, rule: rules.Rule, device) ->
     if plan.by == "step" and len(plan.steps()) != most:
         raise ValueError(f"--schedule={options.schedule} is about {len(plan.steps())} steps, and --reveal={rule} takes "
                          f"up to {most} in a block of {layout.block}")
-    return lambda heavy, layout: schedule.Scheduled({"H": heavy, "L": net.to(device)}, layout, plan)
+    return lambda heavy, layout: schedule.ScheduledDenoiser({"H": heavy, "L": net.to(device)}, layout, plan)
 
 
 def verifier(options: Options, folder: Path, student, tok, device):
     """The teacher; none if the student verifies itself."""
     if options.verifier == "self":
         return None
-    teacher = find(options.ckpt, "ar") if options.verifier == "teacher" else hub.fetch(options.verifier)
+    teacher = find(options.ckpt, "ar") if options.verifier == "teacher" else checkpoint.fetch(options.verifier)
     if teacher == folder and options.verifier == "teacher":
         raise ValueError(f"{folder} has no ar/ with a teacher in it: say --verifier=FOLDER, or --verifier=self")
-    net, layout = hub.load(teacher)
+    net, layout = checkpoint.load(teacher)
     same = net.config.vocab == student.config.vocab and tokenizer.load(teacher).to_json() == tok.to_json()
     if layout is not None or not same:
         raise ValueError(f"--verifier={options.verifier}: an AR model with the student's tokenizer was wanted")
@@ -161,7 +158,7 @@ def room(options: Options, prompt: int, context: int) -> int:
     return options.length or min(context - prompt, MOST)
 
 
-def write(options: Options, writer: measure.Writer, tok) -> tuple[opdlm.Text, float]:
+def write(options: Options, writer: generate.TextGenerator, tok) -> tuple[opdlm.Rollout, float]:
     """The texts, and the seconds they took."""
     ids = [tok.eot, *tok.encode(options.prompt)]                   # a text begins behind an end-of-text, as in training
     length = room(options, len(ids), writer.net.config.context)
@@ -175,7 +172,7 @@ def main(argv: list[str]) -> None:
     options = cli.parse(Options, argv, __doc__)
     if options.export:
         folder = find(options.ckpt, options.mode)
-        hub.export(folder, options.export, getattr(torch, options.dtype) if options.dtype else None)
+        checkpoint.export(folder, options.export, getattr(torch, options.dtype) if options.dtype else None)
         print(f"{folder} is now in {options.export}")
         return
     writer, tok = load(options)
@@ -184,13 +181,13 @@ def main(argv: list[str]) -> None:
     colour = trace.wants_colour(sys.stdout) and options.mode != "ar"
     for story in stories:
         if options.watch:
-            watch.play(story, sys.stdout, options.fps, colour)
+            terminal.play(story, sys.stdout, options.fps, colour)
         print(trace.coloured(story, colour), end="\n\n")
     if colour:
         print(trace.legend(max(story.most for story in stories), stories[0].colours))
     if options.picture is not None:
         PICTURES[Path(options.picture).suffix.lower()](stories[0], options.picture)
-    print(measure.cost(text, seconds, writer.net))
+    print(generate.cost(text, seconds, writer.net))
 
 
 if __name__ == "__main__":

@@ -1,20 +1,23 @@
-"""From nothing, or a checkpoint, to a converted, compared and sampled diffusion language model, in one command.
+"""Train, convert, compare and sample a diffusion language model in one command.
 
-    python train_tiny.py                                TinyStories; without a network, the embedded story world
-    python train_tiny.py --data=toy                     the story world: every story can be checked by rule
-    python train_tiny.py --data=stories.txt             any UTF-8 text, stories apart by <|endoftext|>
-    python train_tiny.py --preset=paper                 the paper's choices instead of ours
-    python train_tiny.py --preset=mdlm                  a model that denoises whole texts, from all masks to none
+    python train_tiny.py                          TinyStories (without a network: the synthetic story world)
+    python train_tiny.py --data=toy               the story world, whose stories a program can check
+    python train_tiny.py --data=stories.txt       your own UTF-8 text, <|endoftext|> between texts
+    python train_tiny.py --init=hf:gpt2 --data=stories.txt      convert a checkpoint instead of pretraining one
+    python train_tiny.py --preset=paper           the paper's choices instead of ours
 
-In order: data, the AR model, the conversion, the comparison. Left behind in --out: ar/ and opdlm/ (checkpoints),
-log.jsonl, summary.json, curves.png, states.png.
+Phases: data, AR pretraining, evaluation, warm start on training text (off-policy), on-policy distillation,
+evaluation, report.
+Results in --out: ar/, opdlm/, best/ (checkpoints), log.jsonl, summary.json, curves.png, states.png.
 """
 import copy
 import time
 import zlib
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,226 +26,403 @@ from torch import Tensor
 import opdlm
 from data import tokenizer
 from data.corpus import Corpus, open_corpus, windows
-from model import dist, grpo, hub
-from model import reveal as rules
-from model.confidence import largest
+from decoding import reveal
+from model import checkpoint
 from model.gpt import GPT, GPTConfig, checkpointed
-from model.loss import lean
 from model.masks import AR, Layout
-from model.muon import Muon, optimizer_named, ramp, schedule
-from model.state import begin_states, found, load_state, save_state, writable
-from report import cli, measure, policy, trace
-from report.options import MDLM, PAPER, PRESETS, Options, settled
-from report.publish import Comparison, watched
+from report import metrics, trace
+from report.compare import Evaluator, sample_prompt_ids
+from training import cli, dist
+from training.chunked_kl import chunked_kl
+from training.log import Log
+from training.optim import RATES, Muon, SkipNonFinite, length_schedule, lr_schedule, make_optimizer
+from training.resume import SigtermFlag, begin_states, latest_state, load_state, save_state, writable
 
-__all__ = ["MDLM", "PAPER", "Options", "settled"]       # of the command line, which stands in report/options.py
-
-
-STATE = "state.safetensors"     # what a conversion needs to go on
-
-
-# 1. the AR model ------------------------------------------------------------------------------------------------------
-
-def ar_model(options: Options, corpus: Corpus, device) -> tuple[GPT, dict | None]:
-    """The teacher: that of --init, or one that a former run with the same settings left in --out; or a new network, and
-    the settings under which it is still to be trained."""
-    if options.init != "scratch":
-        return hub.load(options.init)[0].to(device), None
-    names = ("data", "pretrain_steps", "rows", "layers", "width", "length", "seed")
-    settings = {name: getattr(options, name) for name in names} | {
-        "tokens": len(corpus.train), "tokenizer": zlib.crc32(corpus.tokenizer.to_json().encode())}
-    folder = Path(options.out, "ar")
-    if (folder / "config.json").exists() and hub.read_config(folder).get("trained") == settings:
-        print(f"the AR model in {folder} was trained with these settings: it is used again")
-        return hub.load(folder)[0].to(device), None
-    config = GPTConfig(corpus.tokenizer.vocab_size, options.length, options.layers, options.width // 64, options.width)
-    return GPT(config).init_weights(torch.Generator().manual_seed(options.seed)).to(device), settings
+STATE = "state.safetensors"     # in --out: everything that --resume needs
 
 
-def pretrain(net: GPT, corpus: Corpus, options: Options, log: dist.Log) -> None:
-    """Next-token prediction, in full. A window holds several stories: each sees itself alone, from position 0."""
-    T, eot, rows = options.length, corpus.tokenizer.eot, options.rows
-    device, optimizer = net.wte.weight.device, dist.Careful(Muon(net))
-    rate = schedule(optimizer, "trapezoid", options.pretrain_steps)
-    for step in range(options.pretrain_steps):
-        begun = time.perf_counter()
-        rate(step)
-        window = draw(corpus, dist.share(range(step * rows, (step + 1) * rows)), T + 1, options.seed, device)
-        tokens, following = window[:, :-1], window[:, 1:]                               # (B, T)
-        mask, position = apart(tokens, eot)
-        loss = F.cross_entropy(net(tokens, mask, position), following.flatten(), reduction="sum") / (rows * T)
+@dataclass
+class Config:
+    # Data and output
+    data: str | None = None     # tinystories, tinystories-full, toy, or a text file; default: tinystories
+    val_data: str | None = None     # held-out text file; default: every 20th text of --data
+    vocab: int = 2048           # ids of the BPE learned from a text
+    init: str = "scratch"       # scratch: pretrain an AR model; FOLDER or hf:NAME[@REVISION]: load one
+    out: str = "out/tiny"       # folder for checkpoints, log, summary and pictures
+    resume: bool = False        # continue the run in --out, up to --distill_steps
+    preset: Literal["paper", "mdlm", "opdlm", "opdlm-off", "kd", "sft", "sdar"] | None = None  # named settings
+    # Method
+    block: int = 4              # tokens denoised together; 0: the whole text
+    align: Literal["ar", "paper"] = "ar"    # the logits that predict token i: at i - 1 (ar) or at i (paper)
+    context: Literal["causal", "block"] = "causal"      # how finished text attends to itself
+    reveal: str = "leftmost:0.98"   # reveal rule, NAME:ARGUMENT (docs/decoding.md)
+    confidence: Literal["largest", "drawn", "margin", "entropy"] | None = None  # default: the rule's own
+    source: Literal["student", "teacher", "data"] = "student"       # who writes the text to learn from
+    states: Literal["visited", "random", "prefix"] = "visited"      # partially masked states to learn on
+    target: Literal["teacher", "onehot"] = "teacher"    # the teacher's distributions, or the text itself
+    weight: Literal["mean", "first", "1/t"] = "first"   # loss weight of a masked position (docs/method.md)
+    clean_weight: float = 0.0   # weight of the student's loss as an AR model, for --verifier=self
+    warm_steps: int | None = None   # first updates, on training text; default: 540 on toy, 230 on text
+    updates_per_rollout: int = 1    # updates on each generated batch of texts
+    max_prompt: int = 16        # prompts have 1 to this many tokens
+    # Optimization
+    pretrain_steps: int | None = None   # AR updates; default: 480 on toy, 640 on text, 0 with --init
+    pretrain_batch: int | None = None   # windows per AR update; default: 32 on toy, 16 on text
+    distill_steps: int | None = None    # distillation updates; default: 580 on toy, 246 on text
+    batch: int = 16             # rows per distillation update, over all processes
+    grad_accum: int = 1         # gradient accumulation steps per update
+    optimizer: Literal["muon", "adamw"] = "muon"    # muon: for the matrices of the blocks, AdamW for the rest
+    lr: float | None = None     # peak learning rate; default: 0.02 (muon), 0.001 (adamw), with --init a tenth
+    lr_schedule: Literal["linear", "trapezoid", "cosine", "constant"] = "linear"    # of distillation
+    length_ramp: int = 0        # updates over which responses grow to full length
+    # Model
+    layers: int = 4             # transformer blocks
+    width: int | None = None    # channels, a multiple of 64; default: 128 on toy, 192 on text
+    length: int | None = None   # context, tokens; default: 96 on toy, 256 on text
+    # Machine
+    seed: int = 0               # random seed of everything
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"      # auto: cuda, else mps, else cpu
+    compile: bool = False       # torch.compile the transformer blocks
+    checkpointing: bool = False     # recompute activations in the backward pass: less memory
+    teacher_dtype: Literal["float32", "bfloat16"] = "float32"   # number format of the frozen teacher
+    kl: str | None = None       # plain, full or topk:K; default: full from 16,384 ids on (docs/scaling.md)
+    # Evaluation
+    eval_every: int = 40        # updates between evaluations, each of which also saves
+    sample_prompt: str | None = None    # text to continue at each evaluation, for people to read
+
+
+# The paper's choices (arXiv 2606.06712, sections 4 and B), except the learning rate 1e-5, which suits its model sizes.
+# docs/differences.md lists where the paper and its release differ.
+PAPER = {
+    "block": 4, "align": "paper", "context": "block", "reveal": "threshold:0.9", "confidence": "drawn",
+    "source": "student", "states": "visited", "target": "teacher", "weight": "mean", "warm_steps": 0,
+    "updates_per_rollout": 16, "length_ramp": 160, "batch": 8, "optimizer": "adamw", "lr_schedule": "cosine",
+}
+# Masked diffusion of whole texts (arXiv 2406.07524).
+MDLM = {
+    "block": 0, "align": "paper", "context": "block", "reveal": "ancestral:128",
+    "source": "data", "states": "random", "target": "onehot", "weight": "1/t", "warm_steps": 0,
+    "eval_every": 1000, "max_prompt": 1,
+}
+DIALS = ("source", "states", "target", "weight")
+PRESETS = {"paper": PAPER, "mdlm": MDLM}
+for _name, _dials in opdlm.METHODS.items():
+    PRESETS[_name] = dict(zip(DIALS, _dials)) | {"warm_steps": 0}
+
+SIZES = {       # defaults that depend on the data
+    "toy": {"pretrain_steps": 480, "pretrain_batch": 32, "distill_steps": 580, "warm_steps": 540,
+            "width": 128, "length": 96},
+    "text": {"pretrain_steps": 640, "pretrain_batch": 16, "distill_steps": 246, "warm_steps": 230,
+             "width": 192, "length": 256},
+}
+
+
+# 1. the AR model ----------------------------------------------------------------------------------------
+
+def ar_model(config: Config, corpus: Corpus, device) -> tuple[GPT, bool]:
+    """The teacher, and whether it is trained: the model of --init, that of a former run, or a new network."""
+    if config.init != "scratch":
+        net, _ = checkpoint.load(config.init)
+        return net.to(device), True
+    folder = Path(config.out, "ar")
+    if (folder / "config.json").exists():
+        trained = checkpoint.read_config(folder).get("trained") or {}
+        trained = {RENAMED.get(name, name): value for name, value in trained.items()}
+        if trained == pretrain_settings(config, corpus):
+            print(f"using the AR model in {folder}, which was trained with these settings")
+            net, _ = checkpoint.load(folder)
+            return net.to(device), True
+    heads = config.width // 64
+    sizes = GPTConfig(corpus.tokenizer.vocab_size, config.length, config.layers, heads, config.width)
+    generator = torch.Generator().manual_seed(config.seed)
+    return GPT(sizes).init_weights(generator).to(device), False
+
+
+RENAMED = {"rows": "pretrain_batch"}    # in the config.json of older checkpoints
+
+
+def pretrain_settings(config: Config, corpus: Corpus) -> dict:
+    """Everything that a pretrained AR model depends on; saved with it, and compared before it is used again."""
+    names = ("data", "pretrain_steps", "pretrain_batch", "layers", "width", "length", "seed")
+    settings = {name: getattr(config, name) for name in names}
+    settings["tokens"] = len(corpus.train)
+    settings["tokenizer"] = zlib.crc32(corpus.tokenizer.to_json().encode())
+    return settings
+
+
+def pretrain(net: GPT, corpus: Corpus, config: Config, log: Log) -> None:
+    """Next-token prediction. A window holds several texts; each attends only to itself, from position 0 on."""
+    T = config.length
+    B = config.pretrain_batch
+    device = net.wte.weight.device
+    optimizer = SkipNonFinite(Muon(net))
+    set_lr = lr_schedule(optimizer, "trapezoid", config.pretrain_steps)
+    for step in range(config.pretrain_steps):
+        began = time.perf_counter()
+        set_lr(step)
+        row_ids = dist.shard_rows(range(step * B, (step + 1) * B))
+        window = get_batch(corpus, row_ids, T + 1, config.seed, device)
+        tokens = window[:, :-1]                                  # (B, T)
+        next_tokens = window[:, 1:]
+        mask, position = separate_texts(tokens, corpus.tokenizer.eot)
+        logits = net(tokens, mask, position)                     # (B * T, V)
+        loss = F.cross_entropy(logits, next_tokens.flatten(), reduction="sum") / (B * T)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        loss, keys = sum(dist.from_all(loss.item())), position.float().mean().item() + 1
-        work = 3 * rows * T * (measure.body_flops(net.config, keys) + measure.head_flops(net.config))
-        seconds, done = time.perf_counter() - begun, {"phase": "pretrain", "step": step + 1}
-        log.step({**done, "tokens": (step + 1) * rows * T, "loss": loss, "seconds": seconds, "flops": work},
-                 options.pretrain_steps,
-                 f"loss {loss:.3f} nats | {rows * T / seconds / 1e3:.1f}k tok/s | {seconds * 1e3:.0f} ms")
+
+        total_loss = sum(dist.gather_objects(loss.item()))
+        keys = position.float().mean().item() + 1                # positions that a query attends to, on average
+        flops = metrics.body_flops(net.config, keys) + metrics.head_flops(net.config)
+        seconds = time.perf_counter() - began
+        record = {"phase": "pretrain", "step": step + 1, "tokens": (step + 1) * B * T, "loss": total_loss,
+                  "seconds": seconds, "flops": 3 * B * T * flops}
+        speed = B * T / seconds / 1000
+        line = f"loss {total_loss:.3f} nats | {speed:.1f}k tok/s | {seconds * 1000:.0f} ms"
+        log.step(record, config.pretrain_steps, line)
 
 
-def apart(tokens: Tensor, eot: int) -> tuple[Tensor, Tensor]:
-    """Mask (B, 1, T, T) and positions (B, T) that keep a window's stories apart; each begins with an end-of-text."""
-    place = torch.arange(tokens.size(1), device=tokens.device)
-    begin = torch.where(tokens == eot, place, 0).cummax(1).values                       # (B, T) where its story begins
-    mask = (begin[:, :, None] == begin[:, None, :]) & (place[:, None] >= place)
-    return mask[:, None], place - begin
+def separate_texts(tokens: Tensor, eot: int) -> tuple[Tensor, Tensor]:
+    """Mask (B, 1, T, T) and positions (B, T) for windows (B, T) of several texts, each of which starts with `eot`."""
+    column = torch.arange(tokens.size(1), device=tokens.device)
+    begin = torch.where(tokens == eot, column, 0).cummax(1).values           # (B, T) where the text of a token begins
+    same_text = begin[:, :, None] == begin[:, None, :]
+    causal = column[:, None] >= column
+    return (same_text & causal)[:, None], column - begin
 
 
-def draw(corpus: Corpus, numbers: range, length: int, seed: int, device) -> Tensor:
-    """(B, length): the windows of training text that belong to these row numbers."""
-    u = opdlm.uniforms(seed, opdlm.DATA, numbers, (1,))[:, 0].numpy()
-    return torch.from_numpy(windows(corpus.train, corpus.starts, u, length)).to(device)
+def get_batch(corpus: Corpus, row_ids: range | list[int], length: int, seed: int, device) -> Tensor:
+    """(B, length): the windows of training text that belong to these global row numbers."""
+    u = opdlm.uniforms(seed, opdlm.DATA, row_ids, (1,))[:, 0]
+    return torch.from_numpy(windows(corpus.train, corpus.starts, u.numpy(), length)).to(device)
 
 
-# 2. the conversion ----------------------------------------------------------------------------------------------------
+# 2. conversion ------------------------------------------------------------------------------------------
 
-def recipe_of(options: Options, eot: int, show=repr, vocab: int = 0) -> opdlm.Recipe:
-    """The dials as values."""
-    layout = Layout.of(options.block, options.align, options.context)
-    dials = (opdlm.TEXTS[options.text], opdlm.STATES[options.states], opdlm.TARGETS[options.target],
-             opdlm.WEIGHTS[options.weight])
-    made = opdlm.Recipe(*dials, layout, eot, rules.parse(options.reveal, options.confidence), batch=options.batch,
-                        share=dist.share, passes=options.passes, updates=options.updates,
-                        prompt=options.longest_prompt, seed=options.seed, clean_weight=options.clean_weight, show=show)
-    return replace(made, **lean(options.kl, options.target, vocab))
-
-
-def distil(student, teacher, corpus: Corpus, recipe: opdlm.Recipe, options: Options, optimizer, done: int = 0):
-    """Drive `opdlm.train` from step `done` on: data, lengths, learning rate. Yields each step's record."""
-    rate, total = schedule(optimizer, options.lr_schedule, options.distill_steps), options.distill_steps
-    data = partial(draw, corpus, length=options.length, seed=options.seed, device=student.wte.weight.device)
-    length = ramp(options.block, options.length, options.ramp)
-    # a student that can't write yet learns little from its own text: first a stretch of distillation on stories
-    warm, turn = replace(recipe, text=opdlm.data_text, states=opdlm.prefix, updates=1), min(options.warm_steps, total)
-    rate(done)
-    begun = time.perf_counter()
-    for dials, steps in (warm, range(done, turn)), (recipe, range(max(done, turn), total)):
-        for record in dist.merged(opdlm.train(student, teacher, data, dials, optimizer, length, steps), options.passes):
-            record["seconds"] = time.perf_counter() - begun
-            yield {**record, "flops": measure.distill_flops(student.config, record)}
-            begun = time.perf_counter()
-            rate(record["step"])
+def make_recipe(config: Config, eot: int, show: Callable = repr, vocab: int = 0) -> opdlm.Recipe:
+    """The configuration of a conversion, as values."""
+    recipe = opdlm.Recipe(
+        source=opdlm.SOURCES[config.source],
+        states=opdlm.STATES[config.states],
+        target=opdlm.TARGETS[config.target],
+        weight=opdlm.WEIGHTS[config.weight],
+        layout=Layout.of(config.block, config.align, config.context),
+        eot=eot,
+        rule=reveal.parse(config.reveal, config.confidence),
+        batch=config.batch,
+        shard_rows=dist.shard_rows,
+        grad_accum=config.grad_accum,
+        updates_per_rollout=config.updates_per_rollout,
+        max_prompt=config.max_prompt,
+        seed=config.seed,
+        clean_weight=config.clean_weight,
+        show=show,
+    )
+    return replace(recipe, **chunked_kl(config.kl, config.target, vocab))
 
 
-def convert(student, teacher, corpus, recipe, options: Options, optimizer, log: dist.Log, glance, save) -> int:
-    """`distil` with its log, a `glance` at held-out text now and then, and what is saved: the state to resume from, and
-    the student that this text was likeliest to. The tokens trained on."""
-    state, settings = Path(options.out, STATE), {**asdict(options), "resume": None, "processes": dist.count()}
-    noted = load_state(state, student, optimizer, settings) if options.resume else begin_states(state, settings)
-    each, total, stop, tokens = recipe.updates, options.distill_steps, dist.Stop(), noted["tokens"]
-    if options.text != "data" and options.warm_steps >= total and dist.first():
-        print(f"--warm_steps={options.warm_steps}: all {total} updates learn from stories, none from the "
-              f"{options.text}'s text")
-    for record in distil(student, teacher, corpus, recipe, options, optimizer, noted["step"]):
-        step, tokens, seconds = record["step"], tokens + record["tokens"], record["seconds"]
-        log.step({"phase": "distil", **record, "tokens": tokens}, total,
-                 f"kl {record['kl']:.3f} nats | masked {record['masked']:.2f} | len {record['len']:.0f} | "
-                 f"text {record['text_nats']:.2f} nats | {record['tokens'] / seconds / 1e3:.1f}k tok/s | "
-                 f"{seconds * 1e3:.0f} ms")
-        own = step - options.warm_steps
-        amid, due = own > 0 and own % each, own % (-(-options.every // each) * each) == 0
-        if step == total or not amid and (stop or due):                                 # never amid a rollout's updates
-            noted |= {"step": step, "tokens": tokens}
-            if not stop and (nats := glance(student, recipe.layout, tokens)) < noted["best"]:
-                noted["best"] = nats
-                save("best")
-            save_state(state, student, optimizer, noted)
-            if stop:
-                dist.end(143)
-    stop.over()
-    return tokens
+def warm_start(recipe: opdlm.Recipe) -> opdlm.Recipe:
+    """The recipe of the warm start: training text instead of rollouts, since an untrained student writes badly."""
+    return replace(recipe, source=opdlm.data_text, states=opdlm.prefix_shown, updates_per_rollout=1)
 
 
-def unmasking(options: Options, device) -> None:
-    """--stage=policy: a policy for a student that is there, that of --init or of --out, left in --out/policy."""
-    run = hub.fetch(options.out if options.init == "scratch" else options.init)
-    folder = run / "opdlm" if (run / "opdlm").is_dir() else run
-    student, layout = hub.load(folder)
-    if layout is None:
-        raise ValueError(f"{folder} holds an AR model: convert it first, without --stage, or name a student")
-    corpus = open_corpus(options.data, options.val_data, options.vocab, tokenizer.load(folder))
-    teacher = None if corpus.name == "toy" else judge(options.judge, run).to(device)
-    length = min(options.length or student.config.context, student.config.context)
-    if policy.room(length) < 1:
-        raise ValueError(f"--length={length}: a policy learns behind prompts of up to "
-                         f"{length - policy.room(length)} tokens: give it more positions")
-    whole = layout.block >= length
-    expert = rules.parse(options.expert or ("leftmost:0.95" if whole else hub.read_config(folder)["reveal"]))
-    if expert.rolls or expert.confidence is not largest:
-        raise ValueError(f"--expert={expert} can't be imitated, since it rolls dice or goes by another confidence than "
-                         "the largest probability: take leftmost:P, threshold:P, static:COUNT or factor:F")
-    how = (grpo.OF_WHOLE_TEXTS if whole else grpo.IN_BLOCKS) | ({"rate": options.lr} if options.lr else {})
-    settings = grpo.Settings(policy.room(length), options.alpha, expert=expert, **how)
-    updates = options.policy_updates or (330 if whole else 450)
-    data = partial(draw, corpus, length=length, seed=options.seed, device=device)
-    policy.learn(student.to(device).requires_grad_(False), layout, teacher, corpus, data, settings,
-                 (updates // 3, updates * 2 // 3, updates), options.seed, writable(Path(options.out)),
-                 asdict(options), options.resume)
+class Conversion:
+    """Runs the two phases of distillation: data, learning rate, log, evaluation, saving and resumption."""
+
+    def __init__(self, student, teacher, corpus: Corpus, config: Config, optimizer, log: Log, evaluator: Evaluator,
+                 save: Callable, sigterm: SigtermFlag):
+        self.student = student
+        self.teacher = teacher
+        self.config = config
+        self.optimizer = optimizer
+        self.log = log
+        self.evaluator = evaluator
+        self.save = save                                         # save(name) writes the student to --out/name
+        self.sigterm = sigterm
+        device = student.wte.weight.device
+        self.data = partial(get_batch, corpus, length=config.length, seed=config.seed, device=device)
+        self.set_lr = lr_schedule(optimizer, config.lr_schedule, config.distill_steps)
+        self.length = length_schedule(config.block, config.length, config.length_ramp)
+        self.state_file = Path(config.out, STATE)
+        settings = {**asdict(config), "resume": None, "processes": dist.count()}
+        if config.resume:
+            self.progress = load_state(self.state_file, student, optimizer, settings)
+        else:
+            self.progress = begin_states(self.state_file, settings)
+        self.set_lr(self.progress["step"])
+
+    def run(self, recipe: opdlm.Recipe, steps: range) -> None:
+        """Distil with this recipe for those of the updates `steps` that are not done yet."""
+        first = max(steps.start, self.progress["step"])
+        for record in self.updates(recipe, range(first, steps.stop)):
+            self.progress["step"] = record["step"]
+            self.progress["tokens"] += record["tokens"]
+            record["tokens"] = self.progress["tokens"]
+            self.log.step(record, self.config.distill_steps, describe(record))
+            if self.should_save(record["step"]):
+                self.evaluate_and_save(recipe)
+
+    def updates(self, recipe: opdlm.Recipe, steps: range) -> Iterator[dict]:
+        """One record per update."""
+        source = {function: name for name, function in opdlm.SOURCES.items()}[recipe.source]
+        began = time.perf_counter()
+        records = opdlm.train(self.student, self.teacher, self.data, recipe, self.optimizer, self.length, steps)
+        for record in dist.merge_records(records, recipe.grad_accum):
+            record["seconds"] = time.perf_counter() - began
+            record["tok_s"] = record["tokens"] / record["seconds"]
+            record["flops"] = metrics.distill_flops(self.student.config, record)
+            yield {"phase": "distil", "source": source, **record}
+            began = time.perf_counter()
+            self.set_lr(record["step"])
+
+    def should_save(self, step: int) -> bool:
+        """At the last update, every --eval_every updates and after SIGTERM, but only between two rollouts."""
+        if step == self.config.distill_steps:
+            return True
+        each = self.config.updates_per_rollout
+        period = -(-self.config.eval_every // each) * each       # --eval_every, rounded up to whole rollouts
+        on_policy_steps = step - self.config.warm_steps
+        if on_policy_steps > 0 and on_policy_steps % each:
+            return False
+        return on_policy_steps % period == 0 or bool(self.sigterm)
+
+    def evaluate_and_save(self, recipe: opdlm.Recipe) -> None:
+        """Save what --resume needs, and the student if its validation NLL is the best so far; end after SIGTERM."""
+        stop = bool(self.sigterm)
+        if not stop:
+            nats = self.evaluator.quick_eval(self.student, recipe.layout, self.progress["tokens"], recipe.rule)
+            if nats < self.progress["best"]:
+                self.progress["best"] = nats
+                self.save("best")
+        save_state(self.state_file, self.student, self.optimizer, self.progress)
+        if stop:
+            dist.end(143)
 
 
-def judge(name: str | None, run: Path):
-    """The AR model that says what text is worth: the one named, or the run's own."""
-    if name is None and not (run / "ar").is_dir():
-        raise ValueError(f"{run} has no ar folder, and --stage=policy asks an AR model what text is worth: name "
-                         "the one that the student was made of, --judge=NAME")
-    return hub.load(hub.ar_folder(name or str(run / "ar")))[0]
+def describe(record: dict) -> str:
+    """The log line of an update: KL, masked share, tokens per response, NLL of the text under the target, speed."""
+    return (f"kl {record['kl']:.3f} nats | masked {record['masked']:.2f} | len {record['len']:.0f} | "
+            f"text {record['text_nats']:.2f} nats | {record['tok_s'] / 1000:.1f}k tok/s | "
+            f"{record['seconds'] * 1000:.0f} ms")
 
 
-# 3. all together ------------------------------------------------------------------------------------------------------
+# 3. everything together ---------------------------------------------------------------------------------
 
-def own_folder(options: Options) -> Path:
-    """--out, unless an AR model lies there that is not --init's: it would be taken for this student's teacher."""
-    ar = Path(options.out, "ar")
-    if options.init != "scratch" and ar.is_dir() and hub.fetch(options.init).resolve() != ar.resolve():
-        raise ValueError(f"{ar} is not the AR model of --init={options.init}, and would be taken for this student's "
-                         "teacher: name another --out")
-    return writable(Path(options.out))
+def resolve_options(config: Config, corpus: Corpus) -> Config:
+    """The configuration with every default filled in, its values checked against each other."""
+    defaults = dict(SIZES["toy" if corpus.name == "toy" else "text"])
+    defaults["data"] = corpus.name
+    defaults["lr"] = RATES[config.optimizer]
+    if config.init != "scratch":
+        sizes = checkpoint.sizes_from_checkpoint(config.init, config.length, defaults["length"])
+        config = replace(config, **sizes)
+        defaults["lr"] = RATES[config.optimizer] / 10            # a checkpoint of others bears less (docs/checkpoints.md)
+    missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    config = replace(config, **missing)
+    config = replace(config, block=config.block or config.length)
+
+    for name in ("max_prompt", "layers", "batch", "grad_accum", "updates_per_rollout", "eval_every", "distill_steps"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name}={getattr(config, name)}: must be at least 1")
+    if config.init == "scratch" and config.width % 64:
+        raise ValueError(f"--width={config.width}: must be a multiple of 64")
+    room = config.length - config.max_prompt
+    is_full_sequence = config.block == config.length
+    if room < 1 or not (1 <= config.block <= room or is_full_sequence):
+        raise ValueError(f"--block={config.block} does not fit after a prompt of up to {config.max_prompt} tokens in "
+                         f"--length={config.length}: use 1 to {room}, or 0 for the whole text")
+    if config.batch % (config.grad_accum * dist.count()):
+        raise ValueError(f"--batch={config.batch} must be divisible by --grad_accum={config.grad_accum} times "
+                         f"{dist.count()} processes")
+    if config.pretrain_batch % dist.count():
+        raise ValueError(f"--pretrain_batch={config.pretrain_batch} must be divisible by {dist.count()} processes")
+    return config
+
+
+def check_out_dir(config: Config) -> Path:
+    """The folder --out; refused if it holds another AR model than that of --init, or nothing to resume from."""
+    ar = Path(config.out, "ar")
+    if config.init != "scratch" and ar.is_dir() and checkpoint.fetch(config.init).resolve() != ar.resolve():
+        raise ValueError(f"{ar} is not the AR model of --init={config.init}, but would be taken for the teacher of this "
+                         "student: use another --out")
+    out = writable(Path(config.out))
+    if config.resume and not latest_state(out / STATE):
+        raise ValueError(f"nothing to resume in {out}: it has no {STATE}; run without --resume")
+    return out
+
+
+def header(config: Config, net, device) -> dict:
+    """The first record of log.jsonl: settings, commit, versions, hardware, size."""
+    return {
+        "config": asdict(config),
+        **metrics.facts(device),
+        "matmul_flops": metrics.matmul_rate(device),
+        "parameters": sum(p.numel() for p in net.parameters()),
+    }
+
+
+def save_student(student, tok, recipe: opdlm.Recipe, out: Path, name: str) -> None:
+    """Write the student to --out/name, with the reveal rule that it was trained with."""
+    rule = recipe.rule
+    dist.save_checkpoint(out / name, student, tok, recipe.layout, reveal=str(rule), confidence=rule.confidence.__name__)
 
 
 def main(argv: list[str]) -> None:
-    options = cli.parse(Options, argv, __doc__, PRESETS)
-    recipe_of(options, 0)                                             # refuses what can't be, before any work is done
-    device = dist.start(options.device)
-    if options.stage == "policy":
-        return unmasking(options, device)
-    own = None if options.init == "scratch" else tokenizer.load(hub.ar_folder(options.init))
-    corpus = open_corpus(options.data, options.val_data, options.vocab, own)
-    options = settled(options, corpus)
-    prompt = watched(options.watch_prompt, corpus.tokenizer, options.length)
-    out = own_folder(options)
-    if options.resume and not found(out / STATE):
-        raise ValueError(f"there is nothing to resume in {out}: it has no {STATE}; run without --resume")
+    config = cli.parse(Config, argv, __doc__, PRESETS)
+    make_recipe(config, eot=0)                                   # refuses settings that do not go together
+    device = dist.start(config.device)
+
+    # 1. data
+    own_tokenizer = None
+    if config.init != "scratch":
+        own_tokenizer = tokenizer.load(checkpoint.ar_folder(config.init))
+    corpus = open_corpus(config.data, config.val_data, config.vocab, own_tokenizer)
+    config = resolve_options(config, corpus)
     tok = corpus.tokenizer
-    recipe = recipe_of(options, tok.eot, partial(trace.show, tok), tok.vocab_size)
-    teacher, untrained = ar_model(options, corpus, device)
-    checkpointed(teacher, options.checkpointing)                      # and so its copies
-    header = {"config": asdict(options), **measure.facts(device), "matmul_flops": measure.matmul_rate(device),
-              "parameters": sum(p.numel() for p in teacher.parameters())}
-    log = dist.Log(out / "log.jsonl", header, options.resume)
-    if untrained:
-        net = dist.place(copy.deepcopy(teacher), options.compile)
-        pretrain(net, corpus, options, log)
-        teacher.load_state_dict(dist.whole_state(net))
-        hub.save(out / "ar", teacher, tok, trained=untrained)
-    student = dist.place(copy.deepcopy(teacher).init_mask(), options.compile)
-    optimizer = dist.Careful(optimizer_named(options.optimizer, student, options.lr), options.passes)
-    teacher = dist.compiled(teacher.requires_grad_(False).to(getattr(torch, options.teacher_dtype)), options.compile)
-    compared = Comparison(teacher, corpus, options.length, options.seed, log, prompt)
-    compared.look("ar", teacher, AR, rules.parse("static:1"), options.pretrain_steps * options.rows * options.length)
-    compared.look("before", student, recipe.layout, recipe.rule, 0)
+    prompt = sample_prompt_ids(config.sample_prompt, tok, config.length)
+    out = check_out_dir(config)
+    recipe = make_recipe(config, tok.eot, partial(trace.show, tok), tok.vocab_size)
 
-    def save(name):
-        hub.save(out / name, student, tok, recipe.layout, reveal=str(recipe.rule),
-                 confidence=recipe.rule.confidence.__name__)
+    # 2. pretrain the AR model, the teacher
+    teacher, is_trained = ar_model(config, corpus, device)
+    checkpointed(teacher, config.checkpointing)                  # also holds for copies of it
+    log = Log(out / "log.jsonl", header(config, teacher, device), config.resume)
+    if not is_trained:
+        net = dist.shard_and_compile(copy.deepcopy(teacher), config.compile)
+        pretrain(net, corpus, config, log)
+        teacher.load_state_dict(dist.full_state(net))
+        dist.save_checkpoint(out / "ar", teacher, tok, trained=pretrain_settings(config, corpus))
 
-    glance = partial(compared.glance, rule=recipe.rule)
-    tokens = convert(student, teacher, corpus, recipe, options, optimizer, log, glance, save)
+    # 3. convert: the student is a copy of the teacher under another attention mask
+    student = dist.shard_and_compile(copy.deepcopy(teacher).init_mask(), config.compile)
+    optimizer = SkipNonFinite(make_optimizer(config.optimizer, student, config.lr), config.grad_accum)
+    teacher = teacher.requires_grad_(False).to(getattr(torch, config.teacher_dtype))
+    teacher = dist.compile_blocks(teacher, config.compile)
+
+    # 4. evaluate both before distillation
+    evaluator = Evaluator(teacher, corpus, config.length, config.seed, log, prompt)
+    pretrain_tokens = config.pretrain_steps * config.pretrain_batch * config.length
+    evaluator.evaluate("ar", teacher, AR, reveal.parse("static:1"), pretrain_tokens)
+    evaluator.evaluate("before", student, recipe.layout, recipe.rule, 0)
+
+    # 5a. warm start: off-policy, on training text
+    save = partial(save_student, student, tok, recipe, out)
+    sigterm = SigtermFlag()
+    conversion = Conversion(student, teacher, corpus, config, optimizer, log, evaluator, save, sigterm)
+    warm_steps = min(config.warm_steps, config.distill_steps)
+    dist.print0(f"warm start: {warm_steps} updates on training text")
+    conversion.run(warm_start(recipe), range(0, warm_steps))
+
+    # 5b. on-policy distillation: on text that the student writes itself
+    dist.print0(f"distillation: {config.distill_steps - warm_steps} updates on text of the {config.source}")
+    conversion.run(recipe, range(warm_steps, config.distill_steps))
+    sigterm.restore()
     save("opdlm")
-    compared.look("after", student, recipe.layout, recipe.rule, tokens)
-    if dist.first():
-        compared.publish(out)
+
+    # 6. evaluate and report
+    evaluator.evaluate("after", student, recipe.layout, recipe.rule, conversion.progress["tokens"])
+    if dist.is_first():
+        evaluator.publish(out)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import tinystories, tokenizer, toy
+from data import story_world, tinystories, tokenizer
 from data.tinystories import Corpus
 
 FOLDER = Path("out/data")       # where texts lie tokenised
@@ -15,24 +15,24 @@ def open_corpus(data: str | None, val_data: str | None, vocab: int, own: tokeniz
     `own` is the tokenizer of a checkpoint, which is then used as it is.
     """
     if data == "toy":
-        return story_world(own)
+        return story_world_corpus(own)
     try:
         return tinystories.load(data or "tinystories", val_data, vocab, FOLDER, own)
     except tinystories.NoNetwork:
         if data:
             raise
         print("no network, so no TinyStories: taking the embedded story world (--data=toy)")
-        return story_world(own)
+        return story_world_corpus(own)
 
 
-def story_world(own: tokenizer.Tokenizer | None = None, stories: int = 30_000, held_out: int = 1000) -> Corpus:
+def story_world_corpus(own: tokenizer.Tokenizer | None = None, stories: int = 30_000, held_out: int = 1000) -> Corpus:
     """Stories 0, 1, 2, ... of the world to train on, and others to be judged by; a word is a token."""
-    bare = [word for word in toy.words() if not word.isalpha() or word[0].isupper()]      # what may begin a story
-    forms = bare + [" " + word for word in toy.words() if word.isalpha()]
+    bare = [word for word in story_world.words() if not word.isalpha() or word[0].isupper()]      # what may begin a story
+    forms = bare + [" " + word for word in story_world.words() if word.isalpha()]
     tok = own or tokenizer.word_level(forms)
 
     def stream(seeds):
-        ids = tok.encode_batch([toy.story(seed) for seed in seeds])
+        ids = tok.encode_batch([story_world.story(seed) for seed in seeds])
         return np.array([i for story in ids for i in (tok.eot, *story)] + [tok.eot], dtype=tinystories.id_type(tok))
     return Corpus(stream(range(stories)), stream(range(10 ** 9, 10 ** 9 + held_out)), tok, "toy")
 

@@ -150,7 +150,7 @@ def sentence_piece(token: str) -> bytes:
 def load(folder: str | Path) -> Tokenizer:
     """A folder's tokenizer: its bpe.json or tokenizer.json, or GPT-2's if its config.json has GPT-2's 50,257 ids."""
     folder = Path(folder)
-    config = record(folder / "config.json")
+    config = read_json(folder / "config.json")
     most = config.get("vocab_size")
     if (folder / "bpe.json").is_file():
         tok = load_bpe(folder / "bpe.json")
@@ -178,7 +178,7 @@ def load_hub(folder: Path, config: dict) -> HubTokenizer:
 
 def end_of_text(tok: tokenizers.Tokenizer, config: dict, folder: Path) -> int:
     """The token that a text begins with, or if none is named, that it ends with: then all begin with it here."""
-    said = record(folder / "tokenizer_config.json")
+    said = read_json(folder / "tokenizer_config.json")
     for value in (config.get("bos_token_id"), said.get("bos_token"),
                   config.get("eos_token_id"), said.get("eos_token"), EOT):
         value = value[0] if isinstance(value, list) and value else value
@@ -189,7 +189,7 @@ def end_of_text(tok: tokenizers.Tokenizer, config: dict, folder: Path) -> int:
     raise ValueError(f"{folder} names no token that texts begin or end with: write bos_token_id to its config.json")
 
 
-def record(path: Path) -> dict:
+def read_json(path: Path) -> dict:
     """A file of JSON; nothing if there is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

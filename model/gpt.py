@@ -97,7 +97,7 @@ class Cache:
         self.kept, self.flat = kept, kept.flatten(0, 1)                                 # one memory, (B * (S+1), ...)
 
 
-def taken(x: Tensor, read: Tensor | None) -> Tensor:
+def select(x: Tensor, read: Tensor | None) -> Tensor:
     """(N, C): those of x (B, T, C) that somebody reads, or all as they are."""
     return x if read is None else x.flatten(0, 1)[read]
 
@@ -116,7 +116,7 @@ class Attention(nn.Module):
             kv = cache.write(kv, at, mask.size(-1))                                     # (B, S, 2, H, D)
         q, (k, v) = q[:, :, 0].transpose(1, 2), kv.transpose(1, 3).unbind(2)            # (B, H, T or S, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.c_proj(taken(y.transpose(1, 2).reshape(B, T, C), read))
+        return self.c_proj(select(y.transpose(1, 2).reshape(B, T, C), read))
 
 
 class MLP(nn.Module):
@@ -144,7 +144,7 @@ class LastBlock(Block):
     """Of the positions that nobody reads it needs no more than their keys and values."""
 
     def forward(self, x, mask, cache, at, read):
-        x = taken(x, read) + self.attn(self.ln_1(x), mask, cache, at, read)
+        x = select(x, read) + self.attn(self.ln_1(x), mask, cache, at, read)
         return x + self.mlp(self.ln_2(x))
 
 

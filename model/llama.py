@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.gpt import Cache, check_fixed, sizes, taken
+from model.gpt import Cache, check_fixed, select, sizes
 
 NEVER = -1e4    # the logit of what can't be generated: its probability is 0, and 0 times it is 0, not NaN as with -inf
 
@@ -124,7 +124,7 @@ class Attention(nn.Module):
         k, v = (y.repeat_interleave(q.size(2) // y.size(2), 2) for y in (k, v))         # (B, T or S, H, D)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)               # (B, H, T or S, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.o_proj(taken(y.transpose(1, 2).flatten(2), read))                   # (B, T, C) or (N, C)
+        return self.o_proj(select(y.transpose(1, 2).flatten(2), read))                   # (B, T, C) or (N, C)
 
 
 class MLP(nn.Module):
@@ -153,7 +153,7 @@ class LastBlock(Block):
     """Of the positions that nobody reads it needs no more than their keys and values."""
 
     def forward(self, x, mask, turn, cache, at, read):
-        x = taken(x, read) + self.self_attn(self.input_layernorm(x), mask, turn, cache, at, read)
+        x = select(x, read) + self.self_attn(self.input_layernorm(x), mask, turn, cache, at, read)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import opdlm
-from model.draw import uniforms
+from decoding.sampling import uniforms
 from model.masks import Layout
-from report import measure
+from report import metrics
 
 
 def whole(stories: list[Tensor], length: int, eot: int) -> Tensor:
     """(stories, length): each to its end, and end-of-text behind it, which such a model has learnt to write."""
-    tokens = measure.padded([story[:length] for story in stories], eot)
+    tokens = metrics.padded([story[:length] for story in stories], eot)
     return F.pad(tokens, (0, length - tokens.size(1)), value=eot)
 
 

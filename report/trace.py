@@ -127,7 +127,7 @@ def scale(steps: int) -> list[tuple[str, int]]:
     return [(f"{g[0] + 1}-{g[-1] + 1}" if len(g) > 1 else str(g[0] + 1), g[0]) for g in groups]
 
 
-def obeys(stream) -> bool:
+def supports_ansi(stream) -> bool:
     """Is stream a terminal that moves its cursor, and changes colours, when it is told to?"""
     terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
     if terminal and os.name == "nt":
@@ -137,7 +137,7 @@ def obeys(stream) -> bool:
 
 def wants_colour(stream) -> bool:
     """Is stream a terminal that wants colours? NO_COLOR with any value says no (https://no-color.org)."""
-    return obeys(stream) and not os.environ.get("NO_COLOR")
+    return supports_ansi(stream) and not os.environ.get("NO_COLOR")
 
 
 def shade(step: int, steps: int) -> int:

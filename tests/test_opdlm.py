@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 
 import opdlm
-from model import masks, reveal
-from model.denoiser import Denoiser
-from model.draw import inverse_cdf
+from decoding import reveal
+from decoding.denoiser import Denoiser
+from decoding.sampling import inverse_cdf
+from model import masks
 from model.masks import AR, Layout
 
 EOT = 10
@@ -22,8 +23,8 @@ LAYOUTS = [Layout(block, clean, shift)
 class Spy(Denoiser):
     """Keeps what the sampler saw: each state and the logits it was answered with."""
 
-    def open(self, prompt, end):
-        super().open(prompt, end)
+    def reset(self, prompt, end):
+        super().reset(prompt, end)
         self.seen = []
 
     def __call__(self, tokens, start, masked):
@@ -99,7 +100,7 @@ class Exact:
     joint = torch.rand(3, 3, 3, generator=torch.Generator().manual_seed(7)) ** 3
     joint /= joint.sum()
 
-    def open(self, prompt, end):
+    def reset(self, prompt, end):
         self.forwards = self.positions = torch.zeros_like(prompt)
 
     def __call__(self, tokens, start, masked):
@@ -143,7 +144,7 @@ def test_static_order_is_a_permutation_and_no_mask_is_left(tiny, layout):
     text, denoiser = write(net, layout, spec="static:1")
     assert not (text.tokens == net.mask_id).any()
     for row in range(4):
-        length = int(text.kept[row].sum())
+        length = int(text.response_mask[row].sum())
         for begin in range(3, 3 + length - layout.block + 1, layout.block):               # blocks that were finished
             assert sorted(text.order[row, begin:begin + layout.block].tolist()) == list(range(layout.block))
         assert length <= 18 and denoiser.forwards[row] <= -(-length // layout.block) * layout.block
@@ -157,7 +158,7 @@ def test_n_tokens_in_n_forwards(tiny):
         net.ln_f.weight.mul_(3)
     for layout in LAYOUTS:
         text, denoiser = write(net, layout, spec="static:1")
-        full = text.kept.sum(1) == 18
+        full = text.response_mask.sum(1) == 18
         assert full.any() and (denoiser.forwards[full] <= 18).all()
 
 
@@ -170,18 +171,18 @@ def test_a_row_depends_neither_on_batch_mates_nor_on_padding(tiny, layout):
     for row, n in enumerate(lens.tolist()):
         alone = opdlm.rollout(Denoiser(net, layout), prompt[row:row + 1, :n], R, reveal.parse("threshold:0.3"),
                               u[row:row + 1], EOT)
-        for name in ("tokens", "order", "kept"):
+        for name in ("tokens", "order", "response_mask"):
             assert torch.equal(getattr(together, name)[row, :n + R], getattr(alone, name)[0]), name
         assert (together.forwards[row], together.positions[row]) == (alone.forwards[0], alone.positions[0])
 
 
 def test_an_end_of_text_stops_its_row_inside_the_block(tiny):
     text, _ = write(tiny(scale=0.1), Layout(6, 1, 1), rows=32, spec="leftmost:0.3")
-    ended = [(row, int(keep.nonzero()[-1])) for row, keep in enumerate(text.kept) if text.tokens[row][keep][-1] == EOT]
+    ended = [(row, int(keep.nonzero()[-1])) for row, keep in enumerate(text.response_mask) if text.tokens[row][keep][-1] == EOT]
     inside = [(row, last) for row, last in ended if (last - 3) % 6 < 5]
     assert len(inside) > 5
     for row, last in inside:
-        assert (text.tokens[row, last:] == EOT).all() and not text.kept[row, last + 1:].any()
+        assert (text.tokens[row, last:] == EOT).all() and not text.response_mask[row, last + 1:].any()
         assert (text.order[row, last + 1:] != text.order[row, last] + 1).all()     # no step after the one that ended it
 
 
@@ -189,8 +190,8 @@ def test_an_end_of_text_stops_its_row_inside_the_block(tiny):
 def test_everything_kept_was_revealed(tiny, spec):
     """An end-of-text right of a mask ends nothing: what is before it is still to be written."""
     text, _ = write(tiny(scale=0.1), Layout(6, 6, 0), rows=64, spec=spec)
-    assert (text.tokens[text.kept] == EOT).sum() > 20
-    assert (text.order[text.kept] >= 0).all() and (text.order[text.kept] < 6).all()
+    assert (text.tokens[text.response_mask] == EOT).sum() > 20
+    assert (text.order[text.response_mask] >= 0).all() and (text.order[text.response_mask] < 6).all()
 
 
 class Nothing(reveal.Rule):
@@ -202,7 +203,7 @@ def test_the_last_step_reveals_what_is_left(tiny):
     """Even under a rule that never reveals anything, a block takes K steps."""
     u = opdlm.uniforms(0, 0, range(4), (21, 1))
     text = opdlm.rollout(Denoiser(tiny(), Layout(4, 1, 0)), prompts(3), 18, Nothing("", 0), u, EOT)
-    assert (text.order[text.kept] == 3).all() and (text.forwards <= 20).all()
+    assert (text.order[text.response_mask] == 3).all() and (text.forwards <= 20).all()
 
 
 def test_uniforms_know_their_row_only():
@@ -235,18 +236,18 @@ def test_visited_draws_each_state_that_has_a_loss():
 
 def test_prefix_hides_all_from_some_slot_on():
     order, kept = torch.zeros(1, 6).long(), torch.tensor([[True] * 6])
-    got = shares(opdlm.prefix, order[:, :4], kept[:, :4], 4)
+    got = shares(opdlm.prefix_shown, order[:, :4], kept[:, :4], 4)
     assert got == pytest.approx({tuple(range(j, 4)): 0.25 for j in range(4)}, abs=0.02)
-    assert all(len(s) and s[-1] == 5 for s in shares(opdlm.prefix, order, kept, 4))       # the last block is shorter
+    assert all(len(s) and s[-1] == 5 for s in shares(opdlm.prefix_shown, order, kept, 4))       # the last block is shorter
 
 
 def test_random_states_with_weight_1_over_t_are_the_diffusion_bound():
     """P(set) x weight = the integral over t of (1/t) t^n (1-t)^(K-n), for each set of n of K slots."""
     K, order = 3, torch.zeros(1, 3).long()
     kept = order == 0
-    for masked, share in shares(opdlm.random, order, kept, K, 60_000).items():
+    for masked, share in shares(opdlm.random_mask, order, kept, K, 60_000).items():
         hidden = torch.zeros(1, K, dtype=torch.bool).index_fill(1, torch.tensor(masked), True)
-        weight = opdlm.inverse_share(hidden, kept, K).amax().item() * K
+        weight = opdlm.inverse_t(hidden, kept, K).amax().item() * K
         n = len(masked)
         integral = math.gamma(n) * math.gamma(K - n + 1) / math.gamma(K + 1)
         assert share * weight == pytest.approx(integral, rel=0.04)
@@ -290,7 +291,7 @@ def test_kl_of_equal_models_is_0(tiny):
     """A student under the AR layout is its teacher."""
     teacher = tiny().float()
     text, _ = write(teacher, AR)
-    rows, at = text.kept.nonzero(as_tuple=True)
+    rows, at = text.response_mask.nonzero(as_tuple=True)
     noisy = torch.full((4, 18), teacher.mask_id)
     target = opdlm.teacher_probs(teacher, text.tokens, rows, at)
     kl = opdlm.distill_loss(target, opdlm.student_logits(teacher, text.tokens, noisy, 3, AR, rows, at))
@@ -300,7 +301,7 @@ def test_kl_of_equal_models_is_0(tiny):
 def test_a_first_slot_is_the_teacher_s_under_a_causal_context(tiny):
     net, layout = tiny(), Layout(4, 1, 1)
     text, _ = write(net, layout)
-    rows, at = text.kept.nonzero(as_tuple=True)
+    rows, at = text.response_mask.nonzero(as_tuple=True)
     rows, at = rows[(at - 3) % 4 == 0], at[(at - 3) % 4 == 0]
     noisy = torch.full((4, 18), net.mask_id)
     logits = opdlm.student_logits(net, text.tokens, noisy, 3, layout, rows, at).float()
@@ -332,8 +333,8 @@ def test_one_hot_is_cross_entropy(tiny):
 
 def recipe(method="opdlm", layout=Layout(4, 1, 1), **more):
     text, states, target, weight = opdlm.METHODS[method]
-    dials = opdlm.TEXTS[text], opdlm.STATES[states], opdlm.TARGETS[target], opdlm.WEIGHTS[weight]
-    return opdlm.Recipe(*dials, layout, EOT, **{"batch": 4, "prompt": 4, **more})
+    dials = opdlm.SOURCES[text], opdlm.STATES[states], opdlm.TARGETS[target], opdlm.WEIGHTS[weight]
+    return opdlm.Recipe(*dials, layout, EOT, **{"batch": 4, "max_prompt": 4, **more})
 
 
 def stories(numbers):
@@ -353,12 +354,12 @@ def test_rows_can_be_parted(tiny):
     """The gradient of a batch is the sum of its parts', rows without a loss included."""
     teacher, made = tiny(), recipe()
     text, u = opdlm.data_text(None, None, stories(range(4)), 3, 18, None, made), opdlm.uniforms(0, 2, range(4), (21, 2))
-    text.kept[2] = False
-    made.states = opdlm.random
+    text.response_mask[2] = False
+    made.states = opdlm.random_mask
 
     def gradient(part):
         student = copy.deepcopy(teacher)
-        some = opdlm.Text(*(x[part] for x in (text.tokens, text.order, text.kept, text.forwards, text.positions)))
+        some = opdlm.Rollout(*(x[part] for x in (text.tokens, text.order, text.response_mask, text.forwards, text.positions)))
         opdlm.train_step(student, teacher, some, 3, u[part], made, torch.optim.SGD(student.parameters(), 0.0))
         return [p.grad for p in student.parameters()]
     for whole, left, right in zip(gradient(slice(None)), gradient(slice(0, 3)), gradient(slice(3, 4))):
@@ -370,7 +371,7 @@ def test_rows_can_be_parted(tiny):
 def test_every_method_runs_and_leaves_the_teacher_alone(tiny, method, layout):
     before = tiny()
     records, student, teacher = run(tiny, 2, recipe(method, layout))
-    assert all(math.isfinite(r["loss"]) and r["places"] > 0 for r in records)
+    assert all(math.isfinite(r["loss"]) and r["loss_positions"] > 0 for r in records)
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), teacher.parameters()))
     assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), student.parameters()))
 
@@ -387,15 +388,15 @@ def test_only_a_model_of_whole_texts_learns_what_follows_their_end(tiny):
     how = [replace(recipe("sdar"), layout=Layout(block, block, 0)) for block in (9, 7)]
     whole, parts = (opdlm.data_text(None, None, rows, 2, 7, None, one) for one in how)
     assert torch.equal(whole.tokens, parts.tokens) and whole.tokens[0].tolist() == [EOT, 1, 2, 3, *[EOT] * 5]
-    assert torch.equal(whole.kept, torch.arange(9).expand(2, 9) >= 2)
-    assert parts.kept.tolist() == [[False] * 2 + [True] * 3 + [False] * 4, whole.kept[1].tolist()]
+    assert torch.equal(whole.response_mask, torch.arange(9).expand(2, 9) >= 2)
+    assert parts.response_mask.tolist() == [[False] * 2 + [True] * 3 + [False] * 4, whole.response_mask[1].tolist()]
 
 
 def test_several_updates_take_their_rows_in_turn(tiny):
     """With a learning rate of 0, four updates on one rollout are four rollouts of a quarter of the rows."""
-    fixed = {"prompt": 1}
-    one = [r["kl"] for r in run(tiny, 4, recipe(updates=4, **fixed), lr=0.0)[0]]
-    assert one == pytest.approx([r["kl"] for r in run(tiny, 4, recipe(updates=1, **fixed), lr=0.0)[0]], rel=1e-5)
+    fixed = {"max_prompt": 1}
+    one = [r["kl"] for r in run(tiny, 4, recipe(updates_per_rollout=4, **fixed), lr=0.0)[0]]
+    assert one == pytest.approx([r["kl"] for r in run(tiny, 4, recipe(updates_per_rollout=1, **fixed), lr=0.0)[0]], rel=1e-5)
 
 
 def test_steps_go_on_where_they_stopped(tiny):
@@ -437,8 +438,8 @@ def test_the_clean_weight_adds_the_student_s_loss_as_an_ar_model(tiny):
         step = partial(opdlm.train_step, copy.deepcopy(net), teacher, text, 3, picks, weighed)
         loss[weight] = step(torch.optim.SGD(net.parameters(), 0.0))
     own, theirs = (x(text.tokens).view(4, 21, -1)[:, 2:-1].log_softmax(-1) for x in (net, teacher))
-    kl = (theirs.exp() * (theirs - own)).sum(-1) * text.kept[:, 3:]                      # (B, R)
-    wanted = 0.5 * (kl.sum(1) / text.kept[:, 3:].sum(1)).sum() / plain.batch
+    kl = (theirs.exp() * (theirs - own)).sum(-1) * text.response_mask[:, 3:]                      # (B, R)
+    wanted = 0.5 * (kl.sum(1) / text.response_mask[:, 3:].sum(1)).sum() / plain.batch
     assert loss[0.5]["loss"] - loss[0.0]["loss"] == pytest.approx(wanted.item(), rel=1e-6)
     assert all(loss[0.5][name] == loss[0.0][name] for name in ("kl", "text_nats", "masked", "tokens"))
 
@@ -449,7 +450,7 @@ def test_the_clean_weight_needs_an_ar_student():
 
 
 MADE = {name: recipe(name) for name in opdlm.METHODS} | {
-    "default": replace(recipe("opdlm"), text=opdlm.data_text, states=opdlm.prefix, weight=opdlm.WEIGHTS["first"]),
+    "default": replace(recipe("opdlm"), source=opdlm.data_text, states=opdlm.prefix_shown, weight=opdlm.WEIGHTS["first"]),
     "wired as the paper": recipe("opdlm", Layout(4, 4, 0), rule=reveal.parse("threshold:0.9", "drawn"))}
 
 
@@ -460,7 +461,7 @@ def test_golden_losses(tiny, name):
 
 
 def test_dials_that_mean_nothing_together():
-    with pytest.raises(ValueError, match="states=visited needs text=student"):
+    with pytest.raises(ValueError, match="states=visited needs source=student"):
         replace(recipe("sdar"), states=opdlm.visited)
 
 

@@ -13,24 +13,22 @@ import torch
 import opdlm
 import sample
 import train_tiny
-from experiments import (
-    ablations,
-    frontier,
-    gains,
-    hull,
-    memory,
-    pace,
-    reaching,
-    savings,
-    spending,
-    tiny,
-    unmasking,
-    verified,
-)
-from experiments.results import by_row, cell
+from experiments.ablations import run as ablations
+from experiments.common.results import by_row, cell
+from experiments.decoding import tables as frontier
+from experiments.main_run import run as tiny
+from experiments.memory import run as memory
+from experiments.methods import tables as reaching
+from experiments.scheduling import tables as savings
+from experiments.shallow import tables as spending
+from experiments.speculative import run as verified
+from experiments.speed import tables as pace
+from experiments.unmasking import hull
+from experiments.unmasking import run as unmasking
+from experiments.unmasking import tables as gains
 from model.gpt import GPT, GPTConfig
-from model.muon import Muon
-from report import cli
+from training import cli
+from training.optim import Muon
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -63,7 +61,7 @@ def test_the_table_of_methods_is_the_one_in_the_code():
     rows = re.findall(r"^\| `([\w-]+)`[^|]* \| (student|teacher|data) \| (\w+) \| (\w+) \| (mean|1/t) \|$", TEXT, re.M)
     assert {name: tuple(dials) for name, *dials in rows} == opdlm.METHODS
     for name, *dials in rows:
-        options = cli.parse(train_tiny.Options, [f"--preset={name}"], "", train_tiny.PRESETS)
+        options = cli.parse(train_tiny.Config, [f"--preset={name}"], "", train_tiny.PRESETS)
         assert [options.text, options.states, options.target, options.weight] == dials and options.warm_steps == 0
 
 
@@ -329,7 +327,7 @@ def test_the_ablations_table_and_what_is_said_of_it_are_made_of_the_results():
 def test_numbers_in_the_help_of_flags_are_means_of_the_ablations():
     results = json.loads((ROOT / "experiments/ablations/results.json").read_text())
     means = {value.split()[0] for row in ablations.table(results).splitlines()[2:] for value in row.split("|")[2:-2]}
-    helps = [f.metadata["help"] for f in fields(train_tiny.Options)]
+    helps = [f.metadata["help"] for f in fields(train_tiny.Config)]
     said = [re.findall(r"\d\.\d\d\b", text.partition(". leftmost")[0]) for text in helps if "nats*" in text]
     assert len(said) >= 6 and all(set(some) <= means for some in said)
 

@@ -10,11 +10,12 @@ import torch
 import opdlm
 import sample
 from data import tokenizer
-from model import hub, reveal
-from model.denoiser import Denoiser
+from decoding import reveal
+from decoding.denoiser import Denoiser
+from model import checkpoint
 from model.gpt import GPT, GPTConfig
 from model.masks import AR, Layout
-from report import cli
+from training import cli
 
 TOK = tokenizer.word_level(["One", " day", " a", " ball", "."])
 CONTEXT, LAYOUT = 24, Layout(4, 1, 1)
@@ -35,16 +36,16 @@ def network(seed, ends=-1.0):
     return net
 
 
-def checkpoint(folder, ends=-1.0):
-    hub.save(folder / "ar", network(0, ends), TOK)
-    hub.save(folder / "opdlm", network(1, ends), TOK, LAYOUT, reveal="leftmost:0.9", confidence="largest")
+def make_checkpoint(folder, ends=-1.0):
+    checkpoint.save(folder / "ar", network(0, ends), TOK)
+    checkpoint.save(folder / "opdlm", network(1, ends), TOK, LAYOUT, reveal="leftmost:0.9", confidence="largest")
     return folder
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run's folder, with a model that never stops."""
-    return checkpoint(tmp_path_factory.mktemp("run"))
+    return make_checkpoint(tmp_path_factory.mktemp("run"))
 
 
 def said(capsys, folder, *flags):
@@ -75,7 +76,7 @@ def test_the_last_line_counts_the_tokens(run, tmp_path, capsys, flags):
         last = said(capsys, run, "--prompt=One day", f"--n={n}", f"--length={length}", *flags)[1]
         assert numbers(last)[0] == n * length and numbers(last)[3] == n
     assert numbers(said(capsys, run, "--prompt=One day", *flags)[1])[0] == CONTEXT - 3          # all the room there is
-    last = said(capsys, checkpoint(tmp_path, ends=1.0), "--n=3", *flags)[1]
+    last = said(capsys, make_checkpoint(tmp_path, ends=1.0), "--n=3", *flags)[1]
     assert numbers(last)[0] == 3                                     # each text is its end-of-text, and that is counted
 
 
@@ -140,10 +141,10 @@ def test_verified_text_is_the_verifier_s(run, capsys):
     (["--ckpt={other}", "--verifier=self"], "convert it with --align=ar --context=causal"),
     (["--ckpt={run}/ar"], "holds an AR model")])
 def test_a_verifier_that_cannot_be_is_one_sentence(run, tmp_path, capsys, flags, wrong):
-    hub.save(tmp_path / "ar", GPT(GPTConfig(TOK.vocab_size - 1, CONTEXT, 1, 2, 16)), TOK)
-    hub.save(tmp_path / "opdlm", network(1), TOK, Layout(4, 4, 0))
-    hub.save(tmp_path / "init/opdlm", network(1), TOK, Layout(4, 1, 1))
-    hub.save(tmp_path / "words", network(1), tokenizer.word_level(["One", " day", " a", " bell", "."]))
+    checkpoint.save(tmp_path / "ar", GPT(GPTConfig(TOK.vocab_size - 1, CONTEXT, 1, 2, 16)), TOK)
+    checkpoint.save(tmp_path / "opdlm", network(1), TOK, Layout(4, 4, 0))
+    checkpoint.save(tmp_path / "init/opdlm", network(1), TOK, Layout(4, 1, 1))
+    checkpoint.save(tmp_path / "words", network(1), tokenizer.word_level(["One", " day", " a", " bell", "."]))
     given = [flag.format(run=run, other=tmp_path) for flag in flags]
     assert cli.run(sample.main, [f"--ckpt={run}", "--device=cpu", "--mode=verified", *given]) == 2
     out, err = capsys.readouterr()
@@ -152,7 +153,7 @@ def test_a_verifier_that_cannot_be_is_one_sentence(run, tmp_path, capsys, flags,
 
 def test_a_second_model_takes_its_steps(run, tmp_path, capsys):
     """At all of them it is the light model's text, at none the heavy one's; what is measured says at which."""
-    hub.save(tmp_path / "opdlm", network(2), TOK, LAYOUT, reveal="ancestral:8")
+    checkpoint.save(tmp_path / "opdlm", network(2), TOK, LAYOUT, reveal="ancestral:8")
     (tmp_path / "opdlm" / "importance.json").write_text('{"t": [0.25, 0.75], "kl": [0.0, 1.0]}')
     how = ["--reveal=ancestral:8", f"--light={tmp_path}"]
     heavy, light = (said(capsys, folder, "--reveal=ancestral:8") for folder in (run, tmp_path))
@@ -173,7 +174,7 @@ def test_a_second_model_takes_its_steps(run, tmp_path, capsys):
     (["--light={run}", "--schedule=H4", "--mode=ar"], "--schedule=H4 means nothing to --mode=ar")])
 def test_a_schedule_that_cannot_be_is_one_sentence(run, tmp_path, capsys, flags, wrong):
     other = tokenizer.word_level(["One", " day", " a", " bell", "."])
-    hub.save(tmp_path / "opdlm", network(2), other, LAYOUT)
+    checkpoint.save(tmp_path / "opdlm", network(2), other, LAYOUT)
     given = [flag.format(run=run, other=tmp_path) for flag in flags]
     assert left(["--device=cpu", f"--ckpt={run}", *given]) == 2
     out, err = capsys.readouterr()
@@ -240,7 +241,7 @@ def test_a_rule_means_nothing_to_the_ar_model(run, capsys):
 
 
 def test_an_unknown_confidence_is_named(tmp_path, capsys):
-    run = checkpoint(tmp_path)
+    run = make_checkpoint(tmp_path)
     path = run / "opdlm" / "config.json"
     path.write_text(path.read_text().replace('"largest"', '"loudest"'))
     assert cli.run(sample.main, [f"--ckpt={run}", "--device=cpu"]) == 2
@@ -266,16 +267,16 @@ def test_a_block_means_nothing_to_the_ar_model(run, capsys):
 
 @pytest.mark.parametrize("clean", [1, 4])
 def test_another_block_is_the_layout_of_that_block(tmp_path, capsys, clean):
-    hub.save(tmp_path / "opdlm", network(1), TOK, Layout(4, clean, 1))
+    checkpoint.save(tmp_path / "opdlm", network(1), TOK, Layout(4, clean, 1))
     text = said(capsys, tmp_path, "--block=3", "--length=9")[0]
-    hub.save(tmp_path / "opdlm", network(1), TOK, Layout(3, min(clean, 3), 1))
+    checkpoint.save(tmp_path / "opdlm", network(1), TOK, Layout(3, min(clean, 3), 1))
     assert text == said(capsys, tmp_path, "--length=9")[0]
-    hub.save(tmp_path / "opdlm", network(1), TOK, Layout(4, clean, 1))
+    checkpoint.save(tmp_path / "opdlm", network(1), TOK, Layout(4, clean, 1))
     assert text != said(capsys, tmp_path, "--length=9")[0]
 
 
 def test_a_tokenizer_with_more_ids_than_the_network_is_refused(tmp_path, capsys):
-    hub.save(tmp_path / "net", network(0), tokenizer.word_level(["One", " day", " a", " ball", ".", " more"]))
+    checkpoint.save(tmp_path / "net", network(0), tokenizer.word_level(["One", " day", " a", " ball", ".", " more"]))
     assert cli.run(sample.main, [f"--ckpt={tmp_path / 'net'}", "--mode=ar", "--device=cpu"]) == 2
     assert f"ids and the network there {TOK.vocab_size}: give it its own" in capsys.readouterr().err
 
