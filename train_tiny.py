@@ -1,10 +1,10 @@
 """Train, convert, compare and sample a diffusion language model in one command.
 
-    python train_tiny.py                          TinyStories (without a network: the synthetic story world)
-    python train_tiny.py --data=toy               the story world, whose stories a program can check
-    python train_tiny.py --data=stories.txt       your own UTF-8 text, <|endoftext|> between texts
-    python train_tiny.py --init=hf:gpt2 --data=stories.txt      convert a checkpoint instead of pretraining one
-    python train_tiny.py --preset=paper           the paper's choices instead of ours
+    python train_tiny.py                      TinyStories (without a network: the synthetic story world)
+    python train_tiny.py --data=toy           the story world, whose stories a program can check
+    python train_tiny.py --data=stories.txt   your own UTF-8 text, <|endoftext|> between texts
+    python train_tiny.py --init=hf:gpt2 --data=stories.txt      convert a checkpoint, no pretraining
+    python train_tiny.py --preset=paper       the paper's choices instead of ours
 
 Phases: data, AR pretraining, evaluation, warm start on training text (off-policy), on-policy distillation,
 evaluation, report.
@@ -41,6 +41,9 @@ from training.resume import SigtermFlag, begin_states, latest_state, load_state,
 STATE = "state.safetensors"     # in --out: everything that --resume needs
 
 
+Preset = Literal["paper", "mdlm", "opdlm", "opdlm-off", "kd", "sft", "sdar"]
+
+
 @dataclass
 class Config:
     # Data and output
@@ -50,7 +53,7 @@ class Config:
     init: str = "scratch"       # scratch: pretrain an AR model; FOLDER or hf:NAME[@REVISION]: load one
     out: str = "out/tiny"       # folder for checkpoints, log, summary and pictures
     resume: bool = False        # continue the run in --out, up to --distill_steps
-    preset: Literal["paper", "mdlm", "opdlm", "opdlm-off", "kd", "sft", "sdar"] | None = None  # named settings
+    preset: Preset | None = None    # named settings (docs/method.md); flags given beside it win
     # Method
     block: int = 4              # tokens denoised together; 0: the whole text
     align: Literal["ar", "paper"] = "ar"    # the logits that predict token i: at i - 1 (ar) or at i (paper)
@@ -91,8 +94,8 @@ class Config:
     sample_prompt: str | None = None    # text to continue at each evaluation, for people to read
 
 
-# The paper's choices (arXiv 2606.06712, sections 4 and B), except the learning rate 1e-5, which suits its model sizes.
-# docs/differences.md lists where the paper and its release differ.
+# The paper's choices (arXiv 2606.06712, sections 4 and B), except its learning rate 1e-5, which suits larger
+# models. docs/differences.md lists where the paper and its release differ.
 PAPER = {
     "block": 4, "align": "paper", "context": "block", "reveal": "threshold:0.9", "confidence": "drawn",
     "source": "student", "states": "visited", "target": "teacher", "weight": "mean", "warm_steps": 0,
@@ -142,7 +145,7 @@ RENAMED = {"rows": "pretrain_batch"}    # in the config.json of older checkpoint
 
 
 def pretrain_settings(config: Config, corpus: Corpus) -> dict:
-    """Everything that a pretrained AR model depends on; saved with it, and compared before it is used again."""
+    """Everything that a pretrained AR model depends on: saved with it, compared before it is used again."""
     names = ("data", "pretrain_steps", "pretrain_batch", "layers", "width", "length", "seed")
     settings = {name: getattr(config, name) for name in names}
     settings["tokens"] = len(corpus.train)
@@ -151,7 +154,7 @@ def pretrain_settings(config: Config, corpus: Corpus) -> dict:
 
 
 def pretrain(net: GPT, corpus: Corpus, config: Config, log: Log) -> None:
-    """Next-token prediction. A window holds several texts; each attends only to itself, from position 0 on."""
+    """Next-token prediction. A window holds several texts; each attends to itself alone, from position 0."""
     T = config.length
     B = config.pretrain_batch
     device = net.wte.weight.device
@@ -172,7 +175,7 @@ def pretrain(net: GPT, corpus: Corpus, config: Config, log: Log) -> None:
         optimizer.step()
 
         total_loss = sum(dist.gather_objects(loss.item()))
-        keys = position.float().mean().item() + 1                # positions that a query attends to, on average
+        keys = position.float().mean().item() + 1            # positions that a query attends to, on average
         flops = metrics.body_flops(net.config, keys) + metrics.head_flops(net.config)
         seconds = time.perf_counter() - began
         record = {"phase": "pretrain", "step": step + 1, "tokens": (step + 1) * B * T, "loss": total_loss,
@@ -183,9 +186,9 @@ def pretrain(net: GPT, corpus: Corpus, config: Config, log: Log) -> None:
 
 
 def separate_texts(tokens: Tensor, eot: int) -> tuple[Tensor, Tensor]:
-    """Mask (B, 1, T, T) and positions (B, T) for windows (B, T) of several texts, each of which starts with `eot`."""
+    """Mask (B, 1, T, T) and positions (B, T) for windows (B, T) of texts that each start with `eot`."""
     column = torch.arange(tokens.size(1), device=tokens.device)
-    begin = torch.where(tokens == eot, column, 0).cummax(1).values           # (B, T) where the text of a token begins
+    begin = torch.where(tokens == eot, column, 0).cummax(1).values   # (B, T) where the text of a token begins
     same_text = begin[:, :, None] == begin[:, None, :]
     causal = column[:, None] >= column
     return (same_text & causal)[:, None], column - begin
@@ -222,15 +225,15 @@ def make_recipe(config: Config, eot: int, show: Callable = repr, vocab: int = 0)
 
 
 def warm_start(recipe: opdlm.Recipe) -> opdlm.Recipe:
-    """The recipe of the warm start: training text instead of rollouts, since an untrained student writes badly."""
+    """The recipe of the warm start: training text, since an untrained student writes badly."""
     return replace(recipe, source=opdlm.data_text, states=opdlm.prefix_shown, updates_per_rollout=1)
 
 
 class Conversion:
     """Runs the two phases of distillation: data, learning rate, log, evaluation, saving and resumption."""
 
-    def __init__(self, student, teacher, corpus: Corpus, config: Config, optimizer, log: Log, evaluator: Evaluator,
-                 save: Callable, sigterm: SigtermFlag):
+    def __init__(self, student, teacher, corpus: Corpus, config: Config, optimizer, log: Log,
+                 evaluator: Evaluator, save: Callable, sigterm: SigtermFlag):
         self.student = student
         self.teacher = teacher
         self.config = config
@@ -266,7 +269,8 @@ class Conversion:
         """One record per update."""
         source = {function: name for name, function in opdlm.SOURCES.items()}[recipe.source]
         began = time.perf_counter()
-        records = opdlm.train(self.student, self.teacher, self.data, recipe, self.optimizer, self.length, steps)
+        records = opdlm.train(self.student, self.teacher, self.data, recipe, self.optimizer, self.length,
+                              steps)
         for record in dist.merge_records(records, recipe.grad_accum):
             record["seconds"] = time.perf_counter() - began
             record["tok_s"] = record["tokens"] / record["seconds"]
@@ -287,10 +291,11 @@ class Conversion:
         return on_policy_steps % period == 0 or bool(self.sigterm)
 
     def evaluate_and_save(self, recipe: opdlm.Recipe) -> None:
-        """Save what --resume needs, and the student if its validation NLL is the best so far; end after SIGTERM."""
+        """Save what --resume needs, and the student if its validation NLL is the best so far."""
         stop = bool(self.sigterm)
         if not stop:
-            nats = self.evaluator.quick_eval(self.student, recipe.layout, self.progress["tokens"], recipe.rule)
+            tokens = self.progress["tokens"]
+            nats = self.evaluator.quick_eval(self.student, recipe.layout, tokens, recipe.rule)
             if nats < self.progress["best"]:
                 self.progress["best"] = nats
                 self.save("best")
@@ -300,7 +305,7 @@ class Conversion:
 
 
 def describe(record: dict) -> str:
-    """The log line of an update: KL, masked share, tokens per response, NLL of the text under the target, speed."""
+    """The log line of an update: KL, masked share, tokens per response, NLL under the target, speed."""
     return (f"kl {record['kl']:.3f} nats | masked {record['masked']:.2f} | len {record['len']:.0f} | "
             f"text {record['text_nats']:.2f} nats | {record['tok_s'] / 1000:.1f}k tok/s | "
             f"{record['seconds'] * 1000:.0f} ms")
@@ -316,12 +321,13 @@ def resolve_options(config: Config, corpus: Corpus) -> Config:
     if config.init != "scratch":
         sizes = checkpoint.sizes_from_checkpoint(config.init, config.length, defaults["length"])
         config = replace(config, **sizes)
-        defaults["lr"] = RATES[config.optimizer] / 10            # a checkpoint of others bears less (docs/checkpoints.md)
+        defaults["lr"] = RATES[config.optimizer] / 10            # large checkpoints need smaller rates
     missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     config = replace(config, **missing)
     config = replace(config, block=config.block or config.length)
 
-    for name in ("max_prompt", "layers", "batch", "grad_accum", "updates_per_rollout", "eval_every", "distill_steps"):
+    for name in ("max_prompt", "layers", "batch", "grad_accum", "updates_per_rollout", "eval_every",
+                 "distill_steps"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name}={getattr(config, name)}: must be at least 1")
     if config.init == "scratch" and config.width % 64:
@@ -329,22 +335,23 @@ def resolve_options(config: Config, corpus: Corpus) -> Config:
     room = config.length - config.max_prompt
     is_full_sequence = config.block == config.length
     if room < 1 or not (1 <= config.block <= room or is_full_sequence):
-        raise ValueError(f"--block={config.block} does not fit after a prompt of up to {config.max_prompt} tokens in "
-                         f"--length={config.length}: use 1 to {room}, or 0 for the whole text")
+        raise ValueError(f"--block={config.block} does not fit after a prompt of up to {config.max_prompt} "
+                         f"tokens in --length={config.length}: use 1 to {room}, or 0 for the whole text")
     if config.batch % (config.grad_accum * dist.count()):
-        raise ValueError(f"--batch={config.batch} must be divisible by --grad_accum={config.grad_accum} times "
-                         f"{dist.count()} processes")
+        raise ValueError(f"--batch={config.batch} must be divisible by --grad_accum={config.grad_accum} "
+                         f"times the number of processes, {dist.count()}")
     if config.pretrain_batch % dist.count():
-        raise ValueError(f"--pretrain_batch={config.pretrain_batch} must be divisible by {dist.count()} processes")
+        raise ValueError(f"--pretrain_batch={config.pretrain_batch} must be divisible by the number of "
+                         f"processes, {dist.count()}")
     return config
 
 
 def check_out_dir(config: Config) -> Path:
-    """The folder --out; refused if it holds another AR model than that of --init, or nothing to resume from."""
+    """The folder --out. ValueError if it holds another AR model than --init, or nothing to resume from."""
     ar = Path(config.out, "ar")
     if config.init != "scratch" and ar.is_dir() and checkpoint.fetch(config.init).resolve() != ar.resolve():
-        raise ValueError(f"{ar} is not the AR model of --init={config.init}, but would be taken for the teacher of this "
-                         "student: use another --out")
+        raise ValueError(f"{ar} is not the AR model of --init={config.init}, but would be taken for the "
+                         "teacher of this student: use another --out")
     out = writable(Path(config.out))
     if config.resume and not latest_state(out / STATE):
         raise ValueError(f"nothing to resume in {out}: it has no {STATE}; run without --resume")
@@ -364,7 +371,8 @@ def header(config: Config, net, device) -> dict:
 def save_student(student, tok, recipe: opdlm.Recipe, out: Path, name: str) -> None:
     """Write the student to --out/name, with the reveal rule that it was trained with."""
     rule = recipe.rule
-    dist.save_checkpoint(out / name, student, tok, recipe.layout, reveal=str(rule), confidence=rule.confidence.__name__)
+    dist.save_checkpoint(out / name, student, tok, recipe.layout,
+                         reveal=str(rule), confidence=rule.confidence.__name__)
 
 
 def main(argv: list[str]) -> None:
@@ -410,6 +418,9 @@ def main(argv: list[str]) -> None:
     sigterm = SigtermFlag()
     conversion = Conversion(student, teacher, corpus, config, optimizer, log, evaluator, save, sigterm)
     warm_steps = min(config.warm_steps, config.distill_steps)
+    if warm_steps == config.distill_steps and config.source != "data":
+        dist.print0(f"--warm_steps={config.warm_steps}: all {warm_steps} updates learn from training text, none from "
+                    f"the {config.source}'s text")
     dist.print0(f"warm start: {warm_steps} updates on training text")
     conversion.run(warm_start(recipe), range(0, warm_steps))
 

@@ -1,7 +1,7 @@
 """Attention masks. Every mask is a bool tensor of queries by keys; True means "may attend".
 
-Three integers describe the attention pattern of a model (paper, section 4). An AR model has 1, 1, 1; the student of
-this project 4, 1, 1, so that a conversion changes one integer; the paper's student 4, 4, 0.
+Three integers describe the attention pattern of a model (paper, section 4). An AR model has 1, 1, 1; the
+student of this project 4, 1, 1, so that a conversion changes one integer; the paper's student 4, 4, 0.
 
 Shapes: B rows, T positions, P prompt, R = T - P response, K block size, C clean positions, W positions of one
 forward pass, S cache slots.
@@ -18,8 +18,8 @@ ALIGN = {"ar": 1, "paper": 0}
 class Layout:
     """The attention pattern of a student, the same in sampler and trainer."""
     block: int = 4          # K, tokens denoised together
-    context_block: int = 1  # finished text attends to itself in blocks of this size: 1 is causal, K the paper's
-    logit_shift: int = 1    # the logits at position i - logit_shift predict token i: 1 as in AR models, 0 the paper's
+    context_block: int = 1  # finished text attends to itself in blocks of this size: 1 causal, K the paper's
+    logit_shift: int = 1    # logits at position i - logit_shift predict token i: 1 as in AR, 0 the paper's
 
     @classmethod
     def of(cls, block: int, align: str, context: str) -> "Layout":
@@ -32,17 +32,18 @@ AR = Layout(block=1)        # an AR model is a layout like any other
 
 
 def block_of(position, prompt_len, block):
-    """The block that a position is in, counted from the end of the prompt: 0, 1, ...; in the prompt -1, -2, ..."""
+    """The block of a position, counted from the end of the prompt: 0, 1, ...; in the prompt -1, -2, ..."""
     return (position - prompt_len) // block
 
 
 def context_mask(length: int, prompt_len: int, block: int, device=None) -> Tensor:
-    """(T, T): finished text. Attention goes both ways within a block and is causal between blocks; block 1 is AR."""
+    """(T, T): finished text. Both ways within a block and causal between blocks; block 1 is an AR model."""
     block_index = block_of(torch.arange(length, device=device), prompt_len, block)
     return block_index[None, :] <= block_index[:, None]
 
 
-def training_mask(length: int, prompt_len: int, layout: Layout, device=None, upto: int | None = None) -> Tensor:
+def training_mask(length: int, prompt_len: int, layout: Layout, device=None,
+                  upto: int | None = None) -> Tensor:
     """(C + R, C + R): one training pass over [clean text | noisy response] (BD3LM; paper, section 4).
 
     C is the length of the clean text: all T positions, or the first `upto`. The mask has four parts:
@@ -70,7 +71,7 @@ def sampler_mask(position: Tensor, noisy: Tensor, prompt_len: Tensor, end: Tenso
                  slots: int) -> Tensor:
     """(B, 1, W, S): one forward pass of the sampler. Cache slot s holds the token at position s.
 
-    `position`, `noisy` (B, W): the position of each query, and whether it is in the block that is being denoised.
+    `position`, `noisy` (B, W): the position of each query, and whether it is in the block being denoised.
     `prompt_len`, `end` (B,): where each response begins and where it must stop.
     """
     key = torch.arange(slots, device=position.device)                        # (S,)

@@ -133,13 +133,13 @@ def test_verified_text_is_the_verifier_s(run, capsys):
 
 
 @pytest.mark.parametrize("flags, wrong", [
-    (["--ckpt={run}/opdlm"], "has no ar/ with a teacher in it: say --verifier=FOLDER, or --verifier=self"),
+    (["--ckpt={run}/opdlm"], "has no ar/ with its teacher: use --verifier=FOLDER or --verifier=self"),
     (["--verifier={run}/opdlm"], "an AR model with the student's tokenizer"),
     (["--verifier={other}/ar"], "an AR model with the student's tokenizer"),
     (["--verifier={other}/words"], "an AR model with the student's tokenizer"),
-    (["--ckpt={other}/init"], "its AR model is the checkpoint that --init named"),
+    (["--ckpt={other}/init"], "its AR model is the checkpoint given to --init"),
     (["--ckpt={other}", "--verifier=self"], "convert it with --align=ar --context=causal"),
-    (["--ckpt={run}/ar"], "holds an AR model")])
+    (["--ckpt={run}/ar"], "is an AR model")])
 def test_a_verifier_that_cannot_be_is_one_sentence(run, tmp_path, capsys, flags, wrong):
     checkpoint.save(tmp_path / "ar", GPT(GPTConfig(TOK.vocab_size - 1, CONTEXT, 1, 2, 16)), TOK)
     checkpoint.save(tmp_path / "opdlm", network(1), TOK, Layout(4, 4, 0))
@@ -164,14 +164,14 @@ def test_a_second_model_takes_its_steps(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, wrong", [
-    (["--light={run}"], "--schedule which: give both"), (["--schedule=H4"], "--schedule which: give both"),
-    (["--light={run}/ar", "--schedule=H4"], "is not wired as the other model is"),
+    (["--light={run}"], "--schedule its steps: give both"), (["--schedule=H4"], "--schedule its steps: give both"),
+    (["--light={run}/ar", "--schedule=H4"], "has another attention pattern"),
     (["--light={other}", "--schedule=H4"], "has another tokenizer"),
     (["--light={run}", "--schedule=H4,X4"], "names a model X"),
-    (["--light={run}", "--schedule=H4,L4"], "8 steps, and --reveal=leftmost:0.9 takes up to 4 in a block of 4"),
+    (["--light={run}", "--schedule=H4,L4"], "8 steps, but --reveal=leftmost:0.9 takes up to 4 in a block of 4"),
     (["--light={run}", "--schedule=auto:0.25"], "take --reveal=ancestral:STEPS"),
     (["--light={run}", "--schedule=auto:0.25", "--reveal=ancestral:8"], "it has no importance.json"),
-    (["--light={run}", "--schedule=H4", "--mode=ar"], "--schedule=H4 means nothing to --mode=ar")])
+    (["--light={run}", "--schedule=H4", "--mode=ar"], "--schedule=H4 has no effect with --mode=ar")])
 def test_a_schedule_that_cannot_be_is_one_sentence(run, tmp_path, capsys, flags, wrong):
     other = tokenizer.word_level(["One", " day", " a", " bell", "."])
     checkpoint.save(tmp_path / "opdlm", network(2), other, LAYOUT)
@@ -203,27 +203,27 @@ def test_the_ar_model_is_block_1(run, capsys):
 
 
 REFUSED = {
-    "--prompt=" + " a" * CONTEXT: f"the prompt has {CONTEXT + 1} tokens, its start counted, and the model {CONTEXT}",
-    f"--length={CONTEXT}": f"--length={CONTEXT} and a prompt of 1 tokens are more than the model's {CONTEXT} positions",
+    "--prompt=" + " a" * CONTEXT: f"the prompt has {CONTEXT + 1} tokens, including the first",
+    f"--length={CONTEXT}": f"--length={CONTEXT} and a prompt of 1 tokens exceed the model's context",
     "--reveal=best": "there is no reveal rule 'best'",
     "--reveal=static:0": "static:COUNT takes a number of at least 1",
     "--ckpt=nowhere": "nowhere is no checkpoint",
-    "--ckpt={run}/ar": "ar holds an AR model: use --mode=ar",
-    "--n=0": "--n and --length are at least 1",
-    "--length=0": "--n and --length are at least 1",
-    "--block=0": "as is --block",
+    "--ckpt={run}/ar": "ar is an AR model: use --mode=ar",
+    "--n=0": "--n=0: must be at least 1",
+    "--length=0": "--length=0: must be at least 1",
+    "--block=0": "--block=0: must be at least 1",
     "--export={run}": "is there already: name a new folder",
-    "--dtype=bfloat16": "--dtype is for what --export writes",
+    "--dtype=bfloat16": "--dtype is the number format of --export",
     "--temperature=-1": "a temperature of at least 0",
-    "--mode=fast": "--mode is 'fast'",
+    "--mode=fast": "--mode: expected diffusion or ar or speculative or verified, got 'fast'",
     "--sead=1": "did you mean --seed?",
-    "--fps=0": "--fps=0: from 0.1 to 1000 forwards a second",
-    "--fps=-8": "--fps=-8: from 0.1",
-    "--fps=1e9": "--fps=1e+09: from 0.1 to 1000",
-    "--fps=fast": "--fps is 'fast': a number was wanted",
-    "--picture=text.pdf": "--picture=text.pdf: the name of a picture ends in .png or .html",
-    "--picture=html": "--picture=html: the name of a picture ends in",
-    "--picture=": "--picture=: the name of a picture ends in",
+    "--fps=0": "--fps=0: expected 0.1 to 1000",
+    "--fps=-8": "--fps=-8: expected 0.1 to 1000",
+    "--fps=1e9": "--fps=1e+09: expected 0.1 to 1000",
+    "--fps=fast": "--fps: expected a number, got 'fast'",
+    "--picture=text.pdf": "--picture=text.pdf: expected a file name that ends in .png or .html",
+    "--picture=html": "--picture=html: expected a file name that ends in",
+    "--picture=": "--picture=: expected a file name that ends in",
 }
 
 
@@ -237,7 +237,7 @@ def test_a_mistake_is_one_sentence(run, capsys, flag):
 def test_a_rule_means_nothing_to_the_ar_model(run, capsys):
     with pytest.raises(SystemExit) as left:
         sample.main([f"--ckpt={run}", "--mode=ar", "--reveal=static:1"])
-    assert left.value.code == 2 and "--reveal=static:1 means nothing to --mode=ar" in capsys.readouterr().err
+    assert left.value.code == 2 and "--reveal=static:1 has no effect with --mode=ar" in capsys.readouterr().err
 
 
 def test_an_unknown_confidence_is_named(tmp_path, capsys):
@@ -245,13 +245,13 @@ def test_an_unknown_confidence_is_named(tmp_path, capsys):
     path = run / "opdlm" / "config.json"
     path.write_text(path.read_text().replace('"largest"', '"loudest"'))
     assert cli.run(sample.main, [f"--ckpt={run}", "--device=cpu"]) == 2
-    assert "says confidence 'loudest': largest or drawn or margin or entropy was wanted" in capsys.readouterr().err
+    assert "expected confidence largest or drawn or margin or entropy, got 'loudest'" in capsys.readouterr().err
 
 
 def test_a_rule_means_nothing_to_a_verifier(run, capsys):
     with pytest.raises(SystemExit) as left:
         sample.main([f"--ckpt={run}", "--mode=verified", "--confidence=margin"])
-    assert left.value.code == 2 and "--confidence=margin means nothing to --mode=verified" in capsys.readouterr().err
+    assert left.value.code == 2 and "--confidence=margin has no effect with --mode=speculative" in capsys.readouterr().err
 
 
 def test_top_k_of_one_is_greedy(run, capsys):
@@ -262,7 +262,7 @@ def test_top_k_of_one_is_greedy(run, capsys):
 def test_a_block_means_nothing_to_the_ar_model(run, capsys):
     with pytest.raises(SystemExit) as left:
         sample.main([f"--ckpt={run}", "--mode=ar", "--block=2"])
-    assert left.value.code == 2 and "--block=2 means nothing to --mode=ar" in capsys.readouterr().err
+    assert left.value.code == 2 and "--block=2 has no effect with --mode=ar" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("clean", [1, 4])
@@ -282,7 +282,7 @@ def test_a_tokenizer_with_more_ids_than_the_network_is_refused(tmp_path, capsys)
 
 
 def test_a_text_of_nobody_s_length_has_an_end(run, monkeypatch, capsys):
-    monkeypatch.setattr(sample, "MOST", 5)
+    monkeypatch.setattr(sample, "MAX_TOKENS", 5)
     assert numbers(said(capsys, run)[1])[0] == 5
 
 
@@ -315,17 +315,17 @@ def test_watching_changes_nothing_that_stays(run, capsys, monkeypatch):
     flags = ["--n=2", "--length=9", "--prompt=One day"]
     plain, shown = said(capsys, run, *flags)[0], []
     assert said(capsys, run, "--watch", *flags)[0] == plain
-    monkeypatch.setattr(sample.watch.time, "sleep", shown.append)
+    monkeypatch.setattr(sample.terminal.time, "sleep", shown.append)
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stdout", Terminal(sys.stdout))
     coloured = said(capsys, run, *flags)[0]
-    first, _, second = said(capsys, run, "--watch", "--fps=50", *flags)[0].rpartition(sample.watch.END)
-    assert coloured == first.split(sample.watch.END)[1].split(sample.watch.BEGIN)[0] + second
-    assert first.count(sample.watch.BEGIN) == 2 and len(shown) > 4 and set(shown) == {1 / 50}
+    first, _, second = said(capsys, run, "--watch", "--fps=50", *flags)[0].rpartition(sample.terminal.END)
+    assert coloured == first.split(sample.terminal.END)[1].split(sample.terminal.BEGIN)[0] + second
+    assert first.count(sample.terminal.BEGIN) == 2 and len(shown) > 4 and set(shown) == {1 / 50}
     monkeypatch.setenv("NO_COLOR", "1")
     watched = said(capsys, run, "--watch", *flags)[0]
-    assert "38;5" not in watched and watched.count(sample.watch.BEGIN) == 2 and "▢" in watched
+    assert "38;5" not in watched and watched.count(sample.terminal.BEGIN) == 2 and "▢" in watched
 
 
 def test_a_picture_is_of_the_first_text(run, tmp_path, capsys):
@@ -343,7 +343,7 @@ def test_a_picture_is_of_the_first_text(run, tmp_path, capsys):
 
 
 def test_nothing_is_written_for_a_picture_with_another_ending(run, monkeypatch, capsys):
-    monkeypatch.setattr(sample.hub, "load", lambda folder: pytest.fail("a model was read"))
+    monkeypatch.setattr(sample.checkpoint, "load", lambda folder: pytest.fail("a model was read"))
     with pytest.raises(SystemExit) as left:
         sample.main([f"--ckpt={run}", "--picture=text.gif"])
     assert left.value.code == 2 and capsys.readouterr().err.count("\n") == 1

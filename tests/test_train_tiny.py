@@ -104,18 +104,18 @@ def test_same_seed_same_losses_to_the_last_bit():
 def test_the_ar_model_is_used_again(capsys):
     assert train("--distill_steps=1", "--out=run") == 0
     before = contents("run/ar")
-    assert "used again" not in capsys.readouterr().out
+    assert "using the AR model in" not in capsys.readouterr().out
     assert train("--distill_steps=1", "--out=run", "--block=2") == 0
-    assert "used again" in capsys.readouterr().out and contents("run/ar") == before
+    assert "using the AR model in" in capsys.readouterr().out and contents("run/ar") == before
     assert train("--distill_steps=1", "--out=run", "--seed=9") == 0                       # other settings: a new one
-    assert "used again" not in capsys.readouterr().out and contents("run/ar") != before
+    assert "using the AR model in" not in capsys.readouterr().out and contents("run/ar") != before
 
 
 def test_a_run_that_never_comes_to_its_own_text_says_so(capsys):
     said = []
     for flags in (["--warm_steps=1"], ["--warm_steps=2"], ["--warm_steps=2", "--source=data", "--states=prefix"]):
         assert train("--distill_steps=2", "--out=run", *flags) == 0
-        said.append("all 2 updates learn from stories, none from the student's text" in capsys.readouterr().out)
+        said.append("all 2 updates learn from training text, none from the student's text" in capsys.readouterr().out)
     assert said == [False, True, False]
 
 
@@ -192,12 +192,12 @@ def test_the_dials_reach_the_method(flags, monkeypatch):
     assert recipe.layout.block == (int(given.get("block", 4)) or 96)
     assert recipe.layout.logit_shift == (given.get("align") != "paper")
     assert recipe.layout.context_block == (recipe.layout.block if given.get("context") == "block" else 1)
-    assert recipe.text is opdlm.SOURCES[given.get("text", "student")]
+    assert recipe.source is opdlm.SOURCES[given.get("source", "student")]
     assert recipe.states is opdlm.STATES[given.get("states", "visited")]
     assert recipe.target is opdlm.TARGETS[given.get("target", "teacher")]
     assert recipe.weight is opdlm.WEIGHTS[given.get("weight", "first")]
-    assert recipe.updates_per_rollout == int(given.get("updates", 1))
-    assert recipe.prompt == int(given.get("longest_prompt", 16))
+    assert recipe.updates_per_rollout == int(given.get("updates_per_rollout", 1))
+    assert recipe.max_prompt == int(given.get("max_prompt", 16))
 
 
 def test_what_saves_memory_changes_no_loss():
@@ -211,18 +211,18 @@ def test_what_saves_memory_changes_no_loss():
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--blok=3"], "did you mean --block"), (["--block=90"], "--block=90 has no room"),
-    (["--block=-1"], "--block=-1 has no room"),
-    (["--states=visited", "--source=data"], "needs text=student"), (["--reveal=best"], "no reveal rule 'best'"),
+    (["--blok=3"], "did you mean --block"), (["--block=90"], "--block=90 does not fit after a prompt of up to 16 tokens"),
+    (["--block=-1"], "--block=-1 does not fit"),
+    (["--states=visited", "--source=data"], "needs source=student"), (["--reveal=best"], "no reveal rule 'best'"),
     (["--init=nowhere"], "nowhere is no checkpoint"), (["--init=run/opdlm"], "is a student already (block 4)"),
     (["--init=run"], "of a run its ar or opdlm"),
     (["--init=other"], "run/ar is not the AR model of --init=other"),
     (["--init=bare"], "tokenizer.json: without one ids are no text"),
     (["--init=run/ar", "--length=97"], "--length=97 is more than the 96 positions of --init=run/ar"),
-    (["--max_prompt=0"], "--max_prompt"), (["--max_prompt=96"], "behind a prompt of 96 in 96 positions"),
+    (["--max_prompt=0"], "--max_prompt"), (["--max_prompt=96"], "does not fit after a prompt of up to 96 tokens in --length=96"),
     (["--align=left"], "--align"), (["--width=33"], "--width"),
     (["--out=occupied/run"], "can't be written"), (["--resume", "--out=empty"], "nothing to resume"),
-    (["--batch=0"], "at least 1"), (["--kl=top"], "--kl=top is not known"),
+    (["--batch=0"], "--batch=0: must be at least 1"), (["--kl=top"], "--kl=top is not known"),
     (["--teacher_dtype=int8"], "--teacher_dtype")])
 def test_bad_input_is_one_sentence_and_costs_nothing(flags, said, capsys):
     Path("occupied").write_text("a file")
@@ -239,7 +239,7 @@ def test_bad_input_is_one_sentence_and_costs_nothing(flags, said, capsys):
 
 
 def test_ctrl_c_is_130(tmp_path):
-    code = ("import signal, sys; from report import cli; import train_tiny; "
+    code = ("import signal, sys; from training import cli; import train_tiny; "
             "signal.signal(signal.SIGINT, signal.default_int_handler); sys.exit(cli.run(train_tiny.main))")
     flags = ["--data=toy", "--pretrain_steps=100000", f"--out={tmp_path}"]
     run = subprocess.Popen([sys.executable, "-c", code, *flags], cwd=ROOT, text=True,
@@ -282,7 +282,7 @@ def test_windows_begin_with_a_story_and_follow_the_stream():
 
 
 def test_the_world_s_words_are_tokens_and_the_same_ones_in_every_process():
-    code = "from data.corpus import story_world; print(story_world_corpus(stories=1, held_out=1).tokenizer.to_json())"
+    code = "from data.corpus import story_world_corpus; print(story_world_corpus(stories=1, held_out=1).tokenizer.to_json())"
     made = {subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
                            env={"PYTHONHASHSEED": seed, "PATH": ""}).stdout for seed in "12"}
     assert len(made) == 1
