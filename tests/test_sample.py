@@ -19,8 +19,10 @@ from training import cli
 
 TOK = tokenizer.word_level(["One", " day", " a", " ball", "."])
 CONTEXT, LAYOUT = 24, Layout(4, 1, 1)
-COST = re.compile(r"^(\d+) tokens \| ([\d.]+) tokens/forward \| ([\d.]+) positions/token \| \d+ tokens/s "
-                  r"\(batch (\d+), cpu, 1 threads\)$")
+COST = re.compile(
+    r"^(\d+) tokens \| ([\d.]+) tokens/forward \| ([\d.]+) positions/token \| \d+ tokens/s "
+    r"\(batch (\d+), cpu, 1 threads\)$"
+)
 
 
 def network(seed, ends=-1.0):
@@ -38,7 +40,9 @@ def network(seed, ends=-1.0):
 
 def make_checkpoint(folder, ends=-1.0):
     checkpoint.save(folder / "ar", network(0, ends), TOK)
-    checkpoint.save(folder / "opdlm", network(1, ends), TOK, LAYOUT, reveal="leftmost:0.9", confidence="largest")
+    checkpoint.save(
+        folder / "opdlm", network(1, ends), TOK, LAYOUT, reveal="leftmost:0.9", confidence="largest"
+    )
     return folder
 
 
@@ -75,15 +79,19 @@ def test_the_last_line_counts_the_tokens(run, tmp_path, capsys, flags):
     for n, length in ((1, 1), (3, 7)):
         last = said(capsys, run, "--prompt=One day", f"--n={n}", f"--length={length}", *flags)[1]
         assert numbers(last)[0] == n * length and numbers(last)[3] == n
-    assert numbers(said(capsys, run, "--prompt=One day", *flags)[1])[0] == CONTEXT - 3          # all the room there is
+    assert (
+        numbers(said(capsys, run, "--prompt=One day", *flags)[1])[0] == CONTEXT - 3
+    )  # all the room there is
     last = said(capsys, make_checkpoint(tmp_path, ends=1.0), "--n=3", *flags)[1]
-    assert numbers(last)[0] == 3                                     # each text is its end-of-text, and that is counted
+    assert numbers(last)[0] == 3  # each text is its end-of-text, and that is counted
 
 
 def test_the_last_line_counts_all_forwards(run, capsys):
-    """AR: one forward a token, and every position but the last token's once. Blocks of 4, one a step: no more than
+    """AR: one forward pass per token, every position but the last token's once. Blocks of 4, one per step: at most
     one a token; at once: one a block."""
-    tokens, per_forward, per_token, _ = numbers(said(capsys, run, "--mode=ar", "--length=8", "--prompt=One day")[1])
+    tokens, per_forward, per_token, _ = numbers(
+        said(capsys, run, "--mode=ar", "--length=8", "--prompt=One day")[1]
+    )
     assert (tokens, per_forward, per_token) == (8, 1.0, round((3 + 7) / 8, 2))
     assert numbers(said(capsys, run, "--reveal=static:1", "--length=8")[1])[1] >= 1.0
     assert numbers(said(capsys, run, "--reveal=static:4", "--length=8")[1])[1] == 4.0
@@ -93,7 +101,9 @@ def test_the_text_is_the_prompt_and_the_rollout_s(run, capsys):
     """Written out by hand from the weights, with the rule and confidence that the checkpoint names."""
     net, ids = network(1), [TOK.eot, *TOK.encode("One day")]
     u = opdlm.uniforms(5, 0, range(1), (len(ids) + 9, 1))
-    text = opdlm.rollout(Denoiser(net, LAYOUT), torch.tensor([ids]), 9, reveal.parse("leftmost:0.9"), u, TOK.eot)
+    text = opdlm.rollout(
+        Denoiser(net, LAYOUT), torch.tensor([ids]), 9, reveal.parse("leftmost:0.9"), u, TOK.eot
+    )
     wanted = sample.trace.visible(TOK.decode(text.tokens[0][1:].tolist()))
     assert said(capsys, run, "--prompt=One day", "--length=9", "--seed=5")[0] == wanted + "\n\n"
 
@@ -123,7 +133,7 @@ def test_modes_read_their_own_model(run, capsys):
 
 
 def test_verified_text_is_the_verifier_s(run, capsys):
-    """At temperature 0 that of the run's AR model; of the student under --verifier=self; of any that is named."""
+    """At temperature 0: the text of the run's AR model, of the student itself, or of a named AR model."""
     cold = ["--temperature=0", "--length=12"]
     text, last = said(capsys, run, "--mode=verified", *cold)
     assert text == said(capsys, run, "--mode=ar", *cold)[0] and numbers(last)[1] <= 5 / 2
@@ -132,14 +142,18 @@ def test_verified_text_is_the_verifier_s(run, capsys):
     assert said(capsys, run / "opdlm", "--mode=verified", f"--verifier={run}/ar", *cold)[0] == text
 
 
-@pytest.mark.parametrize("flags, wrong", [
-    (["--ckpt={run}/opdlm"], "has no ar/ with its teacher: use --verifier=FOLDER or --verifier=self"),
-    (["--verifier={run}/opdlm"], "an AR model with the student's tokenizer"),
-    (["--verifier={other}/ar"], "an AR model with the student's tokenizer"),
-    (["--verifier={other}/words"], "an AR model with the student's tokenizer"),
-    (["--ckpt={other}/init"], "its AR model is the checkpoint given to --init"),
-    (["--ckpt={other}", "--verifier=self"], "convert it with --align=ar --context=causal"),
-    (["--ckpt={run}/ar"], "is an AR model")])
+@pytest.mark.parametrize(
+    "flags, wrong",
+    [
+        (["--ckpt={run}/opdlm"], "has no ar/ with its teacher: use --verifier=FOLDER or --verifier=self"),
+        (["--verifier={run}/opdlm"], "an AR model with the student's tokenizer"),
+        (["--verifier={other}/ar"], "an AR model with the student's tokenizer"),
+        (["--verifier={other}/words"], "an AR model with the student's tokenizer"),
+        (["--ckpt={other}/init"], "its AR model is the checkpoint given to --init"),
+        (["--ckpt={other}", "--verifier=self"], "convert it with --align=ar --context=causal"),
+        (["--ckpt={run}/ar"], "is an AR model"),
+    ],
+)
 def test_a_verifier_that_cannot_be_is_one_sentence(run, tmp_path, capsys, flags, wrong):
     checkpoint.save(tmp_path / "ar", GPT(GPTConfig(TOK.vocab_size - 1, CONTEXT, 1, 2, 16)), TOK)
     checkpoint.save(tmp_path / "opdlm", network(1), TOK, Layout(4, 4, 0))
@@ -152,26 +166,42 @@ def test_a_verifier_that_cannot_be_is_one_sentence(run, tmp_path, capsys, flags,
 
 
 def test_a_second_model_takes_its_steps(run, tmp_path, capsys):
-    """At all of them it is the light model's text, at none the heavy one's; what is measured says at which."""
+    """At all steps: the light model's text; at none: the heavy one's; auto takes the steps that cost least."""
     checkpoint.save(tmp_path / "opdlm", network(2), TOK, LAYOUT, reveal="ancestral:8")
     (tmp_path / "opdlm" / "importance.json").write_text('{"t": [0.25, 0.75], "kl": [0.0, 1.0]}')
     how = ["--reveal=ancestral:8", f"--light={tmp_path}"]
     heavy, light = (said(capsys, folder, "--reveal=ancestral:8") for folder in (run, tmp_path))
-    for schedule, text in (("H8", heavy), ("L8", light), ("auto:0", heavy), ("auto:1", light), ("mask:1-0=L", light)):
+    for schedule, text in (
+        ("H8", heavy),
+        ("L8", light),
+        ("auto:0", heavy),
+        ("auto:1", light),
+        ("mask:1-0=L", light),
+    ):
         assert said(capsys, run, *how, f"--schedule={schedule}")[0] == text[0]
         assert said(capsys, run, *how, "--schedule=L2,H6")[0] != text[0]
-    assert said(capsys, run, *how, "--schedule=auto:0.25")[0] == said(capsys, run, *how, "--schedule=H6,L2")[0]
+    assert (
+        said(capsys, run, *how, "--schedule=auto:0.25")[0] == said(capsys, run, *how, "--schedule=H6,L2")[0]
+    )
 
 
-@pytest.mark.parametrize("flags, wrong", [
-    (["--light={run}"], "--schedule its steps: give both"), (["--schedule=H4"], "--schedule its steps: give both"),
-    (["--light={run}/ar", "--schedule=H4"], "has another attention pattern"),
-    (["--light={other}", "--schedule=H4"], "has another tokenizer"),
-    (["--light={run}", "--schedule=H4,X4"], "names a model X"),
-    (["--light={run}", "--schedule=H4,L4"], "8 steps, but --reveal=leftmost:0.9 takes up to 4 in a block of 4"),
-    (["--light={run}", "--schedule=auto:0.25"], "take --reveal=ancestral:STEPS"),
-    (["--light={run}", "--schedule=auto:0.25", "--reveal=ancestral:8"], "it has no importance.json"),
-    (["--light={run}", "--schedule=H4", "--mode=ar"], "--schedule=H4 has no effect with --mode=ar")])
+@pytest.mark.parametrize(
+    "flags, wrong",
+    [
+        (["--light={run}"], "--schedule its steps: give both"),
+        (["--schedule=H4"], "--schedule its steps: give both"),
+        (["--light={run}/ar", "--schedule=H4"], "has another attention pattern"),
+        (["--light={other}", "--schedule=H4"], "has another tokenizer"),
+        (["--light={run}", "--schedule=H4,X4"], "names a model X"),
+        (
+            ["--light={run}", "--schedule=H4,L4"],
+            "8 steps, but --reveal=leftmost:0.9 takes up to 4 in a block of 4",
+        ),
+        (["--light={run}", "--schedule=auto:0.25"], "take --reveal=ancestral:STEPS"),
+        (["--light={run}", "--schedule=auto:0.25", "--reveal=ancestral:8"], "it has no importance.json"),
+        (["--light={run}", "--schedule=H4", "--mode=ar"], "--schedule=H4 has no effect with --mode=ar"),
+    ],
+)
 def test_a_schedule_that_cannot_be_is_one_sentence(run, tmp_path, capsys, flags, wrong):
     other = tokenizer.word_level(["One", " day", " a", " bell", "."])
     checkpoint.save(tmp_path / "opdlm", network(2), other, LAYOUT)
@@ -237,7 +267,9 @@ def test_a_mistake_is_one_sentence(run, capsys, flag):
 def test_a_rule_means_nothing_to_the_ar_model(run, capsys):
     with pytest.raises(SystemExit) as left:
         sample.main([f"--ckpt={run}", "--mode=ar", "--reveal=static:1"])
-    assert left.value.code == 2 and "--reveal=static:1 has no effect with --mode=ar" in capsys.readouterr().err
+    assert (
+        left.value.code == 2 and "--reveal=static:1 has no effect with --mode=ar" in capsys.readouterr().err
+    )
 
 
 def test_an_unknown_confidence_is_named(tmp_path, capsys):
@@ -245,18 +277,28 @@ def test_an_unknown_confidence_is_named(tmp_path, capsys):
     path = run / "opdlm" / "config.json"
     path.write_text(path.read_text().replace('"largest"', '"loudest"'))
     assert cli.run(sample.main, [f"--ckpt={run}", "--device=cpu"]) == 2
-    assert "expected confidence largest or drawn or margin or entropy, got 'loudest'" in capsys.readouterr().err
+    assert (
+        "expected confidence largest or drawn or margin or entropy, got 'loudest'" in capsys.readouterr().err
+    )
 
 
 def test_a_rule_means_nothing_to_a_verifier(run, capsys):
     with pytest.raises(SystemExit) as left:
         sample.main([f"--ckpt={run}", "--mode=verified", "--confidence=margin"])
-    assert left.value.code == 2 and "--confidence=margin has no effect with --mode=speculative" in capsys.readouterr().err
+    assert (
+        left.value.code == 2
+        and "--confidence=margin has no effect with --mode=speculative" in capsys.readouterr().err
+    )
 
 
 def test_top_k_of_one_is_greedy(run, capsys):
     cold = said(capsys, run, "--temperature=0")[0]
-    assert said(capsys, run, "--top_k=1")[0] == cold == said(capsys, run, "--top_p=1e-6")[0] != said(capsys, run)[0]
+    assert (
+        said(capsys, run, "--top_k=1")[0]
+        == cold
+        == said(capsys, run, "--top_p=1e-6")[0]
+        != said(capsys, run)[0]
+    )
 
 
 def test_a_block_means_nothing_to_the_ar_model(run, capsys):
@@ -276,7 +318,9 @@ def test_another_block_is_the_layout_of_that_block(tmp_path, capsys, clean):
 
 
 def test_a_tokenizer_with_more_ids_than_the_network_is_refused(tmp_path, capsys):
-    checkpoint.save(tmp_path / "net", network(0), tokenizer.word_level(["One", " day", " a", " ball", ".", " more"]))
+    checkpoint.save(
+        tmp_path / "net", network(0), tokenizer.word_level(["One", " day", " a", " ball", ".", " more"])
+    )
     assert cli.run(sample.main, [f"--ckpt={tmp_path / 'net'}", "--mode=ar", "--device=cpu"]) == 2
     assert f"ids and the network there {TOK.vocab_size}: give it its own" in capsys.readouterr().err
 
@@ -307,7 +351,7 @@ def test_colours_on_a_terminal_only(run, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdout", Terminal(sys.stdout))
     text = said(capsys, run)[0]
     assert "\x1b[38;5;" in text and re.sub(r"\x1b\[[\d;]*m", "", text).startswith(plain)
-    assert "\x1b" not in said(capsys, run, "--mode=ar")[0]                        # a token a step: nothing to colour
+    assert "\x1b" not in said(capsys, run, "--mode=ar")[0]  # a token a step: nothing to colour
 
 
 def test_watching_changes_nothing_that_stays(run, capsys, monkeypatch):
@@ -336,7 +380,11 @@ def test_a_picture_is_of_the_first_text(run, tmp_path, capsys):
         assert said(capsys, run, "--n=3", *flags, f"--picture={tmp_path / name}")[0] == plain
     alone = said(capsys, run, *flags, f"--picture={tmp_path / 'alone.html'}")[0]
     html = (tmp_path / "a.html").read_text(encoding="utf-8")
-    assert html == (tmp_path / "new/b.HTML").read_text(encoding="utf-8") == (tmp_path / "alone.html").read_text("utf-8")
+    assert (
+        html
+        == (tmp_path / "new/b.HTML").read_text(encoding="utf-8")
+        == (tmp_path / "alone.html").read_text("utf-8")
+    )
     pieces = unescape("".join(re.findall(r"<span [^>]*data-when[^>]*>([^<]*)</span>", html)))
     assert "One day" + pieces + "\n\n" == alone and "<b>One day</b>" in html
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
@@ -352,6 +400,8 @@ def test_nothing_is_written_for_a_picture_with_another_ending(run, monkeypatch, 
 def test_as_a_command(run):
     """In a pipe: text and cost on stdout, nothing on stderr, no escape codes."""
     command = [sys.executable, "sample.py", "--ckpt", str(run), "--prompt", "One day", "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=Path(sample.__file__).parent, check=True)
+    done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", cwd=Path(sample.__file__).parent, check=True
+    )
     assert done.stdout.startswith("One day") and "positions/token" in done.stdout.splitlines()[-1]
     assert not done.stderr and "\x1b" not in done.stdout

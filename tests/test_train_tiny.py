@@ -1,4 +1,5 @@
 """The whole command, as small as it can be, and what must survive it."""
+
 import hashlib
 import json
 import math
@@ -26,8 +27,16 @@ from training import cli
 from training.log import Log
 
 ROOT = Path(__file__).parents[1]
-SMALL = ["--data=toy", "--pretrain_steps=2", "--warm_steps=1", "--layers=1", "--width=64", "--batch=2", "--eval_every=2",
-         "--device=cpu"]
+SMALL = [
+    "--data=toy",
+    "--pretrain_steps=2",
+    "--warm_steps=1",
+    "--layers=1",
+    "--width=64",
+    "--batch=2",
+    "--eval_every=2",
+    "--device=cpu",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +44,7 @@ def little(monkeypatch, tmp_path):
     """A small world, few stories to be judged by; and nothing lands in the checkout."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train_tiny, "open_corpus", lambda *_: story_world_corpus(stories=200, held_out=20))
-    monkeypatch.setattr(metrics, "matmul_rate", lambda _: 1.0)                             # a second, each time
+    monkeypatch.setattr(metrics, "matmul_rate", lambda _: 1.0)  # a second, each time
 
 
 def train(*flags):
@@ -43,7 +52,11 @@ def train(*flags):
 
 
 def steps(out, phase):
-    return [r for r in map(json.loads, (Path(out) / "log.jsonl").read_text().splitlines()) if r.get("phase") == phase]
+    return [
+        r
+        for r in map(json.loads, (Path(out) / "log.jsonl").read_text().splitlines())
+        if r.get("phase") == phase
+    ]
 
 
 def contents(folder):
@@ -55,8 +68,16 @@ def test_end_to_end(capsys):
     assert train("--distill_steps=3", "--out=run") == 0
     said = capsys.readouterr().out
     assert {p.name for p in Path("run").iterdir()} == {
-        "ar", "opdlm", "best", "log.jsonl", "summary.json", "curves.png", "states.png", "state.safetensors",
-        "before-state.safetensors"}
+        "ar",
+        "opdlm",
+        "best",
+        "log.jsonl",
+        "summary.json",
+        "curves.png",
+        "states.png",
+        "state.safetensors",
+        "before-state.safetensors",
+    }
     numbers = json.loads(Path("run/summary.json").read_text())
     for name in ("ar", "before", "after"):
         assert set(compare.ROWS) <= set(numbers[name]) and all(map(math.isfinite, numbers[name].values()))
@@ -64,7 +85,9 @@ def test_end_to_end(capsys):
     assert numbers["ar"]["tok_per_fwd"] == 1.0
     header = json.loads(Path("run/log.jsonl").read_text().splitlines()[0])
     assert {"config", "commit", "torch", "device", "parameters", "matmul_flops"} <= set(header)
-    line = r"distil +3/3 \| kl \d\.\d+ nats \| masked 0\.\d+ \| len \d+ \| text .* nats \| .*k tok/s \| \d+ ms"
+    line = (
+        r"distil +3/3 \| kl \d\.\d+ nats \| masked 0\.\d+ \| len \d+ \| text .* nats \| .*k tok/s \| \d+ ms"
+    )
     assert re.search(line, said)
     assert "\033" not in said
 
@@ -79,6 +102,7 @@ def test_killed_and_resumed_is_uninterrupted(monkeypatch, updates, again):
         real(self, record, *rest)
         if record["phase"] == "distil" and record["step"] == 5:
             raise RuntimeError("killed")
+
     monkeypatch.setattr(Log, "step", dies)
     with pytest.raises(RuntimeError, match="killed"):
         train("--distill_steps=6", f"--updates_per_rollout={updates}", "--out=parts")
@@ -88,9 +112,16 @@ def test_killed_and_resumed_is_uninterrupted(monkeypatch, updates, again):
     parts = [(r["step"], r["loss"]) for r in steps("parts", "distil")]
     assert [step for step, _ in parts] == [1, 2, 3, 4, 5, *again]
     assert all(loss == whole[step] for step, loss in parts)
-    assert Path("whole/opdlm/model.safetensors").read_bytes() == Path("parts/opdlm/model.safetensors").read_bytes()
+    assert (
+        Path("whole/opdlm/model.safetensors").read_bytes()
+        == Path("parts/opdlm/model.safetensors").read_bytes()
+    )
     whole, parts = (json.loads(Path(out, "summary.json").read_text())["after"] for out in ("whole", "parts"))
-    for name, key in ("loss_positions", "loss_positions"), ("rollout_positions", "positions"), ("train_flops", "flops"):
+    for name, key in (
+        ("loss_positions", "loss_positions"),
+        ("rollout_positions", "positions"),
+        ("train_flops", "flops"),
+    ):
         assert whole[name] == parts[name] == sum(r[key] for r in steps("whole", "distil")) > 0
 
 
@@ -107,42 +138,72 @@ def test_the_ar_model_is_used_again(capsys):
     assert "using the AR model in" not in capsys.readouterr().out
     assert train("--distill_steps=1", "--out=run", "--block=2") == 0
     assert "using the AR model in" in capsys.readouterr().out and contents("run/ar") == before
-    assert train("--distill_steps=1", "--out=run", "--seed=9") == 0                       # other settings: a new one
+    assert train("--distill_steps=1", "--out=run", "--seed=9") == 0  # other settings: a new one
     assert "using the AR model in" not in capsys.readouterr().out and contents("run/ar") != before
 
 
 def test_a_run_that_never_comes_to_its_own_text_says_so(capsys):
     said = []
-    for flags in (["--warm_steps=1"], ["--warm_steps=2"], ["--warm_steps=2", "--source=data", "--states=prefix"]):
+    for flags in (
+        ["--warm_steps=1"],
+        ["--warm_steps=2"],
+        ["--warm_steps=2", "--source=data", "--states=prefix"],
+    ):
         assert train("--distill_steps=2", "--out=run", *flags) == 0
-        said.append("all 2 updates learn from training text, none from the student's text" in capsys.readouterr().out)
+        said.append(
+            "all 2 updates learn from training text, none from the student's text" in capsys.readouterr().out
+        )
     assert said == [False, True, False]
 
 
 def test_init_takes_a_checkpoint(capsys):
     assert train("--distill_steps=1", "--out=run") == 0
     assert train("--distill_steps=1", "--out=next", "--init=run/ar") == 0
-    first, second = (json.loads(Path(out, "summary.json").read_text())["ar"]["val_nats"] for out in ("run", "next"))
+    first, second = (
+        json.loads(Path(out, "summary.json").read_text())["ar"]["val_nats"] for out in ("run", "next")
+    )
     assert first == second and not steps("next", "pretrain")
-    assert train("--distill_steps=1", "--out=run", "--init=run/ar") == 0                 # whose teacher it is indeed
+    assert train("--distill_steps=1", "--out=run", "--init=run/ar") == 0  # whose teacher it is indeed
 
 
 def test_a_prompt_that_is_watched(capsys):
-    """Its lines say what sample.py writes with the same seed, at first the AR model, at last the student; to look on
+    """Its lines show what sample.py writes with the same seed: first the AR model, last the student. Watching
     changes no loss."""
     assert train("--distill_steps=5", "--updates_per_rollout=2", "--seed=3", "--out=alone") == 0
     capsys.readouterr()
-    assert train("--distill_steps=5", "--updates_per_rollout=2", "--seed=3", "--out=run", "--sample_prompt=One day") == 0
-    lines = re.findall(r"^(\S+) +(\d+) tokens in +(\d+) forwards \| (One day.*)$", capsys.readouterr().out, re.M)
+    assert (
+        train(
+            "--distill_steps=5", "--updates_per_rollout=2", "--seed=3", "--out=run", "--sample_prompt=One day"
+        )
+        == 0
+    )
+    lines = re.findall(
+        r"^(\S+) +(\d+) tokens in +(\d+) forwards \| (One day.*)$", capsys.readouterr().out, re.M
+    )
     assert [r["loss"] for r in steps("run", "distil")] == [r["loss"] for r in steps("alone", "distil")]
     seen = steps("run", "watch")
     assert len(lines) == len(seen) == len(steps("run", "eval")) and not steps("alone", "watch")
-    assert [r["of"] for r in seen] == ["ar"] + ["student"] * (len(seen) - 1) and len({line[3] for line in lines}) > 2
+    assert [r["of"] for r in seen] == ["ar"] + ["student"] * (len(seen) - 1) and len(
+        {line[3] for line in lines}
+    ) > 2
     for (_, count, forwards, text), record in zip(lines, seen):
-        story = trace.Trace(**{name: record[name] for name in ("pieces", "when", "prompt", "forwards", "block")})
-        assert (len(story.pieces), story.forwards, trace.coloured(story, False)) == (int(count), int(forwards), text)
+        story = trace.Trace(
+            **{name: record[name] for name in ("pieces", "when", "prompt", "forwards", "block")}
+        )
+        assert (len(story.pieces), story.forwards, trace.coloured(story, False)) == (
+            int(count),
+            int(forwards),
+            text,
+        )
     for mode, line in (("ar", lines[0]), ("diffusion", lines[-1])):
-        flags = ["--ckpt=run", f"--mode={mode}", "--prompt=One day", "--length=32", "--seed=3", "--device=cpu"]
+        flags = [
+            "--ckpt=run",
+            f"--mode={mode}",
+            "--prompt=One day",
+            "--length=32",
+            "--seed=3",
+            "--device=cpu",
+        ]
         assert cli.run(sample.main, flags) == 0
         assert capsys.readouterr().out.startswith(line[3] + "\n\n")
 
@@ -157,7 +218,9 @@ def test_init_takes_another_family(kind, monkeypatch, request):
         init = "net"
         net = test_llama.llama(world.tokenizer.vocab_size, 64, family=kind).float()
         checkpoint.save(init, net, world.tokenizer)
-    monkeypatch.setattr(train_tiny, "open_corpus", lambda *given: story_world_corpus(given[3], stories=40, held_out=4))
+    monkeypatch.setattr(
+        train_tiny, "open_corpus", lambda *given: story_world_corpus(given[3], stories=40, held_out=4)
+    )
     assert train(*lines, f"--init={init}", "--out=run") == 0
     (teacher, _), (student, layout) = checkpoint.load(init), checkpoint.load("run/opdlm")
     assert student.config == teacher.config and layout.block == 4 and not steps("run", "pretrain")
@@ -166,7 +229,11 @@ def test_init_takes_another_family(kind, monkeypatch, request):
     numbers = json.loads(Path("run/summary.json").read_text())
     assert all(map(math.isfinite, numbers["after"].values()))
     config = json.loads(Path("run/log.jsonl").read_text().splitlines()[0])["config"]
-    assert (config["length"], config["width"], config["layers"]) == (60, teacher.config.width, teacher.config.layers)
+    assert (config["length"], config["width"], config["layers"]) == (
+        60,
+        teacher.config.width,
+        teacher.config.layers,
+    )
 
 
 def test_text_and_export_of_a_run(capsys, tmp_path):
@@ -176,11 +243,19 @@ def test_text_and_export_of_a_run(capsys, tmp_path):
         assert contents(mode) == contents(f"run/{folder}")
 
 
-@pytest.mark.parametrize("flags", [
-    ["--preset=paper", "--updates_per_rollout=2"], ["--preset=mdlm"], ["--max_prompt=3"], ["--block=3", "--context=block"],
-    ["--block=80"],
-    ["--source=data", "--states=random", "--target=onehot", "--weight=1/t", "--align=paper"],
-    ["--source=teacher", "--states=prefix"], ["--reveal=static:2", "--block=1"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--preset=paper", "--updates_per_rollout=2"],
+        ["--preset=mdlm"],
+        ["--max_prompt=3"],
+        ["--block=3", "--context=block"],
+        ["--block=80"],
+        ["--source=data", "--states=random", "--target=onehot", "--weight=1/t", "--align=paper"],
+        ["--source=teacher", "--states=prefix"],
+        ["--reveal=static:2", "--block=1"],
+    ],
+)
 def test_the_dials_reach_the_method(flags, monkeypatch):
     seen = []
     real = opdlm.train
@@ -210,20 +285,31 @@ def test_what_saves_memory_changes_no_loss():
     assert losses["bf16"] == pytest.approx(losses["plain"], rel=0.05) and losses["bf16"] != losses["plain"]
 
 
-@pytest.mark.parametrize("flags, said", [
-    (["--blok=3"], "did you mean --block"), (["--block=90"], "--block=90 does not fit after a prompt of up to 16 tokens"),
-    (["--block=-1"], "--block=-1 does not fit"),
-    (["--states=visited", "--source=data"], "needs source=student"), (["--reveal=best"], "no reveal rule 'best'"),
-    (["--init=nowhere"], "nowhere is no checkpoint"), (["--init=run/opdlm"], "is a student already (block 4)"),
-    (["--init=run"], "of a run its ar or opdlm"),
-    (["--init=other"], "run/ar is not the AR model of --init=other"),
-    (["--init=bare"], "tokenizer.json: without one ids are no text"),
-    (["--init=run/ar", "--length=97"], "--length=97 is more than the 96 positions of --init=run/ar"),
-    (["--max_prompt=0"], "--max_prompt"), (["--max_prompt=96"], "does not fit after a prompt of up to 96 tokens in --length=96"),
-    (["--align=left"], "--align"), (["--width=33"], "--width"),
-    (["--out=occupied/run"], "can't be written"), (["--resume", "--out=empty"], "nothing to resume"),
-    (["--batch=0"], "--batch=0: must be at least 1"), (["--kl=top"], "--kl=top is not known"),
-    (["--teacher_dtype=int8"], "--teacher_dtype")])
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--blok=3"], "did you mean --block"),
+        (["--block=90"], "--block=90 does not fit after a prompt of up to 16 tokens"),
+        (["--block=-1"], "--block=-1 does not fit"),
+        (["--states=visited", "--source=data"], "needs source=student"),
+        (["--reveal=best"], "no reveal rule 'best'"),
+        (["--init=nowhere"], "nowhere is no checkpoint"),
+        (["--init=run/opdlm"], "is a student already (block 4)"),
+        (["--init=run"], "of a run its ar or opdlm"),
+        (["--init=other"], "run/ar is not the AR model of --init=other"),
+        (["--init=bare"], "tokenizer.json: without one ids are no text"),
+        (["--init=run/ar", "--length=97"], "--length=97 is more than the 96 positions of --init=run/ar"),
+        (["--max_prompt=0"], "--max_prompt"),
+        (["--max_prompt=96"], "does not fit after a prompt of up to 96 tokens in --length=96"),
+        (["--align=left"], "--align"),
+        (["--width=33"], "--width"),
+        (["--out=occupied/run"], "can't be written"),
+        (["--resume", "--out=empty"], "nothing to resume"),
+        (["--batch=0"], "--batch=0: must be at least 1"),
+        (["--kl=top"], "--kl=top is not known"),
+        (["--teacher_dtype=int8"], "--teacher_dtype"),
+    ],
+)
 def test_bad_input_is_one_sentence_and_costs_nothing(flags, said, capsys):
     Path("occupied").write_text("a file")
     assert train("--distill_steps=1", "--out=run") == 0
@@ -239,12 +325,19 @@ def test_bad_input_is_one_sentence_and_costs_nothing(flags, said, capsys):
 
 
 def test_ctrl_c_is_130(tmp_path):
-    code = ("import signal, sys; from training import cli; import train_tiny; "
-            "signal.signal(signal.SIGINT, signal.default_int_handler); sys.exit(cli.run(train_tiny.main))")
+    code = (
+        "import signal, sys; from training import cli; import train_tiny; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); sys.exit(cli.run(train_tiny.main))"
+    )
     flags = ["--data=toy", "--pretrain_steps=100000", f"--out={tmp_path}"]
-    run = subprocess.Popen([sys.executable, "-c", code, *flags], cwd=ROOT, text=True,
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    run.stdout.readline()                                                                 # it trains
+    run = subprocess.Popen(
+        [sys.executable, "-c", code, *flags],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    run.stdout.readline()  # it trains
     run.send_signal(signal.SIGINT)
     _, error = run.communicate(timeout=60)
     assert run.returncode == 130 and "Traceback" not in error
@@ -263,6 +356,7 @@ def test_packing_does_not_matter(tiny):
 def test_without_a_network_the_story_world_unless_real_text_was_asked_for(monkeypatch, capsys):
     def unreachable(*_):
         raise NoNetwork("no network")
+
     monkeypatch.setattr(corpus.tinystories, "load", unreachable)
     assert corpus.open_corpus(None, None, 2048).name == "toy"
     assert capsys.readouterr().out.count("\n") == 1
@@ -277,22 +371,34 @@ def test_windows_begin_with_a_story_and_follow_the_stream():
     stream = world.train.astype("int64")
     for row in got:
         assert row[0] == world.tokenizer.eot
-        assert any((stream[start:start + 80] == row[:len(stream) - start]).all() for start in starts)
+        assert any((stream[start : start + 80] == row[: len(stream) - start]).all() for start in starts)
     assert len({tuple(row) for row in got}) > 20
 
 
 def test_the_world_s_words_are_tokens_and_the_same_ones_in_every_process():
-    code = "from data.corpus import story_world_corpus; print(story_world_corpus(stories=1, held_out=1).tokenizer.to_json())"
-    made = {subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
-                           env={"PYTHONHASHSEED": seed, "PATH": ""}).stdout for seed in "12"}
+    code = ("from data.corpus import story_world_corpus; "
+            "print(story_world_corpus(stories=1, held_out=1).tokenizer.to_json())")
+    made = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+            env={"PYTHONHASHSEED": seed, "PATH": ""},
+        ).stdout
+        for seed in "12"
+    }
     assert len(made) == 1
     world = story_world_corpus(stories=20, held_out=1)
     lengths = [len(world.tokenizer.pieces([i])[0]) for i in world.train if i != world.tokenizer.eot]
-    assert min(lengths) >= 1 and sum(lengths) / len(lengths) > 3                          # words, not bytes
+    assert min(lengths) >= 1 and sum(lengths) / len(lengths) > 3  # words, not bytes
 
 
 def test_the_untrained_student_under_the_ar_layout_is_the_teacher(tiny):
     net = tiny(vocab=30).float()
     texts = [torch.randint(0, 29, (n,), generator=torch.Generator().manual_seed(n)) for n in (5, 9, 14)]
-    want = [sum(-net(t[None, :-1]).log_softmax(-1)[i, t[i + 1]].item() for i in range(len(t) - 1)) for t in texts]
+    want = [
+        sum(-net(t[None, :-1]).log_softmax(-1)[i, t[i + 1]].item() for i in range(len(t) - 1)) for t in texts
+    ]
     assert metrics.story_nats(net, texts, AR, 29).tolist() == pytest.approx(want, rel=1e-4)
