@@ -184,7 +184,7 @@ def main(argv: list[str]) -> None:
             terminal.play(story, sys.stdout, options.fps, colour)
         print(trace.coloured(story, colour), end="\n\n")
     if colour:
-        print(trace.legend(max(story.most for story in stories), stories[0].colours))
+        print(trace.legend(max(story.num_steps for story in stories), stories[0].colour_meaning))
     if options.picture is not None:
         PICTURES[Path(options.picture).suffix.lower()](stories[0], options.picture)
     print(generate.cost(text, seconds, writer.net))

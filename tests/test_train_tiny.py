@@ -59,7 +59,7 @@ def test_end_to_end(capsys):
         "before-state.safetensors"}
     numbers = json.loads(Path("run/summary.json").read_text())
     for name in ("ar", "before", "after"):
-        assert set(compare.ROWS) <= set(numbers[name]) and all(map(math.isfinite, numbers[name].values()))
+        assert set(compare.TABLE_METRICS) <= set(numbers[name]) and all(map(math.isfinite, numbers[name].values()))
         assert f"{numbers[name]['val_nats']:.3f}" in said and f"\n{name}: " in said
     assert numbers["ar"]["tok_per_fwd"] == 1.0
     header = json.loads(Path("run/log.jsonl").read_text().splitlines()[0])
@@ -139,7 +139,7 @@ def test_a_prompt_that_is_watched(capsys):
     assert len(lines) == len(seen) == len(steps("run", "eval")) and not steps("alone", "watch")
     assert [r["of"] for r in seen] == ["ar"] + ["student"] * (len(seen) - 1) and len({line[3] for line in lines}) > 2
     for (_, count, forwards, text), record in zip(lines, seen):
-        story = trace.Trace(**{name: record[name] for name in ("pieces", "when", "prompt", "forwards", "block")})
+        story = trace.Trace(**{name: record[name] for name in ("pieces", "revealed_at", "prompt", "forwards", "block")})
         assert (len(story.pieces), story.forwards, trace.coloured(story, False)) == (int(count), int(forwards), text)
     for mode, line in (("ar", lines[0]), ("diffusion", lines[-1])):
         flags = ["--ckpt=run", f"--mode={mode}", "--prompt=One day", "--length=32", "--seed=3", "--device=cpu"]
