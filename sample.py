@@ -225,7 +225,7 @@ def main(argv: list[str]) -> None:
             terminal.play(one, sys.stdout, options.fps, colour)
         print(trace.coloured(one, colour), end="\n\n")
     if colour:
-        print(trace.legend(max(one.most for one in traces), traces[0].colours))
+        print(trace.legend(max(one.num_steps for one in traces), traces[0].colour_meaning))
     if options.picture is not None:
         write_picture = PICTURES[Path(options.picture).suffix.lower()]
         write_picture(traces[0], options.picture)

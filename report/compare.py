@@ -1,6 +1,8 @@
-"""What a run says of its models: numbers and a story of each; at its end the table, the summary and the pictures."""
+"""Evaluation of the models of a run.
+
+During the run: metrics and a story of each model. At the end: the table, summary.json and the pictures.
+"""
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -15,113 +17,162 @@ from data.tinystories import Corpus, stories
 from model.masks import Layout
 from report import curves, generate, metrics, trace
 
-SAMPLE_TOKENS = 32        # tokens that go on from a prompt that is watched
+SAMPLE_TOKENS = 32      # tokens generated after --sample_prompt
+LONG_BLOCK = 32         # tokens; the likelihood takes one pass per token of a block, so longer blocks ...
+FEW_STORIES = 64        # ... are scored on this many stories only
+TABLE_METRICS = ("val_nats", "bits_per_byte", "gen_nats", "valid", "distinct2", "entropy", "tok_per_fwd",
+                 "positions_per_tok", "tok_s")
+
+
+# 1. during a run ----------------------------------------------------------------------------------
+
+class Evaluator:
+    """Evaluates the models of a run on the same held-out stories, and writes the results to the log.
+
+    There are 512 stories of the story world, which come with a validity checker, or 128 of another corpus.
+    `sample_prompt` (P,) is also continued at each evaluation, with the same random numbers each time.
+    """
+
+    def __init__(self, teacher, corpus: Corpus, length: int, seed: int, log,
+                 sample_prompt: Tensor | None = None):
+        self.teacher = teacher
+        self.tokenizer = corpus.tokenizer
+        self.length = length
+        self.seed = seed
+        self.log = log
+        self.sample_prompt = sample_prompt
+        is_story_world = corpus.name == "toy"
+        self.check = story_world.check if is_story_world else None
+        count = 512 if is_story_world else 128
+        starts = stories(corpus.val, corpus.tokenizer.eot)
+        self.held_out = metrics.held_out(corpus.val, starts, count, length)
+        self.metrics = {}       # of each model: ar, before, after
+        self.traces = {}        # one story of each model
+
+    def evaluate(self, name: str, net, layout: Layout, rule, train_tokens: int) -> None:
+        """Evaluate a model in full: name is ar, before or after."""
+        self.metrics[name], self.traces[name] = evaluate_model(
+            net, self.teacher, layout, rule, self.held_out, self.tokenizer, self.length, self.seed,
+            self.check)
+        self.metrics[name]["train_tokens"] = train_tokens
+        model = "ar" if name == "ar" else "student"
+        self.log.write({"phase": "eval", "of": model, "tokens": train_tokens, **self.metrics[name]})
+        self.log_sample(name, net, layout, rule, model, train_tokens)
+
+    def quick_eval(self, net, layout: Layout, train_tokens: int, rule) -> float:
+        """val_nats of the student on the first 32 stories."""
+        numbers = metrics.likelihood(net, self.held_out[:32], layout, self.tokenizer)
+        self.log.write({"phase": "eval", "of": "student", "tokens": train_tokens, **numbers})
+        self.log_sample(f"{train_tokens / 1e3:.1f}k", net, layout, rule, "student", train_tokens)
+        return numbers["val_nats"]
+
+    def log_sample(self, title: str, net, layout: Layout, rule, model: str, train_tokens: int) -> None:
+        """Continue the sample prompt, if there is one: a line on the terminal, the trace in the log.
+
+        All processes have to call this, since a sharded network generates text in all of them.
+        """
+        if self.sample_prompt is None:
+            return
+        sample = generate.continue_prompt(
+            net, self.sample_prompt, SAMPLE_TOKENS, layout, rule, self.tokenizer, self.seed)
+        self.log.write({"phase": "watch", "of": model, "tokens": train_tokens, **asdict(sample)})
+        colour = trace.wants_colour(sys.stdout) and layout.block > 1
+        text = trace.coloured(sample, colour).replace("\n", "⏎")
+        tqdm.write(f"{title:8} {len(sample.pieces):2} tokens in {sample.forwards:2} forwards | {text}")
+
+    def publish(self, out: Path) -> None:
+        """Print the table and the stories; write summary.json and the pictures to the folder of the run."""
+        cost = distillation_cost(out / "log.jsonl")
+        self.metrics["after"] |= cost
+        print("\n" + table(self.metrics))
+        print("\n" + self.footnote(cost))
+        self.print_stories()
+        write_json(out / "summary.json", self.metrics)
+        curves.draw(out / "log.jsonl", out / "curves.png")
+        trace.picture(self.traces["after"], out / "states.png")
+        names = sorted(path.name + "/" * path.is_dir() for path in out.iterdir())
+        print(f"\nleft in {out}: " + " ".join(names))
+
+    def footnote(self, cost: dict[str, float]) -> str:
+        """How the speed was measured, and what distillation took."""
+        device = self.teacher.wte.weight.device
+        train_tokens = self.metrics["after"]["train_tokens"]
+        return (f"tok_s: up to 128 texts at once, {device}, {torch.get_num_threads()} threads; "
+                f"distillation: {train_tokens / 1e3:.0f}k response tokens, "
+                f"{cost['loss_positions'] / 1e3:.0f}k of them with a loss, "
+                f"{cost['rollout_positions'] / 1e3:.0f}k positions of rollouts, "
+                f"{cost['train_flops']:.2g} FLOPs in all")
+
+    def print_stories(self) -> None:
+        """Print one story of each model; the students' in the colours of their denoising steps."""
+        colour = trace.wants_colour(sys.stdout)
+        for name, story in self.traces.items():
+            print(f"\n{name}: {trace.coloured(story, colour and name != 'ar')}")
+        if colour:
+            print("\n" + trace.legend(self.traces["after"].block))
 
 
 def sample_prompt_ids(prompt: str | None, tokenizer, length: int) -> Tensor | None:
-    """(P,) the ids of a prompt that is watched, if there is one, refused if it leaves no room in `length` positions."""
+    """(P,) ids of --sample_prompt, if given. ValueError if SAMPLE_TOKENS more do not fit into `length`."""
     if prompt is None:
         return None
     ids = [tokenizer.eot, *tokenizer.encode(prompt)]
     if len(ids) + SAMPLE_TOKENS > length:
-        raise ValueError(f"--sample_prompt has {len(ids)} tokens, its start counted, and {SAMPLE_TOKENS} more must fit in the "
-                         f"{length} positions: shorten it")
+        raise ValueError(f"--sample_prompt has {len(ids)} tokens (with the end-of-text that begins it), and "
+                         f"{SAMPLE_TOKENS} more must fit in the {length} positions: shorten it")
     return torch.tensor(ids)
 
 
-class Evaluator:
-    """Models looked at over the same held-out stories: 512 of the story world, which has a checker, 128 of a text; and
-    by what they write after the `prompt` (P,) that is watched, if any, from the same random numbers each time."""
+# 2. one model -------------------------------------------------------------------------------------
 
-    def __init__(self, teacher, corpus: Corpus, length: int, seed: int, log, prompt: Tensor | None = None):
-        self.teacher, self.tokenizer, self.length, self.seed, self.log = teacher, corpus.tokenizer, length, seed, log
-        self.prompt = prompt
-        self.check, count = (story_world.check, 512) if corpus.name == "toy" else (None, 128)
-        self.held = metrics.held_out(corpus.val, stories(corpus.val, corpus.tokenizer.eot), count, length)
-        self.numbers, self.stories = {}, {}
+def evaluate_model(net, teacher, layout: Layout, rule, held_out: list[Tensor], tokenizer, length: int,
+                   seed: int, check: Callable | None = None) -> tuple[dict, trace.Trace]:
+    """All metrics of a model on held-out stories, and the trace of the first text that it generated."""
+    generator = generate.diffusion_generator(net, layout, rule)
+    texts, seconds = generate.generate_texts(generator, held_out, tokenizer.eot, length, seed)
+    scored = held_out if layout.block <= LONG_BLOCK else held_out[:FEW_STORIES]
+    numbers = metrics.likelihood(net, scored, layout, tokenizer)
+    numbers |= metrics.text_metrics(teacher, texts, seconds, tokenizer, check)
 
-    def evaluate(self, name: str, net, layout, rule, tokens: int) -> None:
-        """At one that was trained on so many tokens: ar, before or after."""
-        self.numbers[name], self.stories[name] = evaluate_model(
-            net, self.teacher, layout, rule, self.held, self.tokenizer, self.length, self.seed, self.check)
-        self.numbers[name]["train_tokens"] = tokens
-        of = "ar" if name == "ar" else "student"
-        self.log.write({"phase": "eval", "of": of, "tokens": tokens, **self.numbers[name]})
-        self.watch(name, net, layout, rule, of, tokens)
-
-    def quick_eval(self, net, layout, tokens: int, rule) -> float:
-        """val_nats of a few, noted in the log."""
-        numbers = metrics.likelihood(net, self.held[:32], layout, self.tokenizer)
-        self.log.write({"phase": "eval", "of": "student", "tokens": tokens, **numbers})
-        self.watch(f"{tokens / 1e3:.1f}k", net, layout, rule, "student", tokens)
-        return numbers["val_nats"]
-
-    def watch(self, name: str, net, layout, rule, of: str, tokens: int) -> None:
-        """A line of what comes after the prompt now, under a model's name or the tokens it had so far, and its trace
-        in the log. All processes have to take part."""
-        if self.prompt is None:
-            return
-        story = generate.continue_prompt(net, self.prompt, SAMPLE_TOKENS, layout, rule, self.tokenizer, self.seed)
-        self.log.write({"phase": "watch", "of": of, "tokens": tokens, **asdict(story)})
-        text = trace.coloured(story, trace.wants_colour(sys.stdout) and layout.block > 1).replace("\n", "⏎")
-        tqdm.write(f"{name:8} {len(story.pieces):2} tokens in {story.forwards:2} forwards | {text}")
-
-    def publish(self, out: Path) -> None:
-        """The table and the stories on the terminal; summary.json and the pictures in the run's folder."""
-        self.numbers["after"] |= (cost := spent(out / "log.jsonl"))
-        print("\n" + table(self.numbers))
-        print(f"\ntok_s: up to 128 texts at once, {self.teacher.wte.weight.device}, {torch.get_num_threads()} threads; "
-              f"distillation: {self.numbers['after']['train_tokens'] / 1e3:.0f}k response tokens, "
-              f"{cost['loss_positions'] / 1e3:.0f}k of them with a loss, "
-              f"{cost['rollout_positions'] / 1e3:.0f}k positions of rollouts, {cost['train_flops']:.2g} FLOPs in all")
-        colour = trace.wants_colour(sys.stdout)
-        for name, story in self.stories.items():
-            print(f"\n{name}: {trace.coloured(story, colour and name != 'ar')}")
-        if colour:
-            print("\n" + trace.legend(self.stories["after"].block))
-        write_json(out / "summary.json", self.numbers)
-        curves.draw(out / "log.jsonl", out / "curves.png")
-        trace.picture(self.stories["after"], out / "states.png")
-        print(f"\nleft in {out}: " + " ".join(sorted(p.name + "/" * p.is_dir() for p in out.iterdir())))
+    rollout, prompt_lens = texts[0]
+    prompt_ids = rollout.tokens[0, :prompt_lens[0]].tolist()
+    traces = generator.traces(rollout, tokenizer.decode(prompt_ids), tokenizer)
+    return numbers, traces[0]
 
 
-def spent(log: Path) -> dict[str, float]:
-    """What distillation took beside response tokens, from its records: positions that entered a loss, positions of
-    rollouts, FLOPs of all. A step that was made again counts once."""
-    lines = map(json.loads, log.read_text().splitlines())
-    steps = {line["step"]: line for line in lines if line.get("phase") == "distil"}
-    return {name: sum(step[key] for step in steps.values()) for name, key in (
-        ("loss_positions", "loss_positions"), ("rollout_positions", "positions"), ("train_flops", "flops"))}
+# 3. the report ------------------------------------------------------------------------------------
+
+def table(numbers: dict[str, dict]) -> str:
+    """The metrics of several models as text: a column per model, a row per metric that all of them have."""
+    header = " " * 18 + "".join(f"{name:>10}" for name in numbers)
+    lines = [header]
+    for metric in TABLE_METRICS:
+        if not all(metric in of_model for of_model in numbers.values()):
+            continue
+        digits = 0 if metric == "tok_s" else 3
+        cells = [f"{of_model[metric]:10.{digits}f}" for of_model in numbers.values()]
+        lines.append(f"{metric:18}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def distillation_cost(log: Path) -> dict[str, float]:
+    """What distillation took, from its records: positions in a loss, positions of rollouts, FLOPs.
+
+    A step that was repeated after a resume counts once.
+    """
+    steps = {}
+    for line in log.read_text().splitlines():
+        record = json.loads(line)
+        if record.get("phase") == "distil":
+            steps[record["step"]] = record
+    return {
+        "loss_positions": sum(step["loss_positions"] for step in steps.values()),
+        "rollout_positions": sum(step["positions"] for step in steps.values()),
+        "train_flops": sum(step["flops"] for step in steps.values()),
+    }
 
 
 def write_json(path: Path, value) -> None:
-    """A file that appears whole or not at all, and its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
-    new.write_text(json.dumps(value, indent=1))
-    os.replace(new, path)
-
-
-def evaluate_model(net, teacher, layout: Layout, rule, stories: list[Tensor], tokenizer, length: int, seed: int,
-             check: Callable | None = None) -> tuple[dict, trace.Trace]:
-    """All the numbers of a model over held-out `stories`, and the trace of the first text that it wrote. A likelihood
-    takes as many passes as a block has slots: for long blocks it is that of 64 stories."""
-    writer = generate.diffusion_generator(net, layout, rule)
-    texts, seconds = generate.generate_texts(writer, stories, tokenizer.eot, length, seed)
-    scored = stories if layout.block <= 32 else stories[:64]
-    numbers = metrics.likelihood(net, scored, layout, tokenizer) | metrics.text_metrics(teacher, texts, seconds, tokenizer, check)
-    (text, lens), *_ = texts
-    return numbers, writer.traces(text, tokenizer.decode(text.tokens[0, :lens[0]].tolist()), tokenizer)[0]
-
-
-ROWS = ("val_nats", "bits_per_byte", "gen_nats", "valid", "distinct2", "entropy", "tok_per_fwd", "positions_per_tok",
-        "tok_s")
-
-
-def table(numbers: dict[str, dict]) -> str:
-    """A column a model, a row a number."""
-    lines = [" " * 18 + "".join(f"{name:>10}" for name in numbers)]
-    for row in (row for row in ROWS if all(row in column for column in numbers.values())):
-        digits = 0 if row == "tok_s" else 3
-        lines.append(f"{row:18}" + "".join(f"{column[row]:10.{digits}f}" for column in numbers.values()))
-    return "\n".join(lines)
+    """Write a JSON file, whole or not at all; its folder is made if needed."""
+    text = json.dumps(value, indent=1)
+    trace.write_atomically(path, lambda unfinished: unfinished.write_text(text))

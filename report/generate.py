@@ -1,4 +1,4 @@
-"""Ways to generate text: diffusion with any reveal rule, AR, and speculative decoding."""
+"""Ways to generate text: diffusion with any reveal rule (AR is block size 1), and speculative decoding."""
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,69 +14,101 @@ from decoding.sampling import SamplingConfig
 from model.masks import Layout
 from report import metrics, trace
 
+PROMPT_LENGTHS = 8      # generate_texts uses this many different prompt lengths in turn
+
 
 @dataclass
 class TextGenerator:
-    """A way to write text: `write(prompt, length, u, eot, prompt_len)` gives the Text, from `numbers` uniform ones a
-    position; `trace(prompt, pieces, order)` makes it visible."""
+    """A way to generate text; `diffusion_generator` and `speculative_generator` make one."""
     net: torch.nn.Module
-    numbers: int
-    write: Callable
-    trace: Callable
+    num_random: int         # uniform random numbers per position
+    generate: Callable      # (prompt, length, u, eot, prompt_len) -> Rollout
+    make_trace: Callable    # (prompt, pieces, order) -> Trace
 
-    def __call__(self, prompt: Tensor, length: int, seed: int, rows: range, eot: int, lens: Tensor | None = None):
-        """The Text of the `rows` of a seed."""
-        u = opdlm.uniforms(seed, 0, rows, (prompt.size(1) + length, self.numbers)).to(prompt.device)
-        return self.write(prompt, length, u, eot, prompt_len=lens)
+    def __call__(self, prompt: Tensor, length: int, seed: int, row_ids: range, eot: int,
+                 prompt_len: Tensor | None = None) -> opdlm.Rollout:
+        """Continue each row of `prompt` (B, P) by up to `length` tokens; `row_ids` key its random numbers."""
+        shape = (prompt.size(1) + length, self.num_random)
+        u = opdlm.uniforms(seed, 0, row_ids, shape).to(prompt.device)
+        return self.generate(prompt, length, u, eot, prompt_len)
 
-    def traces(self, text: opdlm.Rollout, prompt: str, tokenizer) -> list[trace.Trace]:
-        """One a row: what was written behind the prompt, and when. The token before it tells if a text begins."""
-        rows = zip(text.tokens.cpu(), text.response_mask.cpu(), text.order.cpu())
-        return [self.trace(prompt, tokenizer.pieces(tokens[kept | kept.roll(-1)].tolist())[1:], order[kept].tolist())
-                for tokens, kept, order in rows]
+    def traces(self, rollout: opdlm.Rollout, prompt: str, tokenizer) -> list[trace.Trace]:
+        """One trace per row: its response, and when each token was revealed."""
+        found = []
+        rows = zip(rollout.tokens.cpu(), rollout.response_mask.cpu(), rollout.order.cpu())
+        for tokens, response_mask, order in rows:
+            # The last prompt token is decoded too: it tells the tokenizer whether a text begins here.
+            with_last_prompt_token = response_mask | response_mask.roll(-1)
+            ids = tokens[with_last_prompt_token].tolist()
+            pieces = tokenizer.pieces(ids)[1:]
+            found.append(self.make_trace(prompt, pieces, order[response_mask].tolist()))
+        return found
 
 
-def diffusion_generator(net, layout: Layout, rule: Rule, sampling: Callable = SamplingConfig(), denoiser: Callable = Denoiser) -> TextGenerator:
-    """Diffusion, and AR text, which is that of block 1. `denoiser(net, layout)` may ask others too."""
-    def write(prompt, length, u, eot, prompt_len):
+def diffusion_generator(net, layout: Layout, rule: Rule, sampling: Callable = SamplingConfig(),
+                        denoiser: Callable = Denoiser) -> TextGenerator:
+    """Block diffusion, and AR text with a layout of block 1. `denoiser(net, layout)` makes the denoiser."""
+    def generate(prompt, length, u, eot, prompt_len):
         return opdlm.rollout(denoiser(net, layout), prompt, length, rule, u, eot, sampling, prompt_len)
-    return TextGenerator(net, rule.numbers(layout.block), write, partial(trace.from_order, block=layout.block))
+
+    make_trace = partial(trace.from_order, block=layout.block)
+    return TextGenerator(net, rule.numbers(layout.block), generate, make_trace)
 
 
-def speculative_generator(student, layout: Layout, teacher=None, sampling: Callable = SamplingConfig()) -> TextGenerator:
-    """Verified by the teacher, or if there is none by the student itself."""
-    from decoding import speculative
+def speculative_generator(student, layout: Layout, teacher=None,
+                          sampling: Callable = SamplingConfig()) -> TextGenerator:
+    """Speculative decoding: verified by the teacher, or without one by the student itself."""
+    from decoding import speculative  # here, because the training script does not need it
 
-    def write(prompt, length, u, eot, prompt_len):
-        made = speculative.verified(student, layout, prompt, length, u, eot, sampling, teacher, prompt_len)
-        tokens, when, forwards, positions = made
-        return opdlm.Rollout(tokens, when, when >= 0, forwards, positions)
-    return TextGenerator(student, 3, write, partial(trace.from_turns, block=layout.block))
+    def generate(prompt, length, u, eot, prompt_len):
+        tokens, iteration, forwards, positions = speculative.verified(
+            student, layout, prompt, length, u, eot, sampling, teacher, prompt_len)
+        response_mask = iteration >= 0
+        return opdlm.Rollout(tokens, iteration, response_mask, forwards, positions)
 
-
-def generate_texts(writer: TextGenerator, stories: list[Tensor], eot: int, length: int, seed: int,
-             batch: int = 128, least: int = 1) -> tuple[list, float]:
-    """Texts that go on from the first 1 to 8 tokens of `stories`, or `least` and up to 7 more, batch by batch with the
-    prompts' lengths, and the seconds they took. A response has what is left of `length` by the longest prompt."""
-    texts, device, begun = [], writer.net.wte.weight.device, time.perf_counter()
-    for i in range(0, len(stories), batch):
-        prompts = [s[:least + k % 8] for k, s in enumerate(stories[i:i + batch], i)]
-        tokens, lens = metrics.padded(prompts, eot).to(device), torch.tensor([len(p) for p in prompts])
-        rows = range(i, i + len(prompts))
-        texts.append((writer(tokens, length - 7 - least, seed, rows, eot, lens.to(device)), lens))
-    return texts, time.perf_counter() - begun
+    make_trace = partial(trace.from_iterations, block=layout.block)
+    return TextGenerator(student, 3, generate, make_trace)
 
 
-def cost(text: opdlm.Rollout, seconds: float, net) -> str:
-    """What a text took, in a line."""
-    tokens, forwards, positions = (int(x.sum()) for x in (text.response_mask, text.forwards, text.positions))
-    where = f"batch {len(text.tokens)}, {net.wte.weight.device.type}, {torch.get_num_threads()} threads"
-    return (f"{tokens} tokens | {tokens / forwards:.2f} tokens/forward | {positions / tokens:.2f} positions/token | "
-            f"{tokens / seconds:.0f} tokens/s ({where})")
+def generate_texts(generator: TextGenerator, stories: list[Tensor], eot: int, length: int, seed: int,
+                   batch: int = 128, min_prompt: int = 1) -> tuple[list, float]:
+    """One text per story, and the seconds that all took.
+
+    The prompts are the first `min_prompt` to `min_prompt + 7` tokens of the stories, in turn. All responses
+    have the same maximal length: `length` minus the longest prompt. The texts are a list of batches, each of
+    them a pair (Rollout, (B,) prompt lengths).
+    """
+    device = generator.net.wte.weight.device
+    response_len = length - (min_prompt + PROMPT_LENGTHS - 1)
+    texts = []
+    began = time.perf_counter()
+    for first in range(0, len(stories), batch):
+        row_ids = range(first, min(first + batch, len(stories)))
+        prompts = [stories[k][:min_prompt + k % PROMPT_LENGTHS] for k in row_ids]
+        prompt_lens = torch.tensor(list(map(len, prompts)))
+        tokens = metrics.padded(prompts, eot).to(device)         # (B, P)
+        rollout = generator(tokens, response_len, seed, row_ids, eot, prompt_lens.to(device))
+        texts.append((rollout, prompt_lens))
+    return texts, time.perf_counter() - began
 
 
-def continue_prompt(net, prompt: Tensor, length: int, layout: Layout, rule, tokenizer, seed: int) -> trace.Trace:
-    """The trace of up to `length` tokens after `prompt` (P,): those of sample.py with this --length and --seed."""
-    writer = diffusion_generator(net, layout, rule)
-    text = writer(prompt[None].to(net.wte.weight.device), length, seed, range(1), tokenizer.eot)
-    return writer.traces(text, tokenizer.decode(prompt.tolist()), tokenizer)[0]
+def cost(rollout: opdlm.Rollout, seconds: float, net) -> str:
+    """What a rollout took, as one line."""
+    tokens = int(rollout.response_mask.sum())
+    forwards = int(rollout.forwards.sum())
+    positions = int(rollout.positions.sum())
+    device = net.wte.weight.device.type
+    threads = torch.get_num_threads()
+    return (f"{tokens} tokens | {tokens / forwards:.2f} tokens/forward | "
+            f"{positions / tokens:.2f} positions/token | {tokens / seconds:.0f} tokens/s "
+            f"(batch {len(rollout.tokens)}, {device}, {threads} threads)")
+
+
+def continue_prompt(net, prompt: Tensor, length: int, layout: Layout, rule: Rule, tokenizer,
+                    seed: int) -> trace.Trace:
+    """The trace of up to `length` tokens after `prompt` (P,); sample.py generates the same with this seed."""
+    generator = diffusion_generator(net, layout, rule)
+    prompt = prompt[None].to(net.wte.weight.device)              # (1, P)
+    rollout = generator(prompt, length, seed, range(1), tokenizer.eot)
+    prompt_text = tokenizer.decode(prompt[0].tolist())
+    return generator.traces(rollout, prompt_text, tokenizer)[0]

@@ -1,17 +1,18 @@
-"""A rollout as one page that needs no network: a slider over its forwards, arrow keys, a button to play it.
+"""A rollout as one web page: a slider over the forward passes, arrow keys, a play button. It loads nothing.
 
-The page holds the finished text, a span a token with the forward that revealed it, in the colour of its step, and can
-be read without a script. The script only puts ▢ where `when > forward` and hides the blocks that have not begun.
+The page holds the finished text, one span per token in the colour of its step, and is readable without its
+script. The script shows earlier states: ▢ for tokens revealed later, nothing of blocks that have not begun.
 """
 from __future__ import annotations
 
 from html import escape
 from string import Template
 
-from report.trace import HIDDEN, RAMP, Trace, appear, scale, shade, visible
+from report.trace import MASK_SIGN, RAMP, Trace, colour_groups, colour_index, visible, write_atomically
 
-PAPER, DARK_PAPER = 255, 20                  # grey levels
-FPS = 8                                      # forwards a second, when it plays
+LIGHT_PAPER = 255           # grey levels of the background
+DARK_PAPER = 20
+FPS = 8                     # forward passes per second while the page plays
 
 PAGE = Template("""<!doctype html>
 <html lang="en">
@@ -21,8 +22,12 @@ PAGE = Template("""<!doctype html>
       content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <title>$title</title>
 <style>
-:root { color-scheme: light dark; --paper: $paper; --ink: #1f2937; --soft: #5b6472; $light }
-@media (prefers-color-scheme: dark) { :root { --paper: $dark_paper; --ink: #e5e7eb; --soft: #a3acb9; $dark } }
+:root { color-scheme: light dark; --paper: $light_paper; --ink: #1f2937; --soft: #5b6472;
+        $light_colours }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: $dark_paper; --ink: #e5e7eb; --soft: #a3acb9;
+          $dark_colours }
+}
 body { max-width: 46em; margin: 0 auto; padding: 1em; background: var(--paper); color: var(--ink);
        font: 18px/1.6 system-ui, sans-serif }
 h1 { font-size: 1.3em; margin: 0 }
@@ -37,33 +42,42 @@ button { font: inherit; min-width: 5em }
 $classes
 </style>
 <h1>$title</h1>
-<small>$what of $block; $colours $legend</small>
+<small>$groups of $block; $colour_meaning $legend</small>
 <div id="controls" hidden>
 <div><button id="play" type="button">play</button><label for="forward">$unit</label>
 <input id="forward" type="range" min="0" max="$forwards" value="$forwards" autocomplete="off"></div>
-<output id="said" for="forward" aria-live="off"></output><br>
-<small>underlined: revealed by this $unit; arrow keys: one $unit back or on; Home, End: the first, the last</small>
+<output id="status" for="forward" aria-live="off"></output><br>
+<small>underlined: revealed by this $unit; arrow keys: previous, next $unit; Home, End: first, last</small>
 </div>
 <p id="text"><b>$prompt</b>$tokens</p>
 <script>
 "use strict";
-const [controls, slider, said, button, text] = ["controls", "forward", "said", "play", "text"].map(
-  id => document.getElementById(id));
-const tokens = Array.from(text.querySelectorAll("span"), span => (
-  {span, piece: span.textContent, when: Number(span.dataset.when), began: Number(span.dataset.began)}));
+const byId = id => document.getElementById(id);
+const controls = byId("controls"), slider = byId("forward"), statusLine = byId("status");
+const button = byId("play"), text = byId("text");
+const tokens = Array.from(text.querySelectorAll("span"), span => ({
+  span,
+  piece: span.textContent,
+  revealedAt: Number(span.dataset.revealedAt),
+  forwardsBefore: Number(span.dataset.forwardsBefore),
+}));
 let timer = 0;
 
-function show(forward) {
-  slider.value = forward;                    // the slider keeps it within its ends
-  const at = Number(slider.value), there = tokens.filter(token => token.when <= at).length;
-  for (const {span, piece, when, began} of tokens) {
-    span.textContent = began > at ? "" : when > at ? "$hidden" : piece;
-    span.classList.toggle("masked", when > at);
-    span.classList.toggle("new", when === at);
+function show(target) {
+  slider.value = target;                     // the slider limits it to its range
+  const forward = Number(slider.value);
+  for (const {span, piece, revealedAt, forwardsBefore} of tokens) {
+    const masked = revealedAt > forward;
+    const begun = forwardsBefore <= forward;
+    span.textContent = !begun ? "" : masked ? "$mask_sign" : piece;
+    span.classList.toggle("masked", masked);
+    span.classList.toggle("new", revealedAt === forward);
   }
-  const rate = at ? ", " + (there / at).toFixed(2) + " tokens per $unit" : "";
-  said.textContent = "after $unit " + at + " of " + slider.max + ": " + there + " tokens" + rate;
-  slider.setAttribute("aria-valuetext", said.textContent);
+  const revealed = tokens.filter(token => token.revealedAt <= forward).length;
+  const rate = forward ? ", " + (revealed / forward).toFixed(2) + " tokens per $unit" : "";
+  const place = "after $unit " + forward + " of " + slider.max;
+  statusLine.textContent = place + ": " + revealed + " tokens" + rate;
+  slider.setAttribute("aria-valuetext", statusLine.textContent);
 }
 
 function pause() {
@@ -78,17 +92,19 @@ function play() {
   timer = setInterval(() => {
     show(Number(slider.value) + 1);
     if (slider.value === slider.max) pause();
-  }, $pause);
+  }, $milliseconds);
 }
 
 button.onclick = () => timer ? pause() : play();
 slider.oninput = () => { pause(); show(slider.value); };
 document.onkeydown = event => {
-  const at = Number(slider.value), to = {ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: slider.max}[event.key];
-  if (to === undefined || event.ctrlKey || event.altKey || event.metaKey || event.shiftKey) return;
+  const forward = Number(slider.value);
+  const targets = {ArrowLeft: forward - 1, ArrowRight: forward + 1, Home: 0, End: slider.max};
+  const target = targets[event.key];
+  if (target === undefined || event.ctrlKey || event.altKey || event.metaKey || event.shiftKey) return;
   event.preventDefault();
   pause();
-  show(to);
+  show(target);
 };
 controls.hidden = false;
 show(slider.max);
@@ -98,38 +114,62 @@ show(slider.max);
 
 def save(trace: Trace, path) -> None:
     """Write the page, whole or not at all."""
-    appear(path, lambda part: part.write_text(page(trace), encoding="utf-8"))
+    write_atomically(path, lambda unfinished: unfinished.write_text(page(trace), encoding="utf-8"))
 
 
 def page(trace: Trace) -> str:
-    """The page; nothing of the trace's texts is more than text in it."""
-    tokens = zip(trace.pieces, trace.when, trace.began, trace.steps)
+    """The page as HTML. All text of the trace is escaped."""
+    tokens = zip(trace.pieces, trace.revealed_at, trace.forwards_before, trace.steps)
+    token_spans = ""
+    for piece, revealed_at, forwards_before, step in tokens:
+        data = f' data-revealed-at="{revealed_at}" data-forwards-before="{forwards_before}"'
+        token_spans += token_span(visible(piece), step, trace.num_steps, data)
+    legend = [token_span(name, step, trace.num_steps) for name, step in colour_groups(trace.num_steps)]
+    classes = [f".s{i} {{ color: var(--s{i}) }}" for i in range(len(RAMP))]
     return PAGE.substitute(
-        title=f"{len(trace.pieces)} tokens in {trace.forwards} {trace.unit}s", unit=trace.unit, forwards=trace.forwards,
-        block=trace.block, what="drafts" if trace.runs else "blocks", colours=trace.colours,
-        hidden=HIDDEN, pause=1000 // FPS, prompt=escape(visible(trace.prompt)),
-        tokens="".join(_span(visible(piece), step, trace.most, f' data-when="{when}" data-began="{began}"')
-                       for piece, when, began, step in tokens),
-        legend=" ".join(_span(name, step, trace.most) for name, step in scale(trace.most)),
-        classes="\n".join(f".s{i} {{ color: var(--s{i}) }}" for i in range(len(RAMP))),
-        paper=_grey(PAPER), light=_shades(PAPER), dark_paper=_grey(DARK_PAPER), dark=_shades(DARK_PAPER))
+        title=f"{len(trace.pieces)} tokens in {trace.forwards} {trace.unit}s",
+        unit=trace.unit,
+        forwards=trace.forwards,
+        block=trace.block,
+        groups="drafts" if trace.speculative else "blocks",
+        colour_meaning=trace.colour_meaning,
+        legend=" ".join(legend),
+        mask_sign=MASK_SIGN,
+        milliseconds=1000 // FPS,
+        prompt=escape(visible(trace.prompt)),
+        tokens=token_spans,
+        classes="\n".join(classes),
+        light_paper=hex_colour([LIGHT_PAPER] * 3),
+        light_colours=colour_variables(LIGHT_PAPER),
+        dark_paper=hex_colour([DARK_PAPER] * 3),
+        dark_colours=colour_variables(DARK_PAPER),
+    )
 
 
-def _span(text: str, step: int, steps: int, data: str = "") -> str:
-    return f'<span class="s{shade(step, steps)}"{data}>{escape(text)}</span>'
+def token_span(text: str, step: int, num_steps: int, data: str = "") -> str:
+    """A span in the colour of a step; `data` holds further attributes."""
+    return f'<span class="s{colour_index(step, num_steps)}"{data}>{escape(text)}</span>'
 
 
-def _grey(level: int) -> str:
-    return f"#{level:02x}{level:02x}{level:02x}"
+def colour_variables(paper: int) -> str:
+    """The colours of RAMP as CSS variables --s0, --s1, ..., legible on this paper."""
+    variables = [f"--s{i}: {hex_colour(text_colour(code, paper))};" for i, code in enumerate(RAMP)]
+    return " ".join(variables)
 
 
-def _shades(paper: int) -> str:
-    """The ramp as CSS variables, mixed with black or white until small letters can be read on the paper."""
-    return " ".join(f"--s{i}: #{''.join(f'{level:02x}' for level in ink(code, paper))};" for i, code in enumerate(RAMP))
+def text_colour(code: int, paper: int) -> list[int]:
+    """Red, green and blue of an xterm colour (6 x 6 x 6 cube), mixed with 25 % black or 40 % white.
 
-
-def ink(code: int, paper: int) -> list[int]:
-    """Red, green and blue of one of xterm's 6 x 6 x 6 colours, a quarter of the way to black, or 2/5 to white."""
-    levels = [(code - 16) // 36, (code - 16) // 6 % 6, (code - 16) % 6]
+    Small text in the mixed colour has enough contrast on the paper (4.5, WCAG 2).
+    """
+    cube = [(code - 16) // 36, (code - 16) // 6 % 6, (code - 16) % 6]
     share, end = (0.25, 0) if paper > 127 else (0.4, 255)
-    return [round((1 - share) * (55 * (level > 0) + 40 * level) + share * end) for level in levels]
+    mixed = []
+    for coordinate in cube:
+        level = 55 * (coordinate > 0) + 40 * coordinate
+        mixed.append(round((1 - share) * level + share * end))
+    return mixed
+
+
+def hex_colour(rgb: list[int]) -> str:
+    return "#" + "".join(f"{level:02x}" for level in rgb)

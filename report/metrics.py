@@ -1,13 +1,15 @@
-"""The numbers of a run: likelihood, generated text, cost and useful arithmetic, each with its unit.
+"""Numbers about a run: held-out likelihood, generated text, cost, FLOPs, and facts about the machine.
 
-    val_nats        nats/token of held-out stories; the student reveals each block left to right, one token at a time
-    bits_per_byte   the same per byte of text, in bits: comparable across vocabularies
-    gen_nats        nats/token of generated text under the frozen AR teacher
-    distinct2       share of different pairs among all neighbouring tokens generated
-    entropy         nats, of the distribution of single tokens generated
-    valid           share of stories that break no law (story world only)
-    tok_per_fwd     tokens kept / all forwards of their rows: prefill, denoising and commits
-    positions_per_tok, tok_s
+    val_nats            nats/token of held-out stories; the student predicts each block left to right, one
+                        token at a time
+    bits_per_byte       the same in bits per byte of text: comparable across vocabularies
+    gen_nats            nats/token of generated text under the frozen AR teacher
+    distinct2           share of distinct pairs among all pairs of neighbouring generated tokens
+    entropy             nats, of the distribution of single generated tokens
+    valid               share of generated stories that break no rule (story world only)
+    tok_per_fwd         response tokens per forward pass: prefill, denoising and commits all count
+    positions_per_tok   positions processed per response token
+    tok_s               response tokens per second
 """
 import math
 import platform
@@ -19,99 +21,175 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import opdlm
 from model.masks import Layout
 from training import dist
 
+# 1. held-out likelihood ---------------------------------------------------------------------------
 
 def held_out(stream: np.ndarray, starts: np.ndarray, count: int, length: int) -> list[Tensor]:
-    """The first `count` stories as ids, each from its end-of-text to the next, cut to `length` tokens."""
+    """The first `count` stories of a token stream, each from its end-of-text to the next, as ids.
+
+    `starts` holds the positions of the end-of-text tokens that begin a story. Longer stories are cut to
+    `length` ids.
+    """
+    begins = starts[:count]
     ends = [*starts[1:count + 1], len(stream) - 1]
-    return [torch.from_numpy(stream[a:min(b + 1, a + length)].astype(np.int64)) for a, b in zip(starts[:count], ends)]
+    stories = []
+    for begin, end in zip(begins, ends):
+        stop = min(end + 1, begin + length)
+        ids = stream[begin:stop].astype(np.int64)
+        stories.append(torch.from_numpy(ids))
+    return stories
 
 
 def padded(rows: list[Tensor], fill: int) -> Tensor:
-    """(B, T), filled up at the right."""
+    """(B, T): rows of different lengths, padded on the right."""
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
 
 
-def whole_blocks(tokens: Tensor, block: int, context: int, fill: int) -> Tensor:
-    """(B, T): the last block filled up as far as there is room, or its number of masks would tell how a story ends."""
+def complete_last_block(tokens: Tensor, block: int, context: int, fill: int) -> Tensor:
+    """(B, T): padded to whole blocks after the first token, as far as the context allows.
+
+    Otherwise the number of masks in the last block would tell the model where the story ends.
+    """
     T = tokens.size(1)
-    return torch.nn.functional.pad(tokens, (0, max(0, min(-(T - 1) % block, context - T))), value=fill)
+    missing = -(T - 1) % block
+    room = context - T
+    padding = max(0, min(missing, room))
+    return F.pad(tokens, (0, padding), value=fill)
 
 
 @torch.no_grad()
 def story_nats(net, stories: list[Tensor], layout: Layout, eot: int, batch: int = 32) -> Tensor:
-    """(stories,) nats of each story given its first token, by the chain rule from left to right.
+    """(stories,) nats of each story given its first token: the chain rule, from left to right.
 
-    The j-th slot of every block is scored while the slots before it in its block are shown: one pass for each j.
+    One pass per slot j of a block scores the j-th token of every block. The tokens before it in its block are
+    revealed, the others masked.
     """
-    device, order = net.wte.weight.device, sorted(range(len(stories)), key=lambda i: len(stories[i]))
+    device = net.wte.weight.device
+    by_length = sorted(range(len(stories)), key=lambda i: len(stories[i]))
     nats = torch.zeros(len(stories))
-    for i in range(0, len(order), batch):
-        part = order[i:i + batch]
-        tokens = whole_blocks(padded([stories[k] for k in part], eot), layout.block, net.config.context, eot).to(device)
-        length = torch.tensor([len(stories[k]) for k in part], device=device)
-        slot = torch.arange(1, tokens.size(1), device=device)                           # (R,) positions of the response
+    for i in range(0, len(stories), batch):
+        story_ids = by_length[i:i + batch]
+        tokens = padded([stories[k] for k in story_ids], eot)
+        tokens = complete_last_block(tokens, layout.block, net.config.context, eot).to(device)   # (B, T)
+        lengths = torch.tensor([len(stories[k]) for k in story_ids], device=device)
+        position = torch.arange(1, tokens.size(1), device=device)  # (R,) positions of the response
+        slot = (position - 1) % layout.block  # (R,) position within the block
+        in_story = position < lengths[:, None]                   # (B, R)
         for j in range(layout.block):
-            index = (slot - 1) % layout.block
-            noisy = tokens[:, 1:].masked_fill(index >= j, net.mask_id)
-            rows, at = ((index == j) & (slot < length[:, None])).nonzero(as_tuple=True)
-            if len(rows):
-                logits = opdlm.student_logits(net, tokens, noisy, 1, layout, rows, at + 1).float()
-                said = logits.log_softmax(-1).gather(1, tokens[rows, at + 1][:, None])[:, 0]
-                nats[part] -= torch.zeros(len(part)).index_add(0, rows.cpu(), said.cpu())
+            noisy = tokens[:, 1:].masked_fill(slot >= j, net.mask_id)
+            scored = (slot == j) & in_story
+            rows, column = scored.nonzero(as_tuple=True)         # (N,) each
+            if len(rows) == 0:
+                continue
+            scored_position = column + 1
+            logits = opdlm.student_logits(net, tokens, noisy, 1, layout, rows, scored_position)
+            log_probs = logits.float().log_softmax(-1)           # (N, V)
+            true_token = tokens[rows, scored_position]
+            token_log_probs = log_probs.gather(1, true_token[:, None])[:, 0]
+            row_log_probs = torch.zeros(len(story_ids)).index_add(0, rows.cpu(), token_log_probs.cpu())
+            nats[story_ids] -= row_log_probs
     return nats
 
 
 def likelihood(net, stories: list[Tensor], layout: Layout, tokenizer) -> dict:
-    """val_nats and bits_per_byte. The bytes are those of the tokens scored; ending a story is a token, not a byte."""
-    nats = story_nats(net, stories, layout, tokenizer.eot).sum().item()
-    size = sum(len(tokenizer.decode(s.tolist()).encode()) for s in stories)
-    return {"val_nats": nats / sum(len(s) - 1 for s in stories), "bits_per_byte": nats / math.log(2) / size}
+    """val_nats and bits_per_byte. An end-of-text counts as a token of the story, but has no bytes."""
+    total_nats = story_nats(net, stories, layout, tokenizer.eot).sum().item()
+    total_tokens = sum(len(story) - 1 for story in stories)
+    total_bytes = sum(len(tokenizer.decode(story.tolist()).encode()) for story in stories)
+    return {
+        "val_nats": total_nats / total_tokens,
+        "bits_per_byte": total_nats / math.log(2) / total_bytes,
+    }
 
+
+# 2. generated text --------------------------------------------------------------------------------
+# `texts` is a list of batches: (Rollout, (B,) prompt lengths).
 
 def text_metrics(teacher, texts: list, seconds: float, tokenizer, check: Callable | None) -> dict:
-    """Everything that is said of generated texts."""
-    tokens = [row[keep].tolist() for text, _ in texts for row, keep in zip(text.tokens.cpu(), text.response_mask.cpu())]
-    count, forwards = sum(map(len, tokens)), sum(text.forwards.sum().item() for text, _ in texts)
-    pairs = [pair for row in tokens for pair in zip(row, row[1:])]
-    share = np.unique([t for row in tokens for t in row], return_counts=True)[1] / count
-    numbers = {
-        "gen_nats": sum(nats_of(teacher, text).sum().item() for text, _ in texts) / count,
-        "distinct2": len(set(pairs)) / max(len(pairs), 1), "entropy": float(-(share * np.log(share)).sum()),
-        "tok_per_fwd": count / forwards, "tok_s": count / seconds,
-        "positions_per_tok": sum(text.positions.sum().item() for text, _ in texts) / count}
+    """All metrics of generated texts that took `seconds`; `check(story)` is None if a story is valid."""
+    rollouts = [rollout for rollout, _ in texts]
+    responses = []
+    for rollout in rollouts:
+        responses += response_ids(rollout)
+    num_tokens = sum(map(len, responses))
+    forwards = sum(rollout.forwards.sum().item() for rollout in rollouts)
+    positions = sum(rollout.positions.sum().item() for rollout in rollouts)
+    teacher_nats = sum(nats_of(teacher, rollout).sum().item() for rollout in rollouts)
+    metrics = {
+        "gen_nats": teacher_nats / num_tokens,
+        "distinct2": distinct_pairs(responses),
+        "entropy": unigram_entropy(responses),
+        "tok_per_fwd": num_tokens / forwards,
+        "tok_s": num_tokens / seconds,
+        "positions_per_tok": positions / num_tokens,
+    }
     if check:
         stories = [tokenizer.decode(ids) for ids in finished(texts, tokenizer.eot)]
-        numbers["valid"] = sum(check(story) is None for story in stories) / len(tokens)
-    return numbers
+        num_valid = sum(check(story) is None for story in stories)
+        metrics["valid"] = num_valid / len(responses)            # an unfinished story is not valid
+    return metrics
+
+
+def response_ids(rollout: opdlm.Rollout) -> list[list[int]]:
+    """The ids of each row's response."""
+    rows = zip(rollout.tokens.cpu(), rollout.response_mask.cpu())
+    return [tokens[response_mask].tolist() for tokens, response_mask in rows]
+
+
+def distinct_pairs(responses: list[list[int]]) -> float:
+    """The number of distinct pairs of neighbouring tokens, divided by the number of all pairs."""
+    pairs = []
+    for ids in responses:
+        pairs += zip(ids, ids[1:])
+    return len(set(pairs)) / max(len(pairs), 1)
+
+
+def unigram_entropy(responses: list[list[int]]) -> float:
+    """Entropy in nats of the distribution of single tokens."""
+    ids = [token for response in responses for token in response]
+    _, counts = np.unique(ids, return_counts=True)
+    share = counts / len(ids)
+    return float(-(share * np.log(share)).sum())
 
 
 def finished(texts: list, eot: int) -> list[list[int]]:
-    """The ids, prompt included, of the texts that reached an end-of-text."""
-    rows = [(row[:n], row[keep]) for text, lens in texts
-            for row, keep, n in zip(text.tokens.cpu(), text.response_mask.cpu(), lens)]
-    return [torch.cat(row).tolist() for row in rows if row[1][-1] == eot]
+    """The ids, prompt included, of those texts that end with end-of-text."""
+    found = []
+    for rollout, prompt_lens in texts:
+        responses = response_ids(rollout)
+        for tokens, prompt_len, response in zip(rollout.tokens.cpu(), prompt_lens, responses):
+            if response[-1] == eot:
+                found.append(tokens[:prompt_len].tolist() + response)
+    return found
 
 
 @torch.no_grad()
-def nats_of(teacher, text: opdlm.Rollout) -> Tensor:
-    """(B,) nats of what is kept of each text under the AR teacher, float64."""
-    rows, at = text.response_mask.nonzero(as_tuple=True)
-    logits = teacher(text.tokens, read=rows * text.tokens.size(1) + at - 1).float()
-    each = -logits.log_softmax(-1).gather(1, text.tokens[rows, at][:, None])[:, 0]
-    return torch.zeros(len(text.tokens), dtype=torch.float64, device=rows.device).index_add(0, rows, each.double())
+def nats_of(teacher, rollout: opdlm.Rollout) -> Tensor:
+    """(B,) nats of each response under the AR teacher, in float64."""
+    B, T = rollout.tokens.shape
+    rows, position = rollout.response_mask.nonzero(as_tuple=True)            # (N,) each
+    read = rows * T + position - 1  # an AR model's logits at i - 1 predict token i
+    log_probs = teacher(rollout.tokens, read=read).float().log_softmax(-1)   # (N, V)
+    token = rollout.tokens[rows, position]
+    token_nats = -log_probs.gather(1, token[:, None])[:, 0]
+    zeros = torch.zeros(B, dtype=torch.float64, device=rows.device)
+    return zeros.index_add(0, rows, token_nats.double())
 
 
-# Useful arithmetic ---------------------------------------------------------------------------------------------------
+# 3. FLOPs -----------------------------------------------------------------------------------------
+# One multiply-add counts as 2.
 
 def body_flops(config, keys: float) -> float:
-    """FLOPs of one position forward through the blocks, attending to `keys` positions; a multiply-add is 2."""
-    return config.layers * (2 * config.matrices + 4 * keys * config.heads * config.head_size)
+    """FLOPs of one position's forward pass through the blocks, where it attends to `keys` positions."""
+    matrices = 2 * config.matrices
+    attention = 4 * keys * config.heads * config.head_size
+    return config.layers * (matrices + attention)
 
 
 def head_flops(config) -> float:
@@ -120,32 +198,59 @@ def head_flops(config) -> float:
 
 
 def distill_flops(config, record: dict) -> float:
-    """What a distillation step must compute at least: for each kept token one position of rollout and of teacher, and
-    the two streams of the student, forward and backward (3 forwards); the head once a token that was written, and at
-    each loss. Where nobody wrote a text, nothing is counted for it."""
-    body, written = body_flops(config, record["len"] / 2), record["tokens"] * (record["positions"] > 0)
-    head = head_flops(config) * (written + (1 + 3) * record["loss_positions"])
-    return body * (written + (1 + 2 * 3) * record["tokens"]) + head
+    """The FLOPs that a distillation step needs at least, from its record in the log.
 
+    A forward and a backward pass together count as three forward passes. Each response token takes one
+    position of the rollout, if there was one, one of the teacher and two of the student (forward and
+    backward). The head is applied once per generated token, and per position in the loss by the teacher and
+    by the student (forward and backward).
+    """
+    body = body_flops(config, record["len"] / 2)
+    head = head_flops(config)
+    generated = record["tokens"] * (record["positions"] > 0)     # 0 if the text was not generated
+    body_positions = generated + (1 + 2 * 3) * record["tokens"]
+    head_positions = generated + (1 + 3) * record["loss_positions"]
+    return body * body_positions + head * head_positions
+
+
+# 4. the machine -----------------------------------------------------------------------------------
 
 def facts(device: torch.device) -> dict:
     """What a number depends on besides the settings: commit, versions, device, threads, processes."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False,
-                         cwd=Path(__file__).parent) if shutil.which("git") else None
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"commit": (git and git.stdout.strip()) or "unknown", "torch": torch.__version__,
-            "python": platform.python_version(), "device": f"{device} ({name})", "threads": torch.get_num_threads(),
-            "processes": dist.count()}
+    if device.type == "cuda":
+        device_name = torch.cuda.get_device_name()
+    else:
+        device_name = platform.processor() or platform.machine()
+    return {
+        "commit": commit(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": f"{device} ({device_name})",
+        "threads": torch.get_num_threads(),
+        "processes": dist.count(),
+    }
+
+
+def commit() -> str:
+    """The commit of this repository, with "-dirty" if files were changed; "unknown" without git."""
+    if not shutil.which("git"):
+        return "unknown"
+    command = ["git", "describe", "--always", "--dirty"]
+    folder = Path(__file__).parent
+    git = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    return git.stdout.strip() or "unknown"
 
 
 def matmul_rate(device, size: int = 1024) -> float:
-    """FLOP/s of a float32 square matrix product here and now: the median of five."""
+    """Measured FLOP/s of a square float32 matrix product: the median of five."""
     a = torch.randn(size, size, device=device)
-    def seconds():
-        begun = time.perf_counter()
-        (a @ a)[0, 0].item()
-        return time.perf_counter() - begun
-    seconds()
-    return 2 * size ** 3 / sorted(seconds() for _ in range(5))[2]
 
+    def measure() -> float:
+        began = time.perf_counter()
+        product = a @ a
+        product[0, 0].item()                                     # waits for the device
+        return time.perf_counter() - began
 
+    measure()                                                    # warm-up
+    seconds = sorted(measure() for _ in range(5))
+    return 2 * size ** 3 / seconds[2]

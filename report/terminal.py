@@ -1,7 +1,7 @@
-"""A rollout in the terminal, forward by forward: what each one read, every token in the colour of its step.
+"""A rollout in the terminal, one frame per forward pass, each token in the colour of its step.
 
-Rows are wrapped here and never reach the last column, so that exactly what was drawn can be drawn over. At the end it
-is all taken away: the caller prints the finished text as if nobody had watched, and the terminal wraps it its own way.
+Rows are wrapped here and stay one column short of the terminal's width, so that a frame covers exactly the
+one before it. At the end everything is erased, and the caller prints the finished text as usual.
 """
 from __future__ import annotations
 
@@ -11,79 +11,108 @@ import time
 import unicodedata
 from operator import itemgetter
 
-from report.trace import HIDDEN, Trace, paint, supports_ansi, visible
+from report.trace import MASK_SIGN, Trace, paint, supports_ansi, visible
 
-PLAIN = -1                                   # the step of what nobody reveals: the prompt, and masks
-BEGIN = "\x1b[?25l\x1b[?7l"                  # no cursor; a sign that a terminal finds wider than we do wraps no row
-END = "\x1b[0m\x1b[?7h\x1b[?25h"
-CLEAR_ROW, CLEAR_BELOW = "\x1b[K", "\x1b[J"  # what stands behind the cursor
+NO_STEP = -1                    # the step of text that is not revealed: the prompt, and masks
 
-
-def frame(trace: Trace, forward: int) -> list[tuple[str, int]]:
-    """The state after so many forwards, which the next one reads, as texts and their steps: where(when > forward, ▢,
-    token) in the blocks that have begun by then. After the last forward it is the finished text."""
-    tokens = zip(trace.pieces, trace.when, trace.began, trace.steps)
-    return [(visible(trace.prompt), PLAIN), *((HIDDEN, PLAIN) if when > forward else (visible(piece), step)
-                                              for piece, when, began, step in tokens if began <= forward)]
+# Terminals differ on the width of some characters, so their own wrapping is off while frames are shown.
+HIDE_CURSOR = "\x1b[?25l"
+NO_WRAPPING = "\x1b[?7l"
+BEGIN = HIDE_CURSOR + NO_WRAPPING
+END = "\x1b[0m\x1b[?7h\x1b[?25h"    # default colour, wrapping, cursor
+CLEAR_TO_END_OF_ROW = "\x1b[K"
+CLEAR_BELOW = "\x1b[J"
 
 
-def width(sign: str) -> int:
-    """Columns of a sign, at most: terminals differ on signs that join into one, counted here as if they did not."""
-    if unicodedata.category(sign) in ("Mn", "Me") and sign != "\ufe0f":      # which can make the sign before it wide
+def frame_text(trace: Trace, forward: int) -> list[tuple[str, int]]:
+    """The text after `forward` forward passes, as (text, step) pairs: all blocks that have begun by then.
+
+    It is what the next pass reads; after the last pass it is the finished text.
+    """
+    parts = [(visible(trace.prompt), NO_STEP)]
+    tokens = zip(trace.pieces, trace.revealed_at, trace.forwards_before, trace.steps)
+    for piece, revealed_at, forwards_before, step in tokens:
+        if forwards_before > forward:
+            continue
+        if revealed_at > forward:
+            parts.append((MASK_SIGN, NO_STEP))
+        else:
+            parts.append((visible(piece), step))
+    return parts
+
+
+def display_width(character: str) -> int:
+    """The largest number of columns that a terminal may use for a character.
+
+    Terminals differ on characters that combine into one (emoji sequences); here each of them counts.
+    """
+    is_combining = unicodedata.category(character) in ("Mn", "Me")
+    if is_combining and character != "\ufe0f":  # U+FE0F can make the character before it wider
         return 0
-    return 2 if unicodedata.east_asian_width(sign) in "WF" else 1
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
-def rows(parts: list[tuple[str, int]], columns: int) -> list[list[tuple[str, int]]]:
-    """The signs of all parts with their steps, in rows of at most so many columns; a tab is four blanks."""
-    made, used = [[]], 0
+def wrap(parts: list[tuple[str, int]], columns: int) -> list[list[tuple[str, int]]]:
+    """Rows of (character, step) pairs, each row at most `columns` wide. A tab becomes four spaces."""
+    rows = [[]]
+    used = 0
     for text, step in parts:
-        for sign in text.replace("\t", "    "):
-            wide = width(sign)
-            if sign == "\n" or used + wide > columns:
-                made.append([])
+        for character in text.replace("\t", "    "):
+            width = display_width(character)
+            if character == "\n" or used + width > columns:
+                rows.append([])
                 used = 0
-            if sign != "\n":
-                made[-1].append((sign, step))
-                used += wide
-    return made
+            if character != "\n":
+                rows[-1].append((character, step))
+                used += width
+    return rows
 
 
-def painted(row: list[tuple[str, int]], block: int, colour: bool) -> str:
-    """A row as it is written, each run of one step in its colour."""
-    runs = ((step, "".join(sign for sign, _ in run)) for step, run in itertools.groupby(row, key=itemgetter(1)))
-    return "".join(paint(text, step, block) if colour and step != PLAIN else text for step, text in runs)
+def paint_row(row: list[tuple[str, int]], num_steps: int, colour: bool) -> str:
+    """A row as text; with `colour`, each token in the colour of its step."""
+    painted = ""
+    for step, group in itertools.groupby(row, key=itemgetter(1)):
+        text = "".join(character for character, _ in group)
+        painted += paint(text, step, num_steps) if colour and step != NO_STEP else text
+    return painted
 
 
-def back(drawn: int) -> str:
-    """To the first sign of so many rows, from the last of them."""
-    return "\r" + f"\x1b[{drawn - 1}A" * (drawn > 1)
+def move_to_top(num_rows: int) -> str:
+    """Move the cursor from the last of `num_rows` rows to the beginning of the first."""
+    up = f"\x1b[{num_rows - 1}A" if num_rows > 1 else ""
+    return "\r" + up
 
 
-def away(drawn: int) -> str:
-    """Clears so many rows one by one: some terminals keep a screen that is cleared at once among what scrolled out."""
-    return back(drawn) + "\n".join([CLEAR_ROW] * drawn) + back(drawn)
+def erase(num_rows: int) -> str:
+    """Erase rows one by one: some terminals move a screen that is cleared at once into their scrollback."""
+    clear_rows = "\n".join([CLEAR_TO_END_OF_ROW] * num_rows)
+    return move_to_top(num_rows) + clear_rows + move_to_top(num_rows)
 
 
 def play(trace: Trace, stream, fps: float, colour: bool) -> None:
-    """Show the rollout at so many forwards a second, then clear it away; nothing, if stream is no terminal that obeys.
-    Of a text higher than the terminal, its end. Whatever happens, the cursor and its attributes come back."""
+    """Show `fps` forward passes per second on a terminal, then erase them; do nothing without ANSI support.
+
+    Of a text higher than the terminal the end is shown. The cursor and the terminal's settings are always
+    restored, after Ctrl-C too.
+    """
     if not supports_ansi(stream):
         return
-    drawn = 0
+    num_rows = 0                # of the frame on the screen
     try:
         stream.write(BEGIN)
         for forward in range(trace.forwards + 1):
-            columns, lines = shutil.get_terminal_size()                      # anew each time: a window can be resized
-            view = rows(frame(trace, forward), max(columns - 1, 1))[-lines:]
-            text = f"{CLEAR_ROW}\n".join(painted(row, trace.most, colour) for row in view)
-            stream.write(back(drawn) + text + CLEAR_BELOW)
+            columns, lines = shutil.get_terminal_size()          # asked each time: the window may be resized
+            rows = wrap(frame_text(trace, forward), max(columns - 1, 1))
+            rows = rows[-lines:]
+            painted = [paint_row(row, trace.num_steps, colour) for row in rows]
+            text = f"{CLEAR_TO_END_OF_ROW}\n".join(painted)
+            stream.write(move_to_top(num_rows) + text + CLEAR_BELOW)
             stream.flush()
-            drawn = len(view)
+            num_rows = len(rows)
             time.sleep(1 / fps)
-        stream.write(away(drawn))
+        stream.write(erase(num_rows))
     except KeyboardInterrupt:
-        stream.write("\n")                                                   # what is there stays
+        stream.write("\n")                                       # the frame stays on the screen
         raise
     finally:
         stream.write(END)

@@ -385,7 +385,7 @@ def test_a_picture_is_of_the_first_text(run, tmp_path, capsys):
         == (tmp_path / "new/b.HTML").read_text(encoding="utf-8")
         == (tmp_path / "alone.html").read_text("utf-8")
     )
-    pieces = unescape("".join(re.findall(r"<span [^>]*data-when[^>]*>([^<]*)</span>", html)))
+    pieces = unescape("".join(re.findall(r"<span [^>]*data-revealed-at[^>]*>([^<]*)</span>", html)))
     assert "One day" + pieces + "\n\n" == alone and "<b>One day</b>" in html
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 

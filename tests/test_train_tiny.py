@@ -80,7 +80,7 @@ def test_end_to_end(capsys):
     }
     numbers = json.loads(Path("run/summary.json").read_text())
     for name in ("ar", "before", "after"):
-        assert set(compare.ROWS) <= set(numbers[name]) and all(map(math.isfinite, numbers[name].values()))
+        assert set(compare.TABLE_METRICS) <= set(numbers[name]) and all(map(math.isfinite, numbers[name].values()))
         assert f"{numbers[name]['val_nats']:.3f}" in said and f"\n{name}: " in said
     assert numbers["ar"]["tok_per_fwd"] == 1.0
     header = json.loads(Path("run/log.jsonl").read_text().splitlines()[0])
@@ -188,7 +188,7 @@ def test_a_prompt_that_is_watched(capsys):
     ) > 2
     for (_, count, forwards, text), record in zip(lines, seen):
         story = trace.Trace(
-            **{name: record[name] for name in ("pieces", "when", "prompt", "forwards", "block")}
+            **{name: record[name] for name in ("pieces", "revealed_at", "prompt", "forwards", "block")}
         )
         assert (len(story.pieces), story.forwards, trace.coloured(story, False)) == (
             int(count),

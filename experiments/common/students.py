@@ -45,7 +45,7 @@ def in_turns(writers: dict[str, generate.TextGenerator], teacher, held: list, eo
     length = teacher.config.context
 
     def alone(writer):
-        texts, seconds = generate.generate_texts(writer, held, eot, length, seed, batch=1, least=least)
+        texts, seconds = generate.generate_texts(writer, held, eot, length, seed, batch=1, min_prompt=least)
         return seconds / sum(int(text.response_mask.sum()) for text, _ in texts)
 
     def plain():

@@ -62,7 +62,7 @@ def choices(options, results: dict, expert: str) -> dict:
     net, layout, held, tok, length = told(options, 64)
     noted = grpo.RecordingRule(learned(options, results))
     writer = generate.diffusion_generator(net, layout, noted, SamplingConfig(temperature=0))
-    generate.generate_texts(writer, held, tok.eot, length, 0, least=policy.LEAST)
+    generate.generate_texts(writer, held, tok.eot, length, 0, min_prompt=policy.LEAST)
     seen = noted.stacked()
     theirs = seen.relabelled(heuristics(options.world)[expert]).action[0]
     ours, sure = seen.action[seen.alive], seen.sure[seen.alive]
@@ -110,7 +110,7 @@ def story(options, results: dict) -> None:
     figure, axes = plt.subplots(2, 1, figsize=(13, 5.4), dpi=130)
     for one, (title, rule) in zip(axes, rules.items()):
         writer = generate.diffusion_generator(net, layout, rule, SamplingConfig(temperature=0))
-        texts, _ = generate.generate_texts(writer, held, tok.eot, length, 0, least=policy.LEAST)
+        texts, _ = generate.generate_texts(writer, held, tok.eot, length, 0, min_prompt=policy.LEAST)
         panel(one, title, *texts[0], tok, layout.block)
     figure.tight_layout()
     where = Path("out/experiments/quick") if options.quick else HERE

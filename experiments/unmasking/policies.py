@@ -40,7 +40,7 @@ def look(options, rule: Callable, part: str) -> dict:
     for i in range(0, len(held), 128):
         noted = grpo.RecordingRule(rule)
         writer = generate.diffusion_generator(net, layout, noted, SamplingConfig(temperature=0))
-        (text, _), = generate.generate_texts(writer, held[i:i + 128], tok.eot, length, i, least=policy.LEAST)[0]
+        (text, _), = generate.generate_texts(writer, held[i:i + 128], tok.eot, length, i, min_prompt=policy.LEAST)[0]
         right.append(policy.valid(text, tok))
         nfe.append(noted.stacked().alive.sum(0))
         forwards += int(text.forwards.sum()) / len(held)
