@@ -221,7 +221,7 @@ def test_what_saves_memory_changes_no_loss():
     (["--init=run/ar", "--length=97"], "--length=97 is more than the 96 positions of --init=run/ar"),
     (["--max_prompt=0"], "--max_prompt"), (["--max_prompt=96"], "behind a prompt of 96 in 96 positions"),
     (["--align=left"], "--align"), (["--width=33"], "--width"),
-    (["--out=occupied/run"], "can't be written"), (["--resume", "--out=empty"], "nothing to resume"),
+    (["--out=occupied/run"], "cannot be written"), (["--resume", "--out=empty"], "nothing to resume"),
     (["--batch=0"], "at least 1"), (["--kl=top"], "--kl=top is not known"),
     (["--teacher_dtype=int8"], "--teacher_dtype")])
 def test_bad_input_is_one_sentence_and_costs_nothing(flags, said, capsys):
