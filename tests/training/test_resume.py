@@ -156,7 +156,7 @@ def small_world(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     corpus = story_world_corpus(stories=100, held_out=4)
     monkeypatch.setattr(train_tiny, "open_corpus", lambda *_: corpus)
-    monkeypatch.setattr(train_tiny.metrics, "matmul_rate", lambda _: 1.0)    # it would take a second each time
+    monkeypatch.setattr(train_tiny.metrics, "matmul_rate", lambda _: 1.0)    # takes a second each time
 
 
 def start_run(*flags):
