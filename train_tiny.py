@@ -35,8 +35,8 @@ from report.compare import Evaluator, sample_prompt_ids
 from training import cli, dist
 from training.chunked_kl import chunked_kl
 from training.log import Log
-from training.optim import RATES, Muon, SkipNonFinite, length_schedule, lr_schedule, make_optimizer
-from training.resume import SigtermFlag, begin_states, latest_state, load_state, save_state, writable
+from training.optim import LEARNING_RATES, Muon, SkipNonFinite, length_schedule, lr_schedule, make_optimizer
+from training.resume import SigtermFlag, check_writable, latest_state, load_state, save_state, start_progress
 
 STATE = "state.safetensors"     # in --out: everything that --resume needs
 
@@ -251,7 +251,7 @@ class Conversion:
         if config.resume:
             self.progress = load_state(self.state_file, student, optimizer, settings)
         else:
-            self.progress = begin_states(self.state_file, settings)
+            self.progress = start_progress(self.state_file, settings)
         self.set_lr(self.progress["step"])
 
     def run(self, recipe: opdlm.Recipe, steps: range) -> None:
@@ -317,11 +317,11 @@ def resolve_options(config: Config, corpus: Corpus) -> Config:
     """The configuration with every default filled in, its values checked against each other."""
     defaults = dict(SIZES["toy" if corpus.name == "toy" else "text"])
     defaults["data"] = corpus.name
-    defaults["lr"] = RATES[config.optimizer]
+    defaults["lr"] = LEARNING_RATES[config.optimizer]
     if config.init != "scratch":
         sizes = checkpoint.sizes_from_checkpoint(config.init, config.length, defaults["length"])
         config = replace(config, **sizes)
-        defaults["lr"] = RATES[config.optimizer] / 10            # large checkpoints need smaller rates
+        defaults["lr"] = LEARNING_RATES[config.optimizer] / 10            # large checkpoints need smaller rates
     missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     config = replace(config, **missing)
     config = replace(config, block=config.block or config.length)
@@ -352,7 +352,7 @@ def check_out_dir(config: Config) -> Path:
     if config.init != "scratch" and ar.is_dir() and checkpoint.fetch(config.init).resolve() != ar.resolve():
         raise ValueError(f"{ar} is not the AR model of --init={config.init}, but would be taken for the "
                          "teacher of this student: use another --out")
-    out = writable(Path(config.out))
+    out = check_writable(Path(config.out))
     if config.resume and not latest_state(out / STATE):
         raise ValueError(f"nothing to resume in {out}: it has no {STATE}; run without --resume")
     return out

@@ -303,7 +303,7 @@ def test_what_saves_memory_changes_no_loss():
         (["--max_prompt=96"], "does not fit after a prompt of up to 96 tokens in --length=96"),
         (["--align=left"], "--align"),
         (["--width=33"], "--width"),
-        (["--out=occupied/run"], "can't be written"),
+        (["--out=occupied/run"], "cannot be written"),
         (["--resume", "--out=empty"], "nothing to resume"),
         (["--batch=0"], "--batch=0: must be at least 1"),
         (["--kl=top"], "--kl=top is not known"),

@@ -1,7 +1,8 @@
-"""Around a run: where it computes, how it is stopped, what it says and writes down.
+"""Several processes and the device of each. No other module knows about process groups or shards.
 
-Everything that knows of several processes is here. Under torchrun each works on its share of an update's rows, with
-its shards of the student (FSDP2); the teacher is whole everywhere. Without torchrun all of this does nothing.
+Under torchrun, each process works on its part of the rows of an update and stores its shards of the student
+(FSDP2); every process has the whole teacher. Without torchrun there is one process, and the functions below
+return what they are given.
 """
 import os
 import sys
@@ -16,27 +17,33 @@ from torch import Tensor
 
 from model import checkpoint
 
-# 1. processes ---------------------------------------------------------------------------------------------------------
+# 1. processes -------------------------------------------------------------------------------------
 
-def start(name: str) -> torch.device:
-    """The device called `name` (auto, cuda, mps, cpu) of this process; under torchrun its group too, in which a silent
-    process is waited for 10 minutes and only the first one speaks."""
-    device = find_device(name)
+def start(device_name: str) -> torch.device:
+    """Join the process group if there is one, and return the device of this process.
+
+    `device_name` is auto, cuda, mps or cpu. Waiting for another process fails after 10 minutes. Only the
+    first process prints: the stdout of the others is discarded.
+    """
+    device = find_device(device_name)
     if "RANK" in os.environ and not dist.is_initialized():
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=10))
         if not is_first():
             sys.stdout = open(os.devnull, "w")
     return device
 
 
 def end(code: int = 0) -> None:
-    """The last thing a process does, with its exit code. In a group all go together, and at once: gloo's threads, which
-    live on, now and then abort an interpreter that ends in its own way."""
+    """Exit with this code; the last call of a program.
+
+    In a process group it uses os._exit, since gloo's threads sometimes crash a normal exit.
+    """
     if dist.is_initialized():
-        if code == 0:                            # who has failed does not wait for the others
+        if code == 0:                                            # a failed process does not wait for others
             dist.barrier()
         print(end="", flush=True)
         os._exit(code)
@@ -44,103 +51,13 @@ def end(code: int = 0) -> None:
 
 
 def count() -> int:
-    """Processes of this run."""
+    """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_first() -> bool:
-    """Is this the process that writes files?"""
+    """Whether this is the process that prints and writes files."""
     return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def shard_rows(numbers: range) -> range:
-    """The rows of an update that this process works on: as many as the others."""
-    if len(numbers) % count():
-        raise ValueError(f"{len(numbers)} rows can't be shared evenly by {count()} processes: make them a multiple")
-    part = len(numbers) // count()
-    return numbers[dist.get_rank() * part:][:part] if dist.is_initialized() else numbers
-
-
-def compile_blocks(net, wanted: bool):
-    """The network, its blocks compiled in place if that is wanted, which leaves their names alone. They share what is
-    compiled; batches differ in rows and lengths."""
-    for block in net.h if wanted else ():
-        block.compile(dynamic=True)
-    return net
-
-
-def shard_and_compile(net, compile: bool = False):
-    """The network as it trains: compiled, then sharded, in bf16 on a GPU.
-
-    Parameters stay whole from the first forward to the end of the backward pass, so a rollout gathers them once, and
-    processes may take different numbers of forwards in it.
-    """
-    compile_blocks(net, compile)
-    if dist.is_initialized():
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-        precision = MixedPrecisionPolicy(*(torch.bfloat16, torch.float32) if net.wte.weight.is_cuda else ())
-        for module in (*net.h, net):
-            fully_shard(module, mp_policy=precision, reshard_after_forward=False)
-    return net
-
-
-def gather(tensor: Tensor) -> Tensor:
-    """A parameter, or a part of the optimizer's state, put together of its shards; all processes have to ask."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def local_params(net) -> dict[str, Tensor]:
-    """Its parameters by name, shards if it has any: after a forward the network holds whole copies instead, and what is
-    done to those is lost."""
-    for module in net.modules():
-        if hasattr(module, "reshard"):
-            module.reshard()
-    return net.state_dict()
-
-
-def full_state(net) -> dict[str, Tensor]:
-    """That, put together, on the CPU; all processes have to ask."""
-    return {name: gather(p.detach()).cpu().contiguous() for name, p in local_params(net).items()}
-
-
-def scatter_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor parted as another one is."""
-    if not hasattr(like, "full_tensor"):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
-
-
-def gather_objects(value) -> list:
-    """The values of all processes."""
-    values = [value] * count()
-    if dist.is_initialized():
-        dist.all_gather_object(values, value)
-    return values
-
-
-def merge_records(records: Iterator[dict], passes: int) -> Iterator[dict]:
-    """One record an update: of its `passes`, in all processes."""
-    while part := list(islice(records, passes)):
-        parts = [record for some in gather_objects(part) for record in some]
-        total = {name: sum(record[name] for record in parts)
-                 for name in ("loss", "tokens", "loss_positions", "forwards", "positions") if name in part[0]}
-        masked = [record["masked"] * record["tokens"] for record in parts]
-        mean = {name: sum(record[name] * n for record, n in zip(parts, masked)) / max(sum(masked), 1)
-                for name in ("kl", "text_nats")}
-        yield part[0] if len(parts) == 1 else {
-            **part[0], **total, **mean, "masked": sum(masked) / total["tokens"],
-            "len": sum(record["len"] for record in parts) / len(parts)}
-
-
-def find_device(name: str) -> torch.device:
-    """auto is cuda, else mps, else cpu; a device that is not there is refused."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, found in there.items() if found)
-    if not there[name]:
-        raise ValueError(f"--device={name}: torch finds no such device here; use --device=auto")
-    return torch.device(name)
 
 
 def print0(*values) -> None:
@@ -149,8 +66,143 @@ def print0(*values) -> None:
         print(*values, flush=True)
 
 
+def find_device(name: str) -> torch.device:
+    """The device called `name`; auto is cuda, else mps, else cpu. ValueError if torch does not find it."""
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = next(kind for kind, found in available.items() if found)
+    if not available[name]:
+        raise ValueError(f"--device={name}: torch finds no such device here; use --device=auto")
+    return torch.device(name)
+
+
+# 2. networks and tensors --------------------------------------------------------------------------
+
+def compile_blocks(net, enabled: bool):
+    """The network; if enabled, its transformer blocks are compiled in place, so parameters keep their names.
+
+    All blocks share the compiled code. Its shapes are dynamic, since batches differ in rows and lengths.
+    """
+    if enabled:
+        for block in net.h:
+            block.compile(dynamic=True)
+    return net
+
+
+def shard_and_compile(net, compile: bool = False):
+    """The network, ready to train: compiled if `compile`; in a process group sharded, and in bf16 on a GPU.
+
+    Parameters stay gathered from the first forward pass to the end of the backward pass. Therefore a rollout
+    gathers them once, and processes may need different numbers of forward passes for it.
+    """
+    compile_blocks(net, compile)
+    if dist.is_initialized():
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        if net.wte.weight.is_cuda:
+            precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+        else:
+            precision = MixedPrecisionPolicy()
+        for module in (*net.h, net):
+            fully_shard(module, mp_policy=precision, reshard_after_forward=False)
+    return net
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """The whole tensor of a sharded one. All processes must call."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def scatter_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, sharded as `like` is; the tensor itself if `like` is not sharded."""
+    if not hasattr(like, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+
+
+def local_params(net) -> dict[str, Tensor]:
+    """The state dict of this process: shards if the network is sharded.
+
+    After a forward pass the network has gathered copies of its parameters, and changes of the copies are
+    lost. Therefore the copies are dropped first.
+    """
+    for module in net.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+    return net.state_dict()
+
+
+def full_state(net) -> dict[str, Tensor]:
+    """The whole state dict, on the CPU. All processes must call."""
+    state = {}
+    for name, p in local_params(net).items():
+        state[name] = gather(p.detach()).cpu().contiguous()
+    return state
+
+
+def sum_gradients(params: list[Tensor]) -> None:
+    """Turn the gradients, which FSDP averages over processes, into sums.
+
+    A loss is divided by the rows of all processes, so its gradient is the sum.
+    """
+    if count() > 1:
+        for p in params:
+            p.grad.mul_(count())
+
+
 def save_checkpoint(folder: Path, net, tokenizer, layout=None, **extra) -> None:
-    """checkpoint.save of a network that may be sharded; the first process writes, all processes must call."""
+    """checkpoint.save for a network that may be sharded. All processes must call; the first one writes."""
     state = full_state(net)
     if is_first():
         checkpoint.save(folder, net, tokenizer, layout, state, **extra)
+
+
+# 3. rows and records ------------------------------------------------------------------------------
+
+def shard_rows(row_ids: range) -> range:
+    """The part of an update's rows that this process works on; all parts have the same size."""
+    if len(row_ids) % count():
+        raise ValueError(f"the number of rows must be divisible by the number of processes, got "
+                         f"{len(row_ids)} rows and {count()} processes")
+    if not dist.is_initialized():
+        return row_ids
+    size = len(row_ids) // count()
+    start = dist.get_rank() * size
+    return row_ids[start:start + size]
+
+
+def gather_objects(value) -> list:
+    """The values of all processes, in the order of their ranks. All processes must call."""
+    values = [value] * count()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def merge_records(records: Iterator[dict], grad_accum: int) -> Iterator[dict]:
+    """One record per update, from `grad_accum` records of `opdlm.train` in each process.
+
+    Losses and counts are summed. Means over masked positions are weighted by the number of masked positions.
+    """
+    while own := list(islice(records, grad_accum)):
+        parts = []
+        for records_of_process in gather_objects(own):
+            parts += records_of_process
+        if len(parts) == 1:
+            yield own[0]
+            continue
+        merged = dict(own[0])
+        for name in ("loss", "tokens", "loss_positions", "forwards", "positions"):
+            if name in merged:
+                merged[name] = sum(part[name] for part in parts)
+        masked = [part["masked"] * part["tokens"] for part in parts]         # masked positions of each part
+        for name in ("kl", "text_nats"):
+            total = sum(part[name] * n for part, n in zip(parts, masked))
+            merged[name] = total / max(sum(masked), 1)
+        merged["masked"] = sum(masked) / merged["tokens"]
+        merged["len"] = sum(part["len"] for part in parts) / len(parts)
+        yield merged

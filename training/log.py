@@ -1,4 +1,4 @@
-"""log.jsonl, one record per line, and a line per step for people."""
+"""The log of a run: log.jsonl for programs, and one line per step for people."""
 import json
 import os
 import sys
@@ -8,15 +8,21 @@ from tqdm import tqdm
 
 from training.dist import is_first
 
+BAR_FORMAT = "{desc} {n}/{total} |{bar:16}| {remaining} left{postfix}"
+
 
 class Log:
-    """log.jsonl, a record a line, and a line a step for people: a progress bar on a terminal, plain lines in a pipe."""
+    """Writes records to log.jsonl and shows steps, with a progress bar on a terminal, else as plain lines."""
 
     def __init__(self, path: Path, header: dict, resume: bool):
-        path = path if is_first() else Path(os.devnull)
-        if resume and path.is_file():             # a killed run may have left half a line
-            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-        self.file, self.bar = open(path, "a" if resume else "w", encoding="utf-8"), None
+        """A new log starts with the record `header`; with `resume` records are appended."""
+        if not is_first():
+            path = Path(os.devnull)
+        if resume and path.is_file():
+            size = path.read_bytes().rfind(b"\n") + 1            # without the partial line of a killed run
+            os.truncate(path, size)
+        self.file = open(path, "a" if resume else "w", encoding="utf-8")
+        self.bar = None
         if not resume:
             self.write(header)
 
@@ -24,16 +30,16 @@ class Log:
         print(json.dumps(record), file=self.file, flush=True)
 
     def step(self, record: dict, total: int, line: str) -> None:
-        """Note a step, the `record["step"]`-th of `total`."""
+        """Write the record of a step and show `line`. `record` has its "phase" and its "step", 1 .. total."""
         self.write(record)
-        name, n = record["phase"], record["step"]
+        phase = record["phase"]
+        step = record["step"]
         if not (sys.stderr.isatty() and is_first()):
-            print(f"{name:8} {n:4}/{total} | {line}", flush=True)
+            print(f"{phase:8} {step:4}/{total} | {line}", flush=True)
             return
-        if self.bar is None or n <= self.bar.n:
-            form = "{desc} {n}/{total} |{bar:16}| {remaining} left{postfix}"
-            self.bar = tqdm(total=total, initial=n - 1, desc=name, bar_format=form)
+        if self.bar is None or step <= self.bar.n:               # a new phase
+            self.bar = tqdm(total=total, initial=step - 1, desc=phase, bar_format=BAR_FORMAT)
         self.bar.set_postfix_str(line, refresh=False)
-        self.bar.update(n - self.bar.n)
-        if n == total:
+        self.bar.update(step - self.bar.n)
+        if step == total:
             self.bar.close()

@@ -1,35 +1,54 @@
-"""Muon (Keller Jordan, 2024): momentum whose matrices are made orthogonal before they are applied; AdamW for all else.
-
-Float32, since `torch.optim.Muon` (torch 2.9 and later) works in bf16, which crawls on CPUs that lack it.
-"""
+"""Optimizers, and schedules of the learning rate and of the response length."""
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from training import dist
 
+LEARNING_RATES = {"muon": 0.02, "adamw": 1e-3}      # peak learning rates that suit small networks
 
-def orthogonal(g: Tensor) -> Tensor:
-    """(n, a, b): about U V^T of each matrix U S V^T, by five steps of a quintic Newton-Schulz iteration."""
-    tall = g.size(1) > g.size(2)
-    x = g.transpose(1, 2) if tall else g
+# The learning rate relative to its peak, when a share `done` of the steps is done (after the warm-up).
+LR_SHAPES = {
+    "linear": lambda done: 1 - done,                                         # to 0
+    "trapezoid": lambda done: min(1.0, 2 * (1 - done)),                      # constant, then linear to 0
+    "cosine": lambda done: 0.55 + 0.45 * math.cos(math.pi * done),           # to a tenth
+    "constant": lambda done: 1.0,
+}
+
+
+# 1. optimizers ------------------------------------------------------------------------------------
+
+def orthogonalize(g: Tensor) -> Tensor:
+    """(n, a, b): for each matrix U S V^T approximately U V^T, by five quintic Newton-Schulz iterations."""
+    is_tall = g.size(1) > g.size(2)
+    x = g.transpose(1, 2) if is_tall else g
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         a = x @ x.transpose(1, 2)
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return x.transpose(1, 2) if tall else x
+        polynomial = -4.7750 * a + 2.0315 * a @ a
+        x = 3.4445 * x + polynomial @ x
+    return x.transpose(1, 2) if is_tall else x
 
 
 class Muon(torch.optim.Optimizer):
-    """Two groups of parameters: the blocks' matrices at `lr`, and embeddings, biases and norms by AdamW at
-    `lr * adam`."""
+    """Muon (Keller Jordan, 2024) for the matrices of the transformer blocks, AdamW for all other parameters.
 
-    def __init__(self, net, lr: float = 0.02, momentum: float = 0.95, adam: float = 0.5, betas=(0.9, 0.95), eps=1e-10):
+    Muon orthogonalizes the momentum of a matrix before the step. It computes in the parameters' dtype, while
+    `torch.optim.Muon` computes in bf16, which is slow on most CPUs. AdamW has no weight decay here, and the
+    learning rate `lr * adam_ratio`.
+    """
+
+    def __init__(self, net, lr: float = 0.02, momentum: float = 0.95, adam_ratio: float = 0.5,
+                 betas=(0.9, 0.95), eps=1e-10):
         matrices = [p for p in net.h.parameters() if p.dim() == 2]
-        chosen = {id(p) for p in matrices}
-        others = [p for p in net.parameters() if id(p) not in chosen]
-        groups = [{"params": matrices, "lr": lr, "muon": True}, {"params": others, "lr": lr * adam, "muon": False}]
+        matrix_ids = {id(p) for p in matrices}
+        others = [p for p in net.parameters() if id(p) not in matrix_ids]
+        groups = [
+            {"params": matrices, "lr": lr, "muon": True},
+            {"params": others, "lr": lr * adam_ratio, "muon": False},
+        ]
         super().__init__(groups, {"momentum": momentum, "betas": betas, "eps": eps})
 
     @torch.no_grad()
@@ -37,99 +56,120 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not group["muon"]:
-                self.adam(params, group)
+                self.adamw_step(params, group)
                 continue
-            shapes = {}
-            for p in params:                                     # matrices of one shape are made orthogonal together
-                shapes.setdefault(p.shape, []).append(p)
-            for same in shapes.values():
-                self.muon(same, group)
+            by_shape = {}
+            for p in params:
+                by_shape.setdefault(p.shape, []).append(p)
+            for same_shape in by_shape.values():
+                self.muon_step(same_shape, group)
 
-    def muon(self, params: list[Tensor], group: dict) -> None:
+    def muon_step(self, params: list[Tensor], group: dict) -> None:
+        """Update matrices of the same shape, which are orthogonalized as one batch."""
+        momentum = group["momentum"]
+        directions = []
         for p in params:
             buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
-            buffer.lerp_(p.grad, 1 - group["momentum"])
-        ahead = [p.grad.lerp(self.state[p]["momentum"], group["momentum"]) for p in params]      # Nesterov's
-        rate = group["lr"] * max(1.0, params[0].size(0) / params[0].size(1)) ** 0.5
-        for p, update in zip(params, orthogonal(torch.stack(ahead))):
-            p.add_(update, alpha=-rate)
+            buffer.lerp_(p.grad, 1 - momentum)
+            directions.append(p.grad.lerp(buffer, momentum))                 # Nesterov momentum
+        rows, columns = params[0].shape
+        lr = group["lr"] * max(1.0, rows / columns) ** 0.5
+        updates = orthogonalize(torch.stack(directions))                     # (n, rows, columns)
+        for p, update in zip(params, updates):
+            p.add_(update, alpha=-lr)
 
-    def adam(self, params: list[Tensor], group: dict) -> None:
-        (b1, b2) = group["betas"]
+    def adamw_step(self, params: list[Tensor], group: dict) -> None:
+        beta1, beta2 = group["betas"]
         for p in params:
             state = self.state[p]
             if not state:
-                state.update(step=torch.zeros(()), mean=torch.zeros_like(p), square=torch.zeros_like(p))
+                state["step"] = torch.zeros(())
+                state["mean"] = torch.zeros_like(p)
+                state["square"] = torch.zeros_like(p)
             state["step"] += 1
-            state["mean"].lerp_(p.grad, 1 - b1)
-            state["square"].lerp_(p.grad.square(), 1 - b2)
+            state["mean"].lerp_(p.grad, 1 - beta1)
+            state["square"].lerp_(p.grad.square(), 1 - beta2)
             n = state["step"].item()
-            scale = (state["square"] / (1 - b2 ** n)).sqrt_().add_(group["eps"])
-            p.addcdiv_(state["mean"], scale, value=-group["lr"] / (1 - b1 ** n))
+            variance = state["square"] / (1 - beta2 ** n)                    # corrects the start at 0
+            scale = variance.sqrt_().add_(group["eps"])
+            lr = group["lr"] / (1 - beta1 ** n)
+            p.addcdiv_(state["mean"], scale, value=-lr)
+
+
+def make_optimizer(name: str, net, lr: float | None = None) -> torch.optim.Optimizer:
+    """The optimizer of a distillation: muon or adamw, at `lr` or at its rate in LEARNING_RATES."""
+    lr = lr or LEARNING_RATES[name]
+    if name == "muon":
+        return Muon(net, lr)
+    return torch.optim.AdamW(net.parameters(), lr, weight_decay=0.0)
 
 
 class SkipNonFinite:
-    """An optimizer whose step sums the gradients of `passes` backward passes, leaves a step out where they are not
-    finite, and after ten such in a row stops the run.
+    """An optimizer with gradient accumulation that skips steps whose gradients are not finite.
 
-    FSDP takes the mean over processes; a loss is divided by the rows of all, so it is the sum that is wanted.
+    Every `grad_accum`-th call of `step` takes a step with the sum of the gradients. `skipped` counts the
+    skipped steps. After ten of them in a row `step` raises ValueError. Other attributes are the optimizer's.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, passes: int = 1):
-        self.optimizer, self.passes, self.done, self.skipped, self.in_a_row = optimizer, passes, 0, 0, 0
+    def __init__(self, optimizer: torch.optim.Optimizer, grad_accum: int = 1):
+        self.optimizer = optimizer
+        self.grad_accum = grad_accum
+        self.passes = 0                                          # backward passes so far
+        self.skipped = 0
+        self.skipped_in_a_row = 0
 
     def __getattr__(self, name):
         return getattr(self.optimizer, name)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        if self.done % self.passes == 0:
+        if self.passes % self.grad_accum == 0:
             self.optimizer.zero_grad(set_to_none)
 
     def step(self) -> None:
-        self.done += 1
-        if self.done % self.passes:
+        self.passes += 1
+        if self.passes % self.grad_accum:
             return
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        assert params, "no gradient came: was the optimizer made after a forward of a sharded network?"
-        for p in params if dist.count() > 1 else ():
-            p.grad.mul_(dist.count())
-        if dist.gather(torch.nn.utils.clip_grad_norm_(params, torch.inf)).isfinite():          # which clips nothing
-            self.in_a_row = 0
-            return self.optimizer.step()
-        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-        print(f"a gradient is not finite: this step is left out, the {self.skipped}. so far", flush=True)
-        if self.in_a_row == 10:
-            raise ValueError("the gradients of ten steps in a row were not finite: lower --lr, or look at the data")
+        assert params, "no gradients: create the optimizer before the first forward pass of a sharded network"
+        dist.sum_gradients(params)
+        norm = torch.nn.utils.clip_grad_norm_(params, torch.inf)             # clips nothing
+        if dist.gather(norm).isfinite():
+            self.skipped_in_a_row = 0
+            self.optimizer.step()
+            return
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        print(f"gradients are not finite: step skipped, {self.skipped} so far", flush=True)
+        if self.skipped_in_a_row == 10:
+            raise ValueError("gradients were not finite for ten steps in a row: lower --lr or check the data")
 
 
-RATES = {"muon": 0.02, "adamw": 1e-3}       # learning rates that small networks take to
+# 2. schedules -------------------------------------------------------------------------------------
 
+def lr_schedule(optimizer, shape: str, steps: int, warmup: int = 10) -> Callable[[int], None]:
+    """A function of the step, from 0, that sets the learning rates of the optimizer.
 
-def make_optimizer(name: str, net, lr: float | None = None) -> torch.optim.Optimizer:
-    """muon or adamw, for the distillation of a network."""
-    if name == "muon":
-        return Muon(net, lr or RATES[name])
-    return torch.optim.AdamW(net.parameters(), lr or RATES[name], weight_decay=0.0)
-
-
-SHAPES = {"linear": lambda done: 1 - done, "trapezoid": lambda done: min(1.0, 2 * (1 - done)),
-          "cosine": lambda done: 0.55 + 0.45 * math.cos(math.pi * done), "constant": lambda done: 1.0}
-
-
-def lr_schedule(optimizer, shape: str, steps: int, warmup: int = 10):
-    """A function that sets the learning rates of a step: a linear warm-up to their peaks, today's, and then `shape`:
-    linear to 0, that in the second half only (trapezoid), a cosine to a tenth, or constant."""
+    The peak of each group is its rate now. A linear warm-up is multiplied by the shape, one of LR_SHAPES.
+    """
     peaks = [group["lr"] for group in optimizer.param_groups]
 
-    def set_rates(step: int) -> None:
+    def set_lr(step: int) -> None:
+        warm = min(1.0, (step + 1) / warmup)
+        scale = LR_SHAPES[shape](step / steps)
         for group, peak in zip(optimizer.param_groups, peaks):
-            group["lr"] = peak * min(1.0, (step + 1) / warmup) * SHAPES[shape](step / steps)
-    return set_rates
+            group["lr"] = peak * warm * scale
+    return set_lr
 
 
-def length_schedule(shortest: int, longest: int, steps: int):
-    """A function that gives the tokens of a step's response: a quarter of a cosine up to the longest."""
+def length_schedule(shortest: int, longest: int, steps: int) -> Callable[[int], int]:
+    """A function of the step, from 0: the length of responses in tokens.
+
+    It grows to `longest` over `steps` steps along a quarter of a cosine, and is at least `shortest`.
+    """
     def length(step: int) -> int:
-        grown = 1 - math.cos(math.pi / 2 * min(1, step / steps)) if steps else 1
+        if not steps:
+            return max(shortest, longest)
+        done = min(1, step / steps)
+        grown = 1 - math.cos(math.pi / 2 * done)
         return max(shortest, round(longest * grown))
     return length

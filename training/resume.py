@@ -1,7 +1,7 @@
-"""The state of a conversion, in its run's folder, to go on from: network, optimizer and what is noted with them, in one
-file.
+"""The state file of a run, to resume from: the network, the optimizer and the progress of the run.
 
-Nothing else has to be kept: learning rates, rows and random numbers follow from the step.
+Learning rates, rows and random numbers follow from the step, so nothing else is needed. Progress is a dict of
+plain values, for example {"step": 40, "tokens": 12345, "best": 1.23, "settings": {...}}.
 """
 import json
 import os
@@ -16,121 +16,162 @@ from torch import Tensor
 
 from training.dist import full_state, gather, gather_objects, is_first, local_params, scatter_like
 
+# 1. files -----------------------------------------------------------------------------------------
 
-def writable(folder: Path) -> Path:
-    """The folder, made if need be; refused now, not after the training, if nothing can be written there."""
+def check_writable(folder: Path) -> Path:
+    """The folder, created if necessary. ValueError if it is not writable: now, not after the training."""
     trial = folder / f".try{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         trial.write_text("")
         trial.unlink()
     except OSError as error:
-        raise ValueError(f"--out={folder} can't be written ({error.strerror}): name another folder") from None
+        raise ValueError(f"--out={folder} cannot be written ({error.strerror}): use another folder") from None
     return folder
 
 
-def save_state(path: Path, net, optimizer, noted: dict) -> None:
-    """Write what a conversion needs to go on, and what is `noted` with it, whole or not at all; the file before it is
-    kept beside it. ValueError if it can't be written."""
-    tensors = {f"net.{name}": p for name, p in full_state(net).items()}
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{key}": gather(value.detach()).cpu().contiguous() for key, value in state.items()}
-    if is_first():
-        write(path, tensors, json.dumps(noted))
-    gather_objects(None)                                          # nobody goes on before it is there
-
-
-def write(path: Path, tensors: dict[str, Tensor], noted: str) -> None:
-    new = Path(f"{path}.new")
-    try:
-        save_file(tensors, new, {"noted": noted, "checksum": str(checksum(tensors, noted))})
-    except (OSError, SafetensorError) as error:
-        new.unlink(missing_ok=True)
-        raise ValueError(f"{path} can't be written ({error}): make room and go on with --resume, what was saved before "
-                         "is still there") from None
-    if path.exists():
-        os.replace(path, before(path))
-    os.replace(new, path)
-
-
-def before(path: Path) -> Path:
+def previous_state(path: Path) -> Path:
     """Where the state before the last one is kept."""
     return path.with_name(f"before-{path.name}")
 
 
 def latest_state(path: Path) -> Path | None:
-    """The last state that there is: the one before, if a run was killed between two renamings."""
-    return next((at for at in (path, before(path)) if at.exists()), None)
+    """The last state file, or None. It is the previous one if a run was killed while it replaced `path`."""
+    for file in (path, previous_state(path)):
+        if file.exists():
+            return file
+    return None
 
 
-def checksum(tensors: dict[str, Tensor], noted: str) -> int:
-    """CRC-32 of what is noted and of names and bytes, in the order of the names."""
-    crc = zlib.crc32(noted.encode())
-    for name in sorted(tensors):
-        crc = zlib.crc32(tensors[name].view(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), crc))
-    return crc
+def write_state(path: Path, tensors: dict[str, Tensor], progress: str) -> None:
+    """Write a state file completely or not at all, and keep the former one as previous_state(path).
+
+    `progress` is JSON. ValueError if the file cannot be written.
+    """
+    new = Path(f"{path}.new")
+    metadata = {"noted": progress, "checksum": str(checksum(tensors, progress))}
+    try:
+        save_file(tensors, new, metadata)
+    except (OSError, SafetensorError) as error:
+        new.unlink(missing_ok=True)
+        raise ValueError(f"{path} cannot be written ({error}): make room and continue with --resume; what "
+                         "was saved before is still there") from None
+    if path.exists():
+        os.replace(path, previous_state(path))
+    os.replace(new, path)
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """(tensors, what was noted). ValueError for a file that is not as it was written."""
+    """(tensors, progress) of a state file. ValueError if it is damaged."""
     try:
         tensors = load_file(path)
         with safe_open(path, "pt") as file:
-            meta = file.metadata()
-        if str(checksum(tensors, meta["noted"])) != meta["checksum"]:
-            raise ValueError("its checksum is another")
+            metadata = file.metadata()
+        if str(checksum(tensors, metadata["noted"])) != metadata["checksum"]:
+            raise ValueError("wrong checksum")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}): to go on from the save before it, rename {before(path).name} "
-                         f"to {path.name}") from None
-    return tensors, json.loads(meta["noted"])
+        raise ValueError(f"{path} is damaged ({error}): to continue from the state before it, rename "
+                         f"{previous_state(path).name} to {path.name}") from None
+    return tensors, json.loads(metadata["noted"])
 
 
-def begin_states(path: Path, settings: dict) -> dict:
-    """Forget a former run's; what is noted of a run at its begin."""
-    for old in (path, before(path)) if is_first() else ():
-        old.unlink(missing_ok=True)
+def checksum(tensors: dict[str, Tensor], progress: str) -> int:
+    """CRC-32 of the progress and of the names and bytes of the tensors, sorted by name."""
+    crc = zlib.crc32(progress.encode())
+    for name in sorted(tensors):
+        crc = zlib.crc32(name.encode(), crc)
+        data = tensors[name].view(-1).view(torch.uint8)
+        crc = zlib.crc32(data.numpy(), crc)
+    return crc
+
+
+# 2. states of a run -------------------------------------------------------------------------------
+
+def start_progress(path: Path, settings: dict) -> dict:
+    """The progress of a new run. Deletes the state files of a former run."""
+    if is_first():
+        for old in (path, previous_state(path)):
+            old.unlink(missing_ok=True)
     return {"step": 0, "tokens": 0, "best": float("inf"), "settings": settings}
 
 
-def load_state(path: Path, net, optimizer, settings: dict) -> dict:
-    """What was noted; `net` and `optimizer` take up what `save_state` wrote, or of it their shards. ValueError if it is
-    damaged or of another network. Says which settings are others now."""
-    path = latest_state(path)
-    tensors, noted = read_state(path)
-    here = {f"net.{name}": p for name, p in local_params(net).items()}
-    for name in sorted({name for name in tensors if name.startswith("net.")} ^ set(here)):
-        raise ValueError(f"{path} is of another network, {name[4:]} is not in both: give the sizes it was made with")
-    for name, p in here.items():
-        if p.shape != tensors[name].shape:
-            raise ValueError(f"{path} is of another network, {name[4:]} is {tuple(tensors[name].shape)} there and "
-                             f"{tuple(p.shape)} here: give the sizes it was made with")
-    net.load_state_dict({name[4:]: scatter_like(tensors[name], p) for name, p in here.items()})
-    params, states = [p for group in optimizer.param_groups for p in group["params"]], {}
-    for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, i, key = name.split(".", 2)
-            like = params[int(i)] if value.shape == params[int(i)].shape else value
-            states.setdefault(int(i), {})[key] = scatter_like(value, like)
-    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
-    other = [f"{name} was {old} and is {settings.get(name)}" for name, old in noted["settings"].items()
-             if old != settings.get(name)]
-    print(f"going on from step {noted['step']}; " + (", ".join(other) or "settings as they were"))
-    return noted | {"settings": settings}
+def save_state(path: Path, net, optimizer, progress: dict) -> None:
+    """Save what `load_state` needs. All processes must call; ValueError if the file cannot be written."""
+    tensors = {}
+    for name, p in full_state(net).items():
+        tensors[f"net.{name}"] = p
+    for index, state in optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            tensors[f"optimizer.{index}.{key}"] = gather(value.detach()).cpu().contiguous()
+    if is_first():
+        write_state(path, tensors, json.dumps(progress))
+    gather_objects(None)                                         # all processes wait until the file is there
 
+
+def load_state(path: Path, net, optimizer, settings: dict) -> dict:
+    """Load the latest state into `net` and `optimizer`; returns its progress, with the new `settings`.
+
+    Prints which settings differ from the saved ones. ValueError if the file is damaged or of another network.
+    """
+    path = latest_state(path)
+    tensors, progress = read_state(path)
+    params = local_params(net)
+    check_same_network(path, tensors, params)
+
+    net_state = {}
+    for name, p in params.items():
+        net_state[name] = scatter_like(tensors[f"net.{name}"], p)
+    net.load_state_dict(net_state)
+
+    optimizer_params = [p for group in optimizer.param_groups for p in group["params"]]
+    states = {}
+    for name, value in tensors.items():
+        if not name.startswith("optimizer."):
+            continue
+        _, index, key = name.split(".", 2)
+        p = optimizer_params[int(index)]
+        like = p if value.shape == p.shape else value            # a step count, for example, is not sharded
+        states.setdefault(int(index), {})[key] = scatter_like(value, like)
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+
+    changes = []
+    for name, old in progress["settings"].items():
+        if settings.get(name) != old:
+            changes.append(f"{name} was {old} and is {settings.get(name)}")
+    print(f"resuming from step {progress['step']}; " + (", ".join(changes) or "settings unchanged"))
+    return progress | {"settings": settings}
+
+
+def check_same_network(path: Path, tensors: dict[str, Tensor], params: dict[str, Tensor]) -> None:
+    """ValueError if the network that was saved has other parameters than `params`, or other shapes."""
+    advice = "use the sizes that it was saved with"
+    saved_names = {name.removeprefix("net.") for name in tensors if name.startswith("net.")}
+    only_in_one = saved_names ^ set(params)
+    if only_in_one:
+        raise ValueError(f"{path} is of another network, {min(only_in_one)} is not in both: {advice}")
+    for name, p in params.items():
+        saved = tensors[f"net.{name}"]
+        if saved.shape != p.shape:
+            raise ValueError(f"{path} is of another network, {name} is {tuple(saved.shape)} there and "
+                             f"{tuple(p.shape)} here: {advice}")
+
+
+# 3. SIGTERM ---------------------------------------------------------------------------------------
 
 class SigtermFlag:
-    """SIGTERM, noted until somebody asks."""
+    """Catches SIGTERM. True once any process has received it, so that a run can save its state and stop."""
 
     def __init__(self):
-        self.asked, self.before = False, signal.signal(signal.SIGTERM, self.note)
+        self.received = False
+        self.former_handler = signal.signal(signal.SIGTERM, self.handle)
 
-    def note(self, *_) -> None:
-        self.asked = True
+    def handle(self, *_) -> None:
+        self.received = True
 
     def restore(self) -> None:
-        """SIGTERM does again what it did."""
-        signal.signal(signal.SIGTERM, self.before)
+        """Let SIGTERM end the process again."""
+        signal.signal(signal.SIGTERM, self.former_handler)
 
     def __bool__(self) -> bool:
-        """Has any process got it? All have to ask, so that they stop at the same step."""
-        return any(gather_objects(self.asked))
+        """All processes must ask at the same step, and get the same answer."""
+        return any(gather_objects(self.received))

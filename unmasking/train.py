@@ -27,7 +27,7 @@ from report import metrics
 from training import cli, dist
 from training.log import Log
 from training.optim import lr_schedule
-from training.resume import begin_states, load_state, save_state, writable
+from training.resume import check_writable, load_state, save_state, start_progress
 from unmasking import grpo
 from unmasking import policy as unmask
 from unmasking.grpo import Settings, imitate, soften, train
@@ -95,7 +95,7 @@ def learn(student, layout: Layout, teacher, corpus: Corpus, data: Callable, sett
         policy.init_weights(torch.Generator().manual_seed(seed))
     state, log = out / "policy" / STATE, Log(out / "policy.jsonl", header, resume)
     write, optimizer = writer(student, layout, data, settings, seed, corpus.tokenizer.eot), adam(policy, settings.rate)
-    noted = load_state(state, policy, optimizer, header) if resume else begin_states(state, header)
+    noted = load_state(state, policy, optimizer, header) if resume else start_progress(state, header)
     done, good, alike = max(noted["step"], first), worth(corpus, teacher, write), 0
     for phase, how, updates, peak in phases(settings, until):
         left = range(max(done, updates.start), updates.stop)
@@ -180,7 +180,7 @@ def main(argv: list[str]) -> None:
     updates = config.updates or (330 if whole_text else 450)
     data = partial(train_tiny.get_batch, corpus, length=length, seed=config.seed, device=device)
     until = (updates // 3, updates * 2 // 3, updates)
-    out = writable(Path(config.out or run))
+    out = check_writable(Path(config.out or run))
     student = student.to(device).requires_grad_(False)
     learn(student, layout, teacher, corpus, data, settings, until, config.seed, out, asdict(config), config.resume)
 

@@ -27,7 +27,7 @@ from report import metrics
 from report.compare import write_json
 from training.log import Log
 from training.optim import lr_schedule, make_optimizer
-from training.resume import writable
+from training.resume import check_writable
 
 corpus_of = cache(open_corpus)      # once a process
 
@@ -46,7 +46,7 @@ def teacher_of(job: Job) -> torch.nn.Module:
     with redirect_stdout(io.StringIO()):
         net, is_trained = train_tiny.ar_model(options, corpus, torch.device("cpu"))
         if not is_trained:
-            train_tiny.pretrain(net, corpus, options, Log(writable(Path(options.out)) / "log.jsonl", {}, False))
+            train_tiny.pretrain(net, corpus, options, Log(check_writable(Path(options.out)) / "log.jsonl", {}, False))
             checkpoint.save(Path(options.out, "ar"), net, corpus.tokenizer,
                             trained=train_tiny.pretrain_settings(options, corpus))
     return net.requires_grad_(False)

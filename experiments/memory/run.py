@@ -58,7 +58,7 @@ def recipe_of(kind: str, eot: int) -> opdlm.Recipe:
 def read_only(teacher, tokens, rows, at):
     """The teacher reads the text, and nobody asks what it thinks of it."""
     teacher(tokens, read=rows * tokens.size(1) + at - 1, head=lambda *parts: parts)
-    return targets.text_rows(teacher, tokens, rows, at)
+    return targets.one_hot_target(teacher, tokens, rows, at)
 
 
 def steps_of(config: GPTConfig) -> dict[tuple[str, bool], Callable]:

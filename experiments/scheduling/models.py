@@ -22,7 +22,7 @@ from model import checkpoint
 from report.compare import write_json
 from training.log import Log
 from training.optim import length_schedule, lr_schedule, make_optimizer
-from training.resume import writable
+from training.resume import check_writable
 
 LAYERS = {"H": 3, "L": 1, "judge": 4}          # 6 and 2 do about as well in the story world: nothing to be saved
 
@@ -48,7 +48,7 @@ def model(name: str, seed: int, options) -> torch.nn.Module:
         options = train_tiny.resolve_options(train_tiny.Config(**flags | {"layers": LAYERS[name]}, seed=seed), corpus)
         ar, _ = train_tiny.ar_model(replace(options, out=str(folder)), corpus, torch.device("cpu"))
         with redirect_stdout(io.StringIO()):
-            log = Log(writable(folder.with_name(folder.name + "-log")) / "log.jsonl", {}, False)
+            log = Log(check_writable(folder.with_name(folder.name + "-log")) / "log.jsonl", {}, False)
             train_tiny.pretrain(ar, corpus, options, log)
             net, layout = (ar, None) if name == "judge" else whole_text(ar, corpus, options, log)
         checkpoint.save(folder, net, corpus.tokenizer, layout)

@@ -17,7 +17,7 @@ from experiments.common.results import kept
 from experiments.unmasking.worlds import WORLDS, Blind, heuristics, imitable, job_of, opened_world
 from report import generate, metrics
 from report.compare import write_json
-from training.resume import begin_states, latest_state, writable
+from training.resume import check_writable, latest_state, start_progress
 from unmasking import grpo
 from unmasking import policy as unmask
 from unmasking import train as policy
@@ -79,12 +79,12 @@ def trained(options, title: str, expert: str, until: tuple, seed: int, begin: tu
     settings = grpo.Settings(policy.room(length), expert=rule, **how)
     said = {"made": MADE, "student": job_of(name, options.quick).settings, "expert": expert, "until": list(until),
             "seed": seed, "rate": settings.rate, **{k: getattr(v, "__name__", v) for k, v in how.items()}}
-    out = writable(folder(options) / f"{name}, {title}, seed {seed}".replace(" ", ""))
+    out = check_writable(folder(options) / f"{name}, {title}, seed {seed}".replace(" ", ""))
     if not (out / "job.json").exists() or json.loads((out / "job.json").read_text()) != said:
         (out / "job.json").unlink(missing_ok=True)
         same = (out / "begun.json").exists() and json.loads((out / "begun.json").read_text()) == said
         if not same:
-            begin_states(out / "policy" / policy.STATE, said)
+            start_progress(out / "policy" / policy.STATE, said)
             write_json(out / "begun.json", said)
         data = partial(train_tiny.get_batch, corpus, length=length, seed=seed, device="cpu")
         begin = begin and (unmask.load(begin[0] / "policy").requires_grad_(True), until[begin[1]])

@@ -1,3 +1,4 @@
+"""Muon, AdamW and the guard around them; schedules of the learning rate and of the response length."""
 import copy
 
 import pytest
@@ -5,56 +6,62 @@ import torch
 import torch.nn.functional as F
 
 from training import resume
-from training.optim import Muon, orthogonal
+from training.optim import LR_SHAPES, Muon, SkipNonFinite, length_schedule, lr_schedule, orthogonalize
 
 
 def matrices(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+# Muon and AdamW -------------------------------------------------------------------------------------------
+
 @pytest.mark.parametrize("rows, columns", [(8, 8), (16, 48), (48, 16), (64, 64), (1, 12), (12, 1)])
-def test_orthogonal_keeps_the_singular_vectors_and_levels_the_values(rows, columns):
-    """Values that are at least a hundredth of the norm come near 1, all others no higher, and no vector turns."""
+def test_orthogonalize_keeps_the_singular_vectors_and_levels_the_values(rows, columns):
+    """Singular values of a hundredth of the norm or more get near 1, no others exceed that."""
     g = matrices(3, rows, columns)
     u, s, vh = torch.linalg.svd(g, full_matrices=False)
-    made = u.mT @ orthogonal(g) @ vh.mT
-    values = made.diagonal(dim1=1, dim2=2)
-    seen = s > 0.01 * g.norm(dim=(1, 2))[:, None]
-    assert seen.float().mean() > 0.9 and values[seen].min() > 0.6 and values.min() > 0 and values.max() < 1.3
-    assert (made - values.diag_embed()).abs().max() < 1e-4
-    assert (F.cosine_similarity(orthogonal(g).flatten(1), (u @ vh).flatten(1)) > 0.97).all()
+    in_basis = u.mT @ orthogonalize(g) @ vh.mT
+    values = in_basis.diagonal(dim1=1, dim2=2)
+    large = s > 0.01 * g.norm(dim=(1, 2))[:, None]
+    assert large.float().mean() > 0.9
+    assert values[large].min() > 0.6 and values.min() > 0 and values.max() < 1.3
+    assert (in_basis - values.diag_embed()).abs().max() < 1e-4
+    assert (F.cosine_similarity(orthogonalize(g).flatten(1), (u @ vh).flatten(1)) > 0.97).all()
 
 
-@pytest.mark.parametrize("size", [1e-4, 1e3])
-def test_orthogonal_does_not_look_at_the_size(size):
+@pytest.mark.parametrize("scale", [1e-4, 1e3])
+def test_orthogonalize_ignores_the_scale(scale):
     g = matrices(2, 8, 12)
-    assert torch.allclose(orthogonal(g * size), orthogonal(g), atol=1e-3)
+    assert torch.allclose(orthogonalize(g * scale), orthogonalize(g), atol=1e-3)
 
 
-def test_orthogonal_alone_or_together():
+def test_orthogonalize_alone_or_in_a_batch():
     g = matrices(4, 8, 24) * torch.tensor([1e-2, 1.0, 3.0, 1e2]).view(4, 1, 1)
-    alone = torch.cat([orthogonal(one[None]) for one in g])
-    assert torch.allclose(orthogonal(g), alone, atol=1e-5, rtol=0)
+    alone = torch.cat([orthogonalize(matrix[None]) for matrix in g])
+    assert torch.allclose(orthogonalize(g), alone, atol=1e-5, rtol=0)
 
 
-def groups(net, **how):
-    optimizer = Muon(net, **how)
-    named = {id(p): name for name, p in net.named_parameters()}
-    return optimizer, *({named[id(p)] for p in group["params"]} for group in optimizer.param_groups)
+def names_of_groups(net, optimizer):
+    """The names of Muon's parameters, and of AdamW's."""
+    name_of = {id(p): name for name, p in net.named_parameters()}
+    muon, adamw = optimizer.param_groups
+    return {name_of[id(p)] for p in muon["params"]}, {name_of[id(p)] for p in adamw["params"]}
 
 
-def test_muon_has_the_blocks_matrices_and_nothing_else(tiny):
+def test_muon_has_the_matrices_of_the_blocks_and_nothing_else(tiny):
     net = tiny(layers=2)
-    _, muon, adam = groups(net)
+    muon, adamw = names_of_groups(net, Muon(net))
     assert muon == {f"h.{i}.{name}.weight" for i in range(2)
                     for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
-    assert muon | adam == {name for name, _ in net.named_parameters()} and not muon & adam
+    assert muon | adamw == {name for name, _ in net.named_parameters()} and not muon & adamw
 
 
-def test_all_else_is_adamw(tiny):
-    """Five steps with gradients that change in size and sign, against torch's."""
-    ours, theirs = tiny(), tiny()
-    optimizer, _, names = groups(ours, lr=0.02, adam=0.15)
+def test_all_other_parameters_use_adamw(tiny):
+    """Five steps with gradients that change in size and sign, against torch.optim.AdamW."""
+    ours = tiny()
+    theirs = tiny()
+    optimizer = Muon(ours, lr=0.02, adam_ratio=0.15)
+    _, names = names_of_groups(ours, optimizer)
     others = [p for name, p in theirs.named_parameters() if name in names]
     adamw = torch.optim.AdamW(others, lr=0.02 * 0.15, betas=(0.9, 0.95), eps=1e-10, weight_decay=0)
     generator = torch.Generator().manual_seed(3)
@@ -73,7 +80,8 @@ def test_all_else_is_adamw(tiny):
 def test_a_step_has_the_length_of_its_learning_rate(tiny, lr):
     """In spectral norm lr * sqrt(max(1, rows / columns)), however small the gradient."""
     net = tiny(layers=1)
-    optimizer, names, _ = groups(net, lr=lr)
+    optimizer = Muon(net, lr=lr)
+    names, _ = names_of_groups(net, optimizer)
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     for p in net.parameters():
         p.grad = 1e-3 * matrices(*p.shape).to(p)
@@ -87,23 +95,28 @@ def test_a_step_has_the_length_of_its_learning_rate(tiny, lr):
 
 
 def test_momentum_is_nesterov_s(tiny):
-    """Two gradients g, h: the matrix to be made orthogonal is h (1 - m) + m (m (1 - m) g + (1 - m) h)."""
+    """For gradients g, h the direction is that of h (1 - m) + m (m (1 - m) g + (1 - m) h)."""
     net = tiny(layers=1)
-    optimizer, m, w = Muon(net, lr=0.1), 0.95, net.h[0].attn.c_proj.weight
+    optimizer = Muon(net, lr=0.1)
+    w = net.h[0].attn.c_proj.weight
+    m = 0.95
     g, h = matrices(2, *w.shape).double()
     for grad in (g, h):
-        w.grad, before = grad.clone(), w.detach().clone()
+        w.grad = grad.clone()
+        before = w.detach().clone()
         optimizer.step()
-    wanted = orthogonal((h * (1 - m) + m * (m * (1 - m) * g + (1 - m) * h))[None])[0]
-    assert torch.allclose(before - w.detach(), 0.1 * wanted, atol=1e-10)
+    direction = h * (1 - m) + m * (m * (1 - m) * g + (1 - m) * h)
+    expected = orthogonalize(direction[None])[0]
+    assert torch.allclose(before - w.detach(), 0.1 * expected, atol=1e-10)
 
 
 def descend(net, optimizer, steps):
-    """The losses of a few steps, each on tokens of its own."""
+    """The losses of some steps; the tokens of a step depend on its number."""
     losses = []
     for step in steps:
         tokens = torch.randint(0, 11, (4, 12), generator=torch.Generator().manual_seed(step))
-        loss = F.cross_entropy(net(tokens).view(4, 12, -1)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        logits = net(tokens).view(4, 12, -1)
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -111,12 +124,15 @@ def descend(net, optimizer, steps):
     return losses
 
 
-@pytest.mark.parametrize("make", [Muon, lambda net: torch.optim.AdamW(net.parameters(), 0.01)], ids=["muon", "adamw"])
+@pytest.mark.parametrize("make", [Muon, lambda net: torch.optim.AdamW(net.parameters(), 0.01)],
+                         ids=["muon", "adamw"])
 def test_stopped_and_resumed_to_the_last_bit(tiny, tmp_path, make):
     net = tiny().float()
     start = copy.deepcopy(net)
     whole = descend(net, make(net), range(8))
-    net, path = copy.deepcopy(start), tmp_path / "state.safetensors"
+
+    path = tmp_path / "state.safetensors"
+    net = copy.deepcopy(start)
     optimizer = make(net)
     first = descend(net, optimizer, range(4))
     resume.save_state(path, net, optimizer, {"step": 4, "settings": {}})
@@ -125,3 +141,71 @@ def test_stopped_and_resumed_to_the_last_bit(tiny, tmp_path, make):
     assert resume.load_state(path, net, optimizer, {})["step"] == 4
     assert first + descend(net, optimizer, range(4, 8)) == whole
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+# SkipNonFinite --------------------------------------------------------------------------------------------
+
+def guarded_sgd(grad_accum=1):
+    """A parameter of two zeros, and SGD with rate 1."""
+    p = torch.nn.Parameter(torch.zeros(2))
+    return p, SkipNonFinite(torch.optim.SGD([p], 1.0), grad_accum)
+
+
+def take_step(p, optimizer, gradient):
+    optimizer.zero_grad()
+    (p * torch.tensor(gradient)).sum().backward()
+    optimizer.step()
+
+
+def test_a_step_whose_gradient_is_not_finite_is_skipped(capsys):
+    p, optimizer = guarded_sgd()
+    for gradient in ([1.0, 2.0], [float("nan"), 1.0], [1.0, float("inf")], [1.0, 1.0]):
+        take_step(p, optimizer, gradient)
+    assert p.tolist() == [-2.0, -3.0] and optimizer.skipped == 2
+    assert capsys.readouterr().out.count("not finite") == 2
+
+
+def test_ten_skipped_steps_in_a_row_stop_the_run():
+    p, optimizer = guarded_sgd()
+    for _ in range(2):
+        for _ in range(9):
+            take_step(p, optimizer, [float("nan"), 0.0])
+        if optimizer.skipped == 9:
+            take_step(p, optimizer, [0.0, 0.0])                  # a finite gradient starts the count again
+    with pytest.raises(ValueError, match="ten steps in a row"):
+        take_step(p, optimizer, [float("nan"), 0.0])
+
+
+def test_gradients_are_accumulated_as_a_sum():
+    p, optimizer = guarded_sgd(grad_accum=3)
+    for gradient in ([1.0, 0.0], [2.0, 0.0], [0.0, 5.0], [1.0, 1.0]):
+        take_step(p, optimizer, gradient)
+    assert p.tolist() == [-3.0, -5.0]
+
+
+# schedules ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("shape, half, last", [("linear", 0.5, 0.01), ("trapezoid", 1.0, 0.02),
+                                               ("cosine", 0.55, 0.1), ("constant", 1.0, 1.0)])
+def test_learning_rate_schedules(shape, half, last):
+    """A warm-up to the peak, then down to the end; two groups keep their ratio."""
+    groups = [{"params": [torch.zeros(1)], "lr": lr} for lr in (4.0, 1.0)]
+    optimizer = torch.optim.SGD(groups)
+    set_lr = lr_schedule(optimizer, shape, 100, warmup=10)
+
+    def lr_at(step):
+        set_lr(step)
+        first, second = optimizer.param_groups
+        assert first["lr"] == pytest.approx(4 * second["lr"])
+        return second["lr"]
+    assert lr_at(0) == pytest.approx(0.1 * LR_SHAPES[shape](0))
+    assert lr_at(4) == pytest.approx(0.5 * LR_SHAPES[shape](0.04))
+    assert lr_at(50) == pytest.approx(half) and lr_at(99) == pytest.approx(last, abs=2e-3)
+    assert all(lr_at(i) >= lr_at(i + 1) for i in range(10, 99))
+
+
+def test_the_response_length_grows_to_the_longest():
+    length = length_schedule(4, 96, 10)
+    lengths = [length(step) for step in range(12)]
+    assert lengths[0] == 4 and lengths[10:] == [96, 96] and lengths == sorted(lengths)
+    assert length_schedule(4, 96, 0)(0) == 96

@@ -1,4 +1,7 @@
-"""A short conversion in float64, of any number of processes: what test_dist.py compares. Arguments: folder, passes."""
+"""A short conversion in float64 in any number of processes, for test_dist.py.
+
+Arguments: folder, gradient accumulation steps, first update, end of the updates.
+"""
 import copy
 import json
 import sys
@@ -13,12 +16,14 @@ from model.gpt import GPT, GPTConfig
 from model.masks import Layout
 from training import dist
 from training.optim import Muon, SkipNonFinite
-from training.resume import begin_states, load_state, save_state
+from training.resume import load_state, save_state, start_progress
 
-EOT, BATCH, LAYERS = 10, 4, 2
+EOT = 10
+BATCH = 4
+LAYERS = 2
 
 
-def teacher() -> GPT:
+def make_teacher() -> GPT:
     generator = torch.Generator().manual_seed(0)
     net = GPT(GPTConfig(11, 32, LAYERS, 2, 16)).double().init_weights(generator)
     with torch.no_grad():
@@ -27,44 +32,73 @@ def teacher() -> GPT:
     return net.requires_grad_(False)
 
 
-def stories(numbers) -> torch.Tensor:
-    return torch.stack([torch.randint(0, EOT, (24,), generator=torch.Generator().manual_seed(n)) for n in numbers])
+def story(row_id: int) -> torch.Tensor:
+    return torch.randint(0, EOT, (24,), generator=torch.Generator().manual_seed(row_id))
 
 
-def convert(folder: Path, passes: int = 1, steps: range = range(4), compile: bool = False) -> dict:
-    """Its texts, losses, gradients and states; a range that does not begin at 0 goes on from what is in `folder`."""
-    frozen, said, net = teacher(), [], None
+def stories(row_ids) -> torch.Tensor:
+    return torch.stack([story(row_id) for row_id in row_ids])
 
-    class Counted(Denoiser):
+
+def make_recipe(grad_accum: int, rollouts: list) -> opdlm.Recipe:
+    """The method, with a source that adds the tokens and forward passes of each rollout to `rollouts`."""
+    class CountingDenoiser(Denoiser):
         def forward(self, *args):
-            said[-1]["calls"] += 1
+            rollouts[-1]["calls"] += 1
             return super().forward(*args)
 
-    def text(student, teacher, rows, P, R, u, recipe):
-        said.append({"calls": 0})
-        made = opdlm.rollout(Counted(student, recipe.layout), rows[:, :P], R, recipe.rule, u, recipe.eot)
-        said[-1]["tokens"] = made.tokens.tolist()
-        return made
+    def student_text(student, teacher, texts, P, R, u, recipe):
+        rollouts.append({"calls": 0})
+        denoiser = CountingDenoiser(student, recipe.layout)
+        text = opdlm.rollout(denoiser, texts[:, :P], R, recipe.rule, u, recipe.eot)
+        rollouts[-1]["tokens"] = text.tokens.tolist()
+        return text
 
-    net = dist.shard_and_compile(copy.deepcopy(frozen).init_mask().requires_grad_(True), compile)
-    frozen = dist.compile_blocks(frozen, compile)
-    optimizer = SkipNonFinite(Muon(net), passes)
-    noted = (load_state(folder / "state.safetensors", net, optimizer, {}) if steps.start
-             else begin_states(folder / "state.safetensors", {}))
-    recipe = opdlm.Recipe(opdlm.student_text, opdlm.visited, opdlm.teacher_probs, opdlm.first_masked_x8, Layout(4, 1, 1),
-                          EOT, parse("threshold:0.3"), batch=BATCH, shard_rows=dist.shard_rows, grad_accum=passes, updates_per_rollout=2,
-                          clean_weight=0.5)
-    recipe.source = text
-    records = list(dist.merge_records(opdlm.train(net, frozen, stories, recipe, optimizer, lambda step: 20, steps), passes))
-    grads = {name: dist.gather(p.grad).tolist() for name, p in net.named_parameters()}
-    save_state(folder / "state.safetensors", net, optimizer, noted | {"step": steps.stop})
-    return {"records": records, "grads": grads, "processes": dist.gather_objects(said)}
+    recipe = opdlm.Recipe(
+        source=opdlm.student_text,
+        states=opdlm.visited,
+        target=opdlm.teacher_probs,
+        weight=opdlm.first_masked_x8,
+        layout=Layout(4, 1, 1),
+        eot=EOT,
+        rule=parse("threshold:0.3"),
+        batch=BATCH,
+        shard_rows=dist.shard_rows,
+        grad_accum=grad_accum,
+        updates_per_rollout=2,
+        clean_weight=0.5,
+    )
+    recipe.source = student_text                                 # the check accepts only opdlm.student_text
+    return recipe
+
+
+def convert(folder: Path, grad_accum: int = 1, steps: range = range(4), compile: bool = False) -> dict:
+    """Records, gradients of the last update, rollouts. Resumes from `folder` unless `steps` starts at 0."""
+    teacher = make_teacher()
+    student = copy.deepcopy(teacher).init_mask().requires_grad_(True)
+    student = dist.shard_and_compile(student, compile)
+    teacher = dist.compile_blocks(teacher, compile)
+    optimizer = SkipNonFinite(Muon(student), grad_accum)
+    state_file = folder / "state.safetensors"
+    if steps.start:
+        progress = load_state(state_file, student, optimizer, {})
+    else:
+        progress = start_progress(state_file, {})
+
+    rollouts = []
+    recipe = make_recipe(grad_accum, rollouts)
+    records = opdlm.train(student, teacher, stories, recipe, optimizer, lambda step: 20, steps)
+    records = list(dist.merge_records(records, grad_accum))
+    grads = {name: dist.gather(p.grad).tolist() for name, p in student.named_parameters()}
+    save_state(state_file, student, optimizer, progress | {"step": steps.stop})
+    return {"records": records, "grads": grads, "rollouts": dist.gather_objects(rollouts)}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.start("cpu")
-    results = convert(Path(sys.argv[1]), int(sys.argv[2]), range(int(sys.argv[3]), int(sys.argv[4])))
+    folder, grad_accum, start, stop = sys.argv[1:]
+    results = convert(Path(folder), int(grad_accum), range(int(start), int(stop)))
     if dist.is_first():
-        Path(sys.argv[1], "results.json").write_text(json.dumps(results))
+        Path(folder, "results.json").write_text(json.dumps(results))
     dist.end()

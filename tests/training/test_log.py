@@ -1,0 +1,28 @@
+"""log.jsonl stays valid when a run is killed and resumed; steps are plain lines in a pipe."""
+import json
+
+from training.log import Log
+
+
+def records(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_resumed_log_drops_the_partial_line_of_a_killed_run(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"config": {}}\n{"step": 1}\n{"step": 2, "lo')
+    Log(path, {"config": "another"}, resume=True).write({"step": 2})
+    assert records(path) == [{"config": {}}, {"step": 1}, {"step": 2}]
+
+
+def test_a_new_log_begins_with_its_header(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text("of another run\n")
+    Log(path, {"config": 1}, resume=False).write({"step": 1})
+    assert records(path) == [{"config": 1}, {"step": 1}]
+
+
+def test_lines_in_a_pipe(tmp_path, capsys):
+    log = Log(tmp_path / "log.jsonl", {}, resume=False)
+    log.step({"phase": "distil", "step": 7, "kl": 1.0}, 120, "kl 1.000 nats")
+    assert capsys.readouterr().out == "distil      7/120 | kl 1.000 nats\n"
