@@ -31,7 +31,7 @@ from torch import Tensor
 
 from unmasking.policy import Policy, PolicyRule
 
-# One update of the imitation passes several times over its states, in minibatches.
+# An update of the imitation makes several passes over its states, in minibatches.
 IMITATION_MINIBATCHES = 10
 IMITATION_EPOCHS = 3
 DAGGER_START = 3    # the first imitation update that also labels states of the policy's own texts

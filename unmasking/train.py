@@ -48,7 +48,7 @@ MAX_TIED_UPDATES = 20           # training stops after as many updates in a row 
 @dataclass
 class Config:
     # Student and output
-    ckpt: str = "out/tiny"      # the student: a run's folder, a checkpoint, or hf:NAME[@REVISION]
+    ckpt: str = "out/tiny"      # student: a run's folder, a checkpoint, or hf:NAME[@REVISION]
     out: str | None = None      # folder for policy/ and policy.jsonl; default: that of --ckpt
     resume: bool = False        # continue the training in --out
     # Data

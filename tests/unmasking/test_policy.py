@@ -322,7 +322,7 @@ def test_imitation_makes_the_expert_s_choices_likely(net):
     optimizer = torch.optim.AdamW(policy.parameters(), 0.005)
     settings = Settings(length=14, num_epochs=1, max_grad_norm=1.0)
     before = trajectory.log_prob(policy)[active].mean().item()
-    for _ in range(40):
+    for _ in range(20):
         imitation_update(policy, [trajectory.relabelled(rule)], settings, optimizer)
     assert trajectory.log_prob(policy)[active].mean().item() > 0.25 * before
 
