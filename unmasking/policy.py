@@ -1,10 +1,12 @@
-"""A learned unmasking policy (arXiv 2512.09106): a small network decides which masks come off.
+"""A learned unmasking policy (arXiv 2512.09106): a small network that decides which positions are revealed.
 
-At each step it sees of every slot of the block how sure the diffusion model is, whether the slot is masked, and how
-late it is, and gives the probability that its mask comes off. It is a reveal rule like the others (model/reveal.py).
-How it is trained is in model/grpo.py.
+At each denoising step the network gets, for every slot of the current block, the diffusion model's confidence
+and whether the slot is still masked, and the share of the block's steps that have passed. It returns the
+probability of revealing each slot. `PolicyRule` makes this a reveal rule like those of decoding/reveal.py.
+How the network is trained is in unmasking/grpo.py.
 
-Letters: N states, K slots of a block, C width, B rows, S numbers of a slot.
+Shapes: N states (one text at one denoising step), K slots of a block, C channels, H attention heads,
+D channels per head, B rows, S random numbers per slot.
 """
 import json
 import math
@@ -22,176 +24,242 @@ from decoding import reveal
 from decoding.reveal import largest
 from model.llama import rotate, rotations
 
-FILE = "policy.safetensors"
-SLOTS = 8192        # gone through together: what a CPU's cache can hold the numbers of
+WEIGHTS = "policy.safetensors"
+MAX_SLOTS = 8192    # slots in one pass of the network; the activations of more do not fit into a CPU's cache
 
 
-# 1. the network -------------------------------------------------------------------------------------------------------
+# 1. the network -------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """Sizes; the paper's are width 128, 2 heads and 4 times as wide an MLP: 331,265 parameters."""
-    block: int              # slots that it was trained to see
+    """Sizes. The paper has width 128, 2 heads and an MLP 4 times as wide: 331,265 parameters."""
+    block: int              # slots of the blocks that it is trained on
     width: int = 32
     heads: int = 2
-    theta: float = 1e4      # base of the rotations' wavelengths
+    theta: float = 1e4      # base of the rotary position embedding
 
     @property
     def head_size(self) -> int:
         return self.width // self.heads
 
     @property
-    def bias(self) -> float:
-        """Of the output at first: a slot that nothing is known of stays masked for a whole block once in a hundred."""
-        share = 1 - 0.01 ** (1 / self.block)
-        return math.log(share / (1 - share))
+    def initial_bias(self) -> float:
+        """The output's bias before training: a slot stays masked for `block` steps with probability 0.01."""
+        reveal_prob = 1 - 0.01 ** (1 / self.block)
+        return math.log(reveal_prob / (1 - reveal_prob))
 
 
 class Policy(nn.Module):
-    """One transformer block over the slots, both ways. Whether a slot is masked, and when, scales and shifts what goes
-    through (adaLN)."""
+    """One transformer block with bidirectional attention over the slots.
+
+    Whether a slot is masked, and the time, scale and shift the activations (adaptive layer norm, adaLN).
+    """
 
     def __init__(self, config: PolicyConfig):
         super().__init__()
-        self.config, C = config, config.width
-        self.sure, self.masked = nn.Linear(1, C), nn.Embedding(2, C)
+        self.config = config
+        C = config.width
+        self.confidence = nn.Linear(1, C)
+        self.masked = nn.Embedding(2, C)
         self.time = nn.Sequential(nn.Linear(C, C), nn.SiLU(), nn.Linear(C, C))
         self.modulate = nn.Linear(C, 6 * C)
-        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(C), nn.LayerNorm(C), nn.LayerNorm(C)
-        self.qkv, self.proj = nn.Linear(C, 3 * C), nn.Linear(C, C)
+        self.norm1 = nn.LayerNorm(C)
+        self.norm2 = nn.LayerNorm(C)
+        self.norm3 = nn.LayerNorm(C)
+        self.qkv = nn.Linear(C, 3 * C)
+        self.proj = nn.Linear(C, C)
         self.mlp = nn.Sequential(nn.Linear(C, 4 * C), nn.GELU(), nn.Linear(4 * C, C))
         self.head = nn.Linear(C, 1)
 
+    @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> "Policy":
-        """Each matrix by its width; the modulation begins at nothing, the output near its bias."""
-        with torch.no_grad():
-            for name, p in self.named_parameters():
-                if p.dim() == 2:
-                    p.normal_(0, p.size(1) ** -0.5, generator=generator)
-                elif "norm" not in name:
-                    p.zero_()
-            self.sure.bias.normal_(generator=generator)         # else norm1 would leave of a confidence its sign alone
-            self.modulate.weight.zero_()
-            self.head.weight.mul_(0.1)
-            self.head.bias.fill_(self.config.bias)
+        """Random matrices, scaled by their input size; no modulation, and logits near their bias."""
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                p.normal_(0, p.size(1) ** -0.5, generator=generator)
+            elif "norm" not in name:
+                p.zero_()
+        # Without this bias, norm1 would reduce every confidence to its sign.
+        self.confidence.bias.normal_(generator=generator)
+        self.modulate.weight.zero_()
+        self.head.weight.mul_(0.1)
+        self.head.bias.fill_(self.config.initial_bias)
         return self
 
-    def forward(self, sure: Tensor, masked: Tensor, time: Tensor) -> Tensor:
-        """(N, K) logits, one a slot, from `sure` (N, K), the confidences, taken for 1 where the slot is not masked;
-        `masked` (N, K); `time` (N,), the share of the block's steps that is over."""
-        some = max(SLOTS // sure.size(1), 1)
-        return torch.cat([self.logits(*x) for x in zip(*(x.split(some) for x in (sure, masked, time)))])
+    def forward(self, confidence: Tensor, masked: Tensor, time: Tensor) -> Tensor:
+        """(N, K) logits of revealing each slot.
 
-    def logits(self, sure: Tensor, masked: Tensor, time: Tensor) -> Tensor:
-        """The same of some of the N."""
-        pair = torch.arange(0, self.config.width, 2, device=time.device) / self.config.width
-        angle = time[:, None] * (1000 * 1e4 ** -pair).to(time)                          # (N, C / 2)
-        told = self.masked.weight + self.time(torch.cat([angle.cos(), angle.sin()], 1))[:, None]    # (N, 2, C)
-        told = self.modulate(F.silu(told))[torch.arange(len(time), device=time.device)[:, None], masked.long()]
-        scale1, shift1, gate1, scale2, shift2, gate2 = told.chunk(6, -1)                # (N, K, C) each
-        odds = torch.where(masked, sure, 1.0).logit(1e-4) / 2           # the paper takes it as it is: 0.98 is 0.99 then
-        x = self.sure(odds[..., None])
-        x = x + (1 + gate1) * self.attend(self.norm1(x) * (1 + scale1) + shift1)
-        x = x + (1 + gate2) * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
-        return self.head(self.norm3(x))[..., 0]
+        `confidence` (N, K) is ignored where a slot is not masked; `masked` (N, K) bool; `time` (N,) is the
+        share of the block's steps that have passed.
+        """
+        chunk_size = max(MAX_SLOTS // confidence.size(1), 1)
+        inputs = (confidence, masked, time)
+        chunks = zip(*(x.split(chunk_size) for x in inputs))
+        return torch.cat([self.forward_chunk(*chunk) for chunk in chunks])
+
+    def forward_chunk(self, confidence: Tensor, masked: Tensor, time: Tensor) -> Tensor:
+        """The same for so few states that all go through the network at once."""
+        N = len(time)
+        C = self.config.width
+        pair = torch.arange(0, C, 2, device=time.device) / C
+        frequency = (1000 * 1e4 ** -pair).to(time)
+        angle = time[:, None] * frequency                                   # (N, C / 2)
+        sinusoids = torch.cat([angle.cos(), angle.sin()], 1)                # (N, C)
+
+        # The modulation of a masked slot and of one that is not, then for every slot the one that applies.
+        condition = self.masked.weight + self.time(sinusoids)[:, None]      # (N, 2, C)
+        modulation = self.modulate(F.silu(condition))                       # (N, 2, 6 C)
+        row = torch.arange(N, device=time.device)[:, None]
+        modulation = modulation[row, masked.long()]                         # (N, K, 6 C)
+        scale1, shift1, gate1, scale2, shift2, gate2 = modulation.chunk(6, -1)
+
+        # Log-odds, where 0.98 and 0.99 differ clearly. (The paper's input is the confidence itself.)
+        log_odds = torch.where(masked, confidence, 1.0).logit(1e-4) / 2
+        x = self.confidence(log_odds[..., None])                            # (N, K, C)
+        normed = self.norm1(x) * (1 + scale1) + shift1
+        x = x + (1 + gate1) * self.attend(normed)
+        normed = self.norm2(x) * (1 + scale2) + shift2
+        x = x + (1 + gate2) * self.mlp(normed)
+        return self.head(self.norm3(x))[..., 0]                             # (N, K)
 
     def attend(self, x: Tensor) -> Tensor:
-        """(N, K, C): every slot looks at every slot."""
+        """(N, K, C): self-attention, every slot to every slot."""
         N, K, C = x.shape
-        q, k, v = self.qkv(x).view(N, K, 3, self.config.heads, -1).unbind(2)            # (N, K, H, D)
-        turn = rotations(torch.arange(K, device=x.device), self.config, x.dtype)
-        y = F.scaled_dot_product_attention(*(z.transpose(1, 2) for z in (rotate(q, turn), rotate(k, turn), v)))
-        return self.proj(y.transpose(1, 2).reshape(N, K, C))
+        qkv = self.qkv(x).view(N, K, 3, self.config.heads, -1)
+        q, k, v = qkv.unbind(2)                                             # (N, K, H, D) each
+        position = torch.arange(K, device=x.device)
+        angles = rotations(position, self.config, x.dtype)
+        q = rotate(q, angles).transpose(1, 2)                               # (N, H, K, D)
+        k = rotate(k, angles).transpose(1, 2)
+        v = v.transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, k, v)
+        y = y.transpose(1, 2).reshape(N, K, C)
+        return self.proj(y)
 
 
-# 2. the reveal rule that it is ----------------------------------------------------------------------------------------
+# 2. the reveal rules --------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class PolicyRule:
-    """A reveal rule (model/reveal.py): each mask comes off with the probability that the policy gives it, times `beta`:
-    the dial between speed and quality. At least the likeliest one does, unless it explores, as it does in training."""
+    """A reveal rule (decoding/reveal.py) that samples which slots to reveal, from the policy's probabilities.
+
+    `beta` multiplies the probabilities: larger is faster. `temperature` divides the logits. If no slot is
+    sampled, the most probable one is revealed, so that every step makes progress. `explore`, for training,
+    switches this off.
+    """
     policy: Policy
     beta: float = 1.0
     temperature: float = 1.0
     explore: bool = False
-    folder: str = ""        # that it came from
+    folder: str = ""        # where the policy was loaded from
     name: str = "policy"
     confidence: Callable = largest
 
-    def __call__(self, sure: Tensor, masked: Tensor, step: Tensor, numbers: Tensor) -> Tensor:
-        logits = self.policy(sure, masked, step / masked.size(1))                       # (B, K)
-        now = (numbers.size(2) - self.rolls + step).clamp(max=numbers.size(2) - 1)      # (B,) each step has its own
-        roll = numbers.gather(2, now.view(-1, 1, 1).expand(-1, masked.size(1), 1))[..., 0]
-        show = masked & (roll < self.beta * torch.sigmoid(logits / self.temperature))
+    def __call__(self, confidence: Tensor, masked: Tensor, step: Tensor, numbers: Tensor) -> Tensor:
+        """(B, K) bool: the slots to reveal. `numbers` (B, K, S) are uniform; each step uses another one."""
+        K = masked.size(1)
+        S = numbers.size(2)
+        logits = self.policy(confidence, masked, step / K)                  # (B, K)
+        reveal_prob = self.beta * torch.sigmoid(logits / self.temperature)
+        index = (S - self.rolls + step).clamp(max=S - 1)                    # (B,)
+        index = index.view(-1, 1, 1).expand(-1, K, 1)
+        u = numbers.gather(2, index)[..., 0]                                # (B, K)
+        revealed = masked & (u < reveal_prob)
         if self.explore:
-            return show
+            return revealed
         best = logits.masked_fill(~masked, -torch.inf).argmax(1, keepdim=True)
-        return show | masked & ~show.any(1, keepdim=True) & torch.zeros_like(masked).scatter(1, best, True)
+        is_best = torch.zeros_like(masked).scatter(1, best, True)
+        none_revealed = ~revealed.any(1, keepdim=True)
+        return revealed | (masked & none_revealed & is_best)
 
     def __str__(self) -> str:
         return f"{self.name}:{self.folder},{self.beta:g},{self.temperature:g}"
 
     def steps(self, block: int) -> int:
-        """The most that a block of so many slots takes: what is left then comes off, whatever the policy says."""
+        """The largest number of steps for a block; the last one reveals all that is still masked."""
         return block
 
     @property
     def rolls(self) -> int:
+        """Random numbers per slot that the rule itself uses: one per step."""
         return self.policy.config.block
 
     def numbers(self, block: int) -> int:
-        """All numbers of a slot: one for its token and one for each step."""
+        """S, all random numbers per slot: one samples its token, the others are the rule's."""
         return 1 + self.rolls
 
 
 @dataclass(frozen=True)
 class WindowRule:
-    """Any rule, kept to blocks of `size` inside a block, from the left: so models of whole texts are mostly sampled,
-    and so are the paper's experts. Or, if it slides, to as many slots from the first mask on: what a policy can learn,
-    which sees no numbers of slots."""
+    """Another rule, restricted to a window of `size` slots of the block.
+
+    By default the block is split into windows of this size, which are finished from left to right: the
+    semi-autoregressive sampling of full-sequence models and of the paper's experts. With `slides`, the window
+    begins at the first mask instead. A policy can imitate only this kind: it does not know a slot's index.
+    """
     rule: Callable
     size: int
     slides: bool = False
 
-    def __call__(self, sure: Tensor, masked: Tensor, step: Tensor, numbers: Tensor) -> Tensor:
-        slot, first = torch.arange(masked.size(1), device=masked.device), masked.long().argmax(1, keepdim=True)
-        near = slot < first + self.size if self.slides else slot // self.size == first // self.size     # (B, K)
-        return self.rule(sure, masked & near, step, numbers)
+    def __call__(self, confidence: Tensor, masked: Tensor, step: Tensor, numbers: Tensor) -> Tensor:
+        slot = torch.arange(masked.size(1), device=masked.device)
+        first = masked.long().argmax(1, keepdim=True)                       # (B, 1) the first masked slot
+        if self.slides:
+            in_window = slot < first + self.size                            # (B, K)
+        else:
+            in_window = slot // self.size == first // self.size
+        return self.rule(confidence, masked & in_window, step, numbers)
 
     def __getattr__(self, name: str):
         return getattr(self.rule, name)
 
 
-def parse(argument: str) -> PolicyRule:
+# 3. files -------------------------------------------------------------------------------------------------
+
+def parse_rule(argument: str) -> PolicyRule:
     """The rule of --reveal=policy:FOLDER, policy:FOLDER,BETA or policy:FOLDER,BETA,TEMPERATURE."""
     folder, *numbers = argument.split(",")
     try:
-        beta, temperature, *more = [*map(float, numbers), *[1.0] * (2 - len(numbers))]
-        if more or not 0 < beta < math.inf or not 0 < temperature < math.inf:
-            raise ValueError("behind the folder come at most two numbers above 0, beta and temperature")
-        return PolicyRule(load(folder), beta, temperature, folder=folder)
+        values = [float(number) for number in numbers]
+    except ValueError:
+        values = [math.nan]
+    if len(values) > 2 or not all(0 < value < math.inf for value in values):
+        raise ValueError(f"--reveal=policy:{argument}: expected at most two numbers above 0 after the "
+                         f"folder, BETA and TEMPERATURE (e.g. --reveal=policy:{folder},1,0.5)")
+    beta, temperature = values + [1.0] * (2 - len(values))
+    try:
+        policy = load_policy(folder)
     except ValueError as error:
         raise ValueError(f"--reveal=policy:{argument}: {error}") from None
+    return PolicyRule(policy, beta, temperature, folder=folder)
 
 
-def save(folder: str | Path, policy: Policy) -> None:
-    """A folder with config.json and the weights; `load` takes it."""
+def save_policy(folder: str | Path, policy: Policy) -> None:
+    """Write config.json and the weights to a folder; `load_policy` reads them."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(policy.state_dict(), folder / f"{FILE}.new")
-    (folder / f"{FILE}.new").replace(folder / FILE)
-    (folder / "config.json").write_text(json.dumps({"model_type": "policy", **asdict(policy.config)}, indent=1))
+    unfinished = folder / f"{WEIGHTS}.new"
+    save_file(policy.state_dict(), unfinished)
+    unfinished.replace(folder / WEIGHTS)
+    config = {"model_type": "policy", **asdict(policy.config)}
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
 
 
-def load(folder: str | Path) -> Policy:
+RENAMED = {"sure.weight": "confidence.weight", "sure.bias": "confidence.bias"}  # in files of older policies
+
+
+def load_policy(folder: str | Path) -> Policy:
+    """The policy of a folder, without gradients. ValueError if there is none."""
     try:
-        said = json.loads(Path(folder, "config.json").read_text())
-        policy = Policy(PolicyConfig(**{k: v for k, v in said.items() if k != "model_type"}))
-        policy.load_state_dict(load_file(Path(folder, FILE)))
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{folder} holds no unmasking policy ({error}): train one with train_tiny.py --stage=policy"
-                         ) from None
+        config = json.loads(Path(folder, "config.json").read_text())
+        config.pop("model_type", None)
+        policy = Policy(PolicyConfig(**config))
+        weights = load_file(Path(folder, WEIGHTS))
+        policy.load_state_dict({RENAMED.get(name, name): tensor for name, tensor in weights.items()})
+    except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{folder} is not an unmasking policy ({error}): train one with "
+                         "python -m unmasking.train") from None
     return policy.requires_grad_(False)
 
 
-reveal.register("policy", parse)
+reveal.register("policy", parse_rule)

@@ -14,18 +14,18 @@ from experiments.unmasking.hull import bar, hull, point, policies
 from experiments.unmasking.policies import folder
 from experiments.unmasking.worlds import heuristics, opened_world
 from report import generate, metrics, trace
-from unmasking import grpo
-from unmasking import policy as unmask
-from unmasking import train as policy
+from unmasking.grpo import RecordingRule
+from unmasking.policy import PolicyRule, load_policy
+from unmasking.train import MIN_PROMPT, valid
 
 TURNS = 5
 
 
-def learned(options, results: dict) -> unmask.PolicyRule:
+def learned(options, results: dict) -> PolicyRule:
     """The policy of the first seed, of the alpha that is shown, at its temperature."""
     said = next(p for p in results["policies"] if (p["alpha"], p["seed"]) == (results["shown"], 0))
-    made = unmask.load(folder(options) / f"{results['world']},{said['policy']},seed0".replace(" ", "") / "policy")
-    return unmask.PolicyRule(made, temperature=said["temperature"])
+    made = load_policy(folder(options) / f"{results['world']},{said['policy']},seed0".replace(" ", "") / "policy")
+    return PolicyRule(made, temperature=said["temperature"])
 
 
 def told(options, count: int) -> tuple:
@@ -42,11 +42,11 @@ def costs(options, results: dict, expert: str) -> dict:
     rules = {"policy": learned(options, results), expert: heuristics(options.world)[expert],
              "threshold:0.9": reveal.parse("threshold:0.9")}
     writers = {title: generate.diffusion_generator(net, layout, rule, SamplingConfig(temperature=0)) for title, rule in rules.items()}
-    found = in_turns(writers, net, held, tok.eot, 0, TURNS, policy.LEAST)
+    found = in_turns(writers, net, held, tok.eot, 0, TURNS, MIN_PROMPT)
     return {"seconds a token": found, "seconds of the policy a step": alone(rules["policy"], layout.block)}
 
 
-def alone(rule: unmask.PolicyRule, block: int, times: int = 200) -> float:
+def alone(rule: PolicyRule, block: int, times: int = 200) -> float:
     """Of one text."""
     sure, masked = torch.rand(1, block), torch.ones(1, block, dtype=torch.bool)
     numbers, step = torch.rand(1, block, rule.numbers(block)), torch.zeros(1, dtype=torch.long)
@@ -60,12 +60,12 @@ def choices(options, results: dict, expert: str) -> dict:
     """Where the policy and the heuristic that it began with part, in 64 of the policy's texts: how many slots a text
     come off sooner than by that, and how many later, and quantiles of how sure the student is of them."""
     net, layout, held, tok, length = told(options, 64)
-    noted = grpo.RecordingRule(learned(options, results))
+    noted = RecordingRule(learned(options, results))
     writer = generate.diffusion_generator(net, layout, noted, SamplingConfig(temperature=0))
-    generate.generate_texts(writer, held, tok.eot, length, 0, min_prompt=policy.LEAST)
-    seen = noted.stacked()
+    generate.generate_texts(writer, held, tok.eot, length, 0, min_prompt=MIN_PROMPT)
+    seen = noted.trajectory()
     theirs = seen.relabelled(heuristics(options.world)[expert]).action[0]
-    ours, sure = seen.action[seen.alive], seen.sure[seen.alive]
+    ours, sure = seen.action[seen.active], seen.confidence[seen.active]
     parted = {"sooner": sure[ours & ~theirs], "later": sure[theirs & ~ours]}
     levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])
     return {name: {"a text": len(some) / len(held), "sure": some.quantile(levels).tolist() if len(some) else []}
@@ -110,7 +110,7 @@ def story(options, results: dict) -> None:
     figure, axes = plt.subplots(2, 1, figsize=(13, 5.4), dpi=130)
     for one, (title, rule) in zip(axes, rules.items()):
         writer = generate.diffusion_generator(net, layout, rule, SamplingConfig(temperature=0))
-        texts, _ = generate.generate_texts(writer, held, tok.eot, length, 0, min_prompt=policy.LEAST)
+        texts, _ = generate.generate_texts(writer, held, tok.eot, length, 0, min_prompt=MIN_PROMPT)
         panel(one, title, *texts[0], tok, layout.block)
     figure.tight_layout()
     where = Path("out/experiments/quick") if options.quick else HERE
@@ -127,7 +127,7 @@ def panel(axes, title: str, text, lens, tok, block: int) -> None:
         part = order[i:i + block]
         steps += (began + part).tolist()
         began += int(part.max()) + 1
-    right = bool(policy.valid(text, tok)[0])
+    right = bool(valid(text, tok)[0])
     for at, (step, piece) in enumerate(zip(steps, pieces)):
         axes.plot(at, step, "s", color=f"C{at // block % 2}", ms=3)
         axes.text(at, step - 0.6, trace.visible(piece).strip(), fontsize=6, rotation=60, va="bottom")

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-import train_tiny
 from data.tinystories import stories
 from decoding.sampling import SamplingConfig
 from experiments.common.job import WORK
@@ -19,8 +18,8 @@ from report import generate, metrics
 from report.compare import write_json
 from training.resume import check_writable, latest_state, start_progress
 from unmasking import grpo
-from unmasking import policy as unmask
-from unmasking import train as policy
+from unmasking.policy import PolicyRule, load_policy
+from unmasking.train import MIN_PROMPT, STATE, get_stories, max_response, train_policy, valid
 
 TEMPERATURES, BETAS = (0.25, 0.5, 1), (0.25, 0.5, 0.75, 1, 10, 100)
 LOOKED, MADE = 1, 3         # to be raised when the same settings give another look, or another policy
@@ -40,14 +39,14 @@ def look(options, rule: Callable, part: str) -> dict:
     for i in range(0, len(held), 128):
         noted = grpo.RecordingRule(rule)
         writer = generate.diffusion_generator(net, layout, noted, SamplingConfig(temperature=0))
-        (text, _), = generate.generate_texts(writer, held[i:i + 128], tok.eot, length, i, min_prompt=policy.LEAST)[0]
-        right.append(policy.valid(text, tok))
-        nfe.append(noted.stacked().alive.sum(0))
+        (text, _), = generate.generate_texts(writer, held[i:i + 128], tok.eot, length, i, min_prompt=MIN_PROMPT)[0]
+        right.append(valid(text, tok))
+        nfe.append(noted.trajectory().nfe)
         forwards += int(text.forwards.sum()) / len(held)
     right, nfe = torch.cat(right), torch.cat(nfe)
-    worth = {str(a): grpo.reward(right, nfe, policy.room(length), a) for a in WORLDS[options.world].alphas}
+    worth = {str(a): grpo.reward(right, nfe, max_response(length), a) for a in WORLDS[options.world].alphas}
     return {"valid": right.mean().item(), "nfe": nfe.float().mean().item(), "forwards": forwards,
-            "length": policy.room(length),
+            "length": max_response(length),
             "reward": {a: r.mean().item() for a, r in worth.items()},
             "error": {a: (r.std() / len(r) ** 0.5).item() for a, r in worth.items()},
             "right": right.int().tolist(), "steps": nfe.tolist()}
@@ -76,20 +75,20 @@ def trained(options, title: str, expert: str, until: tuple, seed: int, begin: tu
     net, layout, length, corpus = opened_world(name, options.quick)
     assert imitable(rule := heuristics(name)[expert])
     until = tuple(2 + sorted({*until}).index(n) for n in until) if options.quick else until
-    settings = grpo.Settings(policy.room(length), expert=rule, **how)
+    settings = grpo.Settings(max_response(length), expert=rule, **how)
     said = {"made": MADE, "student": job_of(name, options.quick).settings, "expert": expert, "until": list(until),
-            "seed": seed, "rate": settings.rate, **{k: getattr(v, "__name__", v) for k, v in how.items()}}
+            "seed": seed, "rate": settings.lr, **{k: getattr(v, "__name__", v) for k, v in how.items()}}
     out = check_writable(folder(options) / f"{name}, {title}, seed {seed}".replace(" ", ""))
     if not (out / "job.json").exists() or json.loads((out / "job.json").read_text()) != said:
         (out / "job.json").unlink(missing_ok=True)
         same = (out / "begun.json").exists() and json.loads((out / "begun.json").read_text()) == said
         if not same:
-            start_progress(out / "policy" / policy.STATE, said)
+            start_progress(out / "policy" / STATE, said)
             write_json(out / "begun.json", said)
-        data = partial(train_tiny.get_batch, corpus, length=length, seed=seed, device="cpu")
-        begin = begin and (unmask.load(begin[0] / "policy").requires_grad_(True), until[begin[1]])
-        resume, begun = same and latest_state(out / "policy" / policy.STATE) is not None, time.process_time()
-        policy.learn(net, layout, None, corpus, data, settings, until, seed, out, said, resume, begin)
+        data = partial(get_stories, corpus, length=length, seed=seed, device="cpu")
+        begin = begin and (load_policy(begin[0] / "policy").requires_grad_(True), until[begin[1]])
+        resume, begun = same and latest_state(out / "policy" / STATE) is not None, time.process_time()
+        train_policy(net, layout, None, corpus, data, settings, until, seed, out, said, resume, begin)
         write_json(out / "seconds.json", time.process_time() - begun)
         write_json(out / "job.json", said)
     return out, said
@@ -98,7 +97,7 @@ def trained(options, title: str, expert: str, until: tuple, seed: int, begin: tu
 def records(out: Path) -> list[list]:
     """Of each update: its number, reward, quality, NFE, doubts, the share of groups that were worth the same."""
     lines = {x["step"]: x for x in map(json.loads, (out / "policy.jsonl").read_text().splitlines()[1:])}
-    names = ("step", "reward", "quality", "nfe", "doubts", "alike")
+    names = ("step", "reward", "quality", "nfe", "exploration", "tied_groups")
     return [[x.get(name) for name in names] for x in lines.values()]                        # of a resumed one the last
 
 
@@ -131,7 +130,7 @@ def grown(options, expert: str, shown: float, work: tuple[float, int]) -> dict:
 def judged(options, out: Path, said: dict, title: str, expert: str, seed: int, alpha: float | None = None,
            more: bool = False) -> dict:
     """Its looks. Its temperature is the one whose reward is best on the stories for choosing; scaled, it is 1."""
-    made = unmask.PolicyRule(unmask.load(out / "policy"))
+    made = PolicyRule(load_policy(out / "policy"))
 
     def of(rule, part, what=""):
         return looked(options, rule, part, f"{title}, seed {seed}, at {rule.temperature}, {what}", said)

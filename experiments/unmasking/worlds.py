@@ -13,8 +13,8 @@ from decoding.reveal import largest
 from experiments.common.conversion import opened
 from experiments.common.job import Job, tiny
 from experiments.common.students import student
-from unmasking import grpo
-from unmasking import policy as unmask
+from unmasking.grpo import BLOCK_SETTINGS, FULL_SEQUENCE_SETTINGS
+from unmasking.policy import WindowRule
 
 ANY = {"source": "data", "states": "random", "target": "onehot", "weight": "1/t", "lr": 0.01}
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -37,9 +37,9 @@ class World:
 
 WORLDS = {
     "blocks": World({**ANY, "block": 8}, 480, (2, 4, 8), (4,), (0, 0.3, 1, 3, 10),
-                    grpo.IN_BLOCKS, (150, 350, 550)),
+                    BLOCK_SETTINGS, (150, 350, 550)),
     "whole": World({**ANY, "block": 0, "context": "block"}, 1600, (8, 32, 96), (4, 8), (0.3, 1, 3, 10),
-                   grpo.OF_WHOLE_TEXTS, (100, 220, 340), 0.3)}
+                   FULL_SEQUENCE_SETTINGS, (100, 220, 340), 0.3)}
 
 
 def job_of(name: str, quick: bool) -> Job:
@@ -54,7 +54,7 @@ def opened_world(name: str, quick: bool) -> tuple:
     return *student(job), resolve_options.length, corpus
 
 
-def heuristics(name: str) -> dict[str, unmask.WindowRule]:
+def heuristics(name: str) -> dict[str, WindowRule]:
     """Rules over their parameters, in blocks of several sizes, or in windows that slide; of a whole block both are the
     same."""
     sizes, windows = WORLDS[name].sizes, WORLDS[name].windows
@@ -64,7 +64,7 @@ def heuristics(name: str) -> dict[str, unmask.WindowRule]:
     specs += [(f"{rule}:{n}{by}", size, False) for rule, by in COUNTS for n in (1, 2, 4)
               for size in sizes[::2] if n < size]
     specs += [(f"ancestral:{whole // n}", whole, False) for n in (1, 2, 4)]
-    return {f"{spec} in {size}{', sliding' * slides}": unmask.WindowRule(parsed(spec), size, slides or size == whole)
+    return {f"{spec} in {size}{', sliding' * slides}": WindowRule(parsed(spec), size, slides or size == whole)
             for spec, size, slides in specs}
 
 
@@ -74,7 +74,7 @@ def parsed(spec: str) -> reveal.Rule:
     return reveal.parse(spec, by or None)
 
 
-def imitable(rule: unmask.WindowRule) -> bool:
+def imitable(rule: WindowRule) -> bool:
     """If it is a function of what a policy sees, the largest probabilities from the first mask on."""
     return rule.slides and rule.confidence is largest and not rule.rolls
 
