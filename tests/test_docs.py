@@ -315,11 +315,11 @@ def test_the_debugger_s_tour(tmp_path):
     run = subprocess.run([sys.executable, *flags, *small], input="\n".join(lines) + "\n", capture_output=True,
                          text=True, cwd=ROOT, timeout=600, check=False, env=environment)
     stops = re.findall(r"> \S*opdlm\.py\(\d+\)(\w+)\(\)", run.stdout)
-    expected = ["train", "rollout", "rollout", "find_response", "rollout", "train_step", "student_logits",
-                "train_step", "distill_loss", "train_step"]
+    expected = ["train", "rollout", "find_response", "rollout", "train_step", "student_logits", "train_step",
+                "distill_loss", "train_step"]
     assert stops == expected, run.stdout[-2000:] + run.stderr[-2000:]
     breakpoints = sum(line.startswith("tbreak") for line in lines)
-    assert len(re.findall(r"Deleted breakpoint", run.stdout)) == breakpoints == 7
+    assert len(re.findall(r"Deleted breakpoint", run.stdout)) == breakpoints == 6
     assert "***" not in run.stdout, run.stdout[-2000:]
     assert "▢" in run.stdout
 
