@@ -29,6 +29,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
 README = TEXT["README.md"]
 NUMBER = r"[0-9]+[.][0-9]+"
+SPREAD = r"-?\d+\.\d+\s\(-?\d+\.\d+\sto\s-?\d+\.\d+\)"           # mean (smallest to largest)
 PROGRAMS = {
     "train_tiny.py": (train_tiny.Config, train_tiny.PRESETS),
     "sample.py": (sample.Options, None),
@@ -38,6 +39,12 @@ PROGRAMS = {
 
 def results(name: str, file: str) -> dict:
     return json.loads((ROOT / "experiments" / name / "results" / file).read_text())
+
+
+def results_pages() -> str:
+    """The text of all generated pages, in one line."""
+    pages = sorted((ROOT / "experiments").glob("*/README.md"))
+    return " ".join(" ".join(page.read_text(encoding="utf-8").split()) for page in pages)
 
 
 def rows_of_table(page: str, first_cell: str) -> list[list[str]]:
@@ -89,9 +96,21 @@ def test_the_readme_has_at_most_30_decimal_numbers():
 
 def test_every_decimal_number_of_the_readme_stands_on_another_page():
     pages = [text for name, text in TEXT.items() if name != "README.md"]
-    pages += [page.read_text(encoding="utf-8") for page in (ROOT / "experiments").glob("*/README.md")]
-    known = {number for text in pages for number in re.findall(NUMBER, text)}
+    known = {number for text in [*pages, results_pages()] for number in re.findall(NUMBER, text)}
     assert set(re.findall(NUMBER, README)) <= known
+
+
+def test_every_number_of_the_readme_s_results_stands_on_a_results_page():
+    section = README.partition("\n## What you should see")[2].partition("\n## The method")[0]
+    numbers = set(re.findall(NUMBER, section))
+    assert len(numbers) >= 15 and numbers <= set(re.findall(NUMBER, results_pages()))
+
+
+@pytest.mark.parametrize("page", [page for page in TEXT if re.search(SPREAD, TEXT[page])])
+def test_every_number_with_its_spread_stands_on_a_results_page(page):
+    pages = results_pages()
+    for number in re.findall(SPREAD, " ".join(TEXT[page].split())):
+        assert number in pages, number
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/reference.md"])
