@@ -48,9 +48,10 @@ def speculative_generator(student, layout: Layout, teacher=None, sampling: Calla
     from decoding import speculative
 
     def write(prompt, length, u, eot, prompt_len):
-        made = speculative.verified(student, layout, prompt, length, u, eot, sampling, teacher, prompt_len)
-        tokens, when, forwards, positions = made
-        return opdlm.Rollout(tokens, when, when >= 0, forwards, positions)
+        text = speculative.speculative_decode(student, layout, prompt, length, u, eot, sampling, teacher,
+                                              prompt_len)
+        response_mask = text.accepted_in >= 0
+        return opdlm.Rollout(text.tokens, text.accepted_in, response_mask, text.forwards, text.positions)
     return TextGenerator(student, 3, write, partial(trace.from_turns, block=layout.block))
 
 
