@@ -143,7 +143,7 @@ def chi_square_deviations(a, b):
 @pytest.mark.parametrize("self_verify", [True, False])
 def test_stories_have_the_verifier_s_distribution(story_world, self_verify):
     """The first 16 tokens of 4,000 stories against as many of the plain sampler. Drafts accepted 1.3 times
-    too often would give 3 to 5 standard deviations; the student's text in place of the teacher's, hundreds."""
+    too often would give 3 to 5 standard deviations; the student instead of its teacher gives hundreds."""
     student, teacher, tok = story_world
     rows = 4000
     L = 16
