@@ -182,7 +182,7 @@ def test_schedules_by_hand():
 
 
 def test_a_derived_schedule_takes_the_cheapest_steps():
-    """Eight steps at t = 1, 7/8, ..., 1/8. The cost of a light step rises with t or is least in the middle."""
+    """Eight steps at t = 1, 7/8, ..., 1/8. The cost of a light step rises with t or is least halfway."""
     rising = {"t": [0.125, 0.375, 0.625, 0.875], "kl": [0.0, 1.0, 2.0, 3.0]}
     assert derive_schedule(rising, 8, 0.25) == parse_schedule("H6,L2")
     hollow = {"t": [1 / 12, 3 / 12, 5 / 12, 7 / 12, 9 / 12, 11 / 12], "kl": [3.0, 1.0, 0.0, 0.0, 1.0, 3.0]}
