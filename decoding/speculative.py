@@ -139,7 +139,7 @@ def accept(p: Tensor, q: Tensor, drafts: Tensor, u: Tensor) -> tuple[Tensor, Ten
     p_next = p[row, num_accepted]                                # (B, V)
     q_next = q[row, num_accepted]
     residual = (p_next - q_next).clamp(min=0)
-    has_residual = residual.sum(-1, keepdim=True) > 0            # False only if p = q: rejected by rounding
+    has_residual = residual.sum(-1, keepdim=True) > 0            # False only if p = q, up to rounding
     residual = torch.where(has_residual, residual, p_next)
     return num_accepted, inverse_cdf(residual, u[row, num_accepted, RESAMPLE])
 
@@ -279,11 +279,11 @@ class DraftLayout:
     read: Tensor            # flat indices into B * (W + M); per row A + 1 to verify, (A + 1)(K - 1) to draft
 
     @classmethod
-    def of(cls, rows: int, num_uncached: int, drafts: int, block: int, device) -> "DraftLayout":
-        """The last `num_uncached` accepted tokens, `drafts` (A) drafts, then A + 1 blocks of masks."""
-        W = num_uncached + drafts
-        text = torch.arange(-num_uncached, drafts, device=device)            # (W,) positions
-        num_accepted = torch.arange(drafts + 1, device=device)               # one block of masks for each
+    def of(cls, rows: int, num_uncached: int, num_drafts: int, block: int, device) -> "DraftLayout":
+        """The last `num_uncached` accepted tokens, `num_drafts` (A) drafts, then A + 1 blocks of masks."""
+        W = num_uncached + num_drafts
+        text = torch.arange(-num_uncached, num_drafts, device=device)            # (W,) positions
+        num_accepted = torch.arange(num_drafts + 1, device=device)           # one block of masks for each
         slot = torch.arange(block, device=device)
         masks = (num_accepted[:, None] + slot).flatten()                     # (M,) positions
         column = torch.arange(W + len(masks), device=device)
@@ -294,11 +294,11 @@ class DraftLayout:
         same_block = block_index[:, None] == block_index                     # (M, M)
 
         verify = num_uncached - 1 + num_accepted                 # (A + 1,) columns of x and the drafts
-        draft = column[W:].view(drafts + 1, block)[:, :-1]       # columns of all but the last mask of a block
+        draft = column[W:].view(num_drafts + 1, block)[:, :-1]   # columns of all masks but a block's last
         read = torch.cat([verify, draft.flatten()])
         first_column = torch.arange(rows, device=device)[:, None] * len(column)
         return cls(
-            key=(num_uncached, drafts),
+            key=(num_uncached, num_drafts),
             position=torch.cat([text, masks]),
             is_mask=column >= W,
             mask_slot=column - W,
@@ -338,8 +338,8 @@ class DraftStream:
         self.forwards = torch.zeros_like(prompt_len)
         self.positions = torch.zeros_like(prompt_len)
 
-    def __call__(self, tokens: Tensor, size: Tensor, drafts: int, active: Tensor) -> StreamOutput:
-        """One pass over the accepted text that is not in the cache, the `drafts` (A) after it, and the masks.
+    def __call__(self, tokens: Tensor, size: Tensor, num_drafts: int, active: Tensor) -> StreamOutput:
+        """One pass over the accepted text that is not in the cache, `num_drafts` (A) drafts, and the masks.
 
         `tokens` (B, T) holds the accepted text, of length `size` (B,), and the drafts. Rows that are not
         `active` (B,) cost nothing, and their hidden states are not valid.
@@ -349,15 +349,15 @@ class DraftStream:
         # The first pass reads the prompts. Later, accepted drafts are already in the cache, since they were
         # verified; only the token after them is new.
         num_uncached = int(size.max()) if self.layout is None else 1
-        if self.layout is None or self.layout.key != (num_uncached, drafts):
-            self.layout = DraftLayout.of(B, num_uncached, drafts, K, size.device)
+        if self.layout is None or self.layout.key != (num_uncached, num_drafts):
+            self.layout = DraftLayout.of(B, num_uncached, num_drafts, K, size.device)
         layout = self.layout
 
         position = size[:, None] + layout.position               # (B, W + M)
         used = (position >= 0) & (position < self.end[:, None])  # the others are padding
         used = used & active[:, None]
         cache_slot = torch.where(layout.is_mask, layout.mask_slot, self.num_mask_slots + position)
-        dump = self.cache[0].slots
+        dump = self.cache[0].slots                               # the cache's extra slot, for padding
         cache_index = self.cache[0].place(torch.where(used, cache_slot, dump))
         position = torch.where(used, position, 0)
         inputs = tokens.gather(1, position)
@@ -369,21 +369,21 @@ class DraftStream:
         self.positions = self.positions + used.sum(1)
 
         hidden = hidden.view(B, -1, hidden.size(-1))             # (B, (A + 1) max(K, 1), C)
-        verify_hidden = hidden[:, :drafts + 1]
-        draft_hidden = hidden[:, drafts + 1:]
-        draft_hidden = draft_hidden.reshape(B, drafts + 1, max(K - 1, 0), hidden.size(-1))
+        verify_hidden = hidden[:, :num_drafts + 1]
+        draft_hidden = hidden[:, num_drafts + 1:]
+        draft_hidden = draft_hidden.reshape(B, num_drafts + 1, max(K - 1, 0), hidden.size(-1))
         return StreamOutput(verify_hidden, draft_hidden, output_layer)
 
     def mask(self, size: Tensor, used: Tensor) -> Tensor:
         """(B, 1, W + M, S): the attention mask. Keys are the cache slots, first of masks, then of text."""
         layout = self.layout
         M = layout.sees_mask.size(1)
-        _, drafts = layout.key
+        _, num_drafts = layout.key
         text_slots = self.cache[0].slots - self.num_mask_slots
-        num_text = min(int(size.max()) + drafts, text_slots)     # text after it is not attended to
+        num_text = min(int(size.max()) + num_drafts, text_slots)     # text after it is not attended to
         text = torch.arange(num_text, device=size.device)
         last_visible = size[:, None] + layout.last_visible       # (B, W + M)
-        last_visible = last_visible.clamp(min=0)                 # padding attends to one key
+        last_visible = last_visible.clamp(min=0)                 # every query needs a key, padding too
         sees_text = text <= last_visible[..., None]              # (B, W + M, num_text)
         mask_used = used[:, used.size(1) - M:]                   # (B, M)
         sees_mask = layout.sees_mask & mask_used[:, None]        # (B, W + M, M)
