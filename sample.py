@@ -152,7 +152,7 @@ def load_denoiser(options: Options, tok, layout: Layout, rule: reveal.Rule, devi
                          "with the same --align and --context")
     if tokenizer.load(folder).to_json() != tok.to_json():
         raise ValueError(f"--light={options.light} has another tokenizer: train both models on the same text")
-    schedule = scheduling.read(options.schedule, folder, rule)
+    schedule = scheduling.load_schedule(options.schedule, folder, rule)
     max_steps = rule.steps(layout.block)
     if schedule.by == "step" and len(schedule.steps()) != max_steps:
         raise ValueError(f"--schedule={options.schedule} has {len(schedule.steps())} steps, but "

@@ -1,16 +1,40 @@
-"""Lossless decoding: what diffusion drafts, an autoregressive model verifies; the text is the verifier's, sooner.
+"""Lossless speculative decoding: diffusion drafts several tokens at once, an AR model verifies them.
 
-A block of masks behind the accepted text gives a draft of each of its tokens, all of one state, each from its own
-distribution q. One causal pass over the drafts gives what the verifier would have drawn them from, p. From the left,
-a draft is accepted with probability min(1, p / q); in place of the first that is not, a token comes from (p - q)+
-(speculative sampling, 2211.17192). So the text has the verifier's distribution, whoever drafts; at temperature 0 it is
-the verifier's, token for token.
+The student puts a block of masks after the accepted text and drafts a token for each mask. All drafts come
+from the same state, each from a distribution q of its own. One causal pass over the drafts then gives the
+distributions p from which the verifier would have sampled these tokens. From the left, a draft is accepted
+with probability min(1, p / q). The first rejected draft is replaced by a token sampled from (p - q)+, and the
+drafts after it are dropped (speculative sampling, arXiv 2211.17192). So the text has the verifier's
+distribution, whatever model drafts it. At temperature 0 it equals the verifier's text, token by token.
 
-The verifier may be the teacher: two forwards in turn, the student's and the teacher's. Or the student itself, which
-under its causal mask is an AR model: then one forward verifies the drafts, and behind each number of them that may be
-accepted stands a block of masks, to draft on from there (TiDAR, 2511.08923).
+There are two verifiers:
 
-Letters: B rows, T positions, K block, V vocabulary, C width, A drafts to verify.
+    TeacherVerifier   The teacher. An iteration takes two forward passes: the student drafts, the teacher
+                      verifies.
+    SelfVerifier      The student itself, which is an AR model under its causal mask. An iteration takes one
+                      forward pass: it verifies the drafts, and for each number of drafts that may be accepted
+                      it already makes the next drafts (TiDAR, arXiv 2511.08923).
+
+One pass of the SelfVerifier with block size K = 3, so with A = K - 1 = 2 drafts d1 and d2. The accepted text
+has n tokens, at the positions 0 .. n - 1; all but the last one, x, are in the cache. M is a mask. `#` means
+"may attend".
+
+                              keys
+    query    position         cache  x d1 d2   M M M   M M M   M M M    predicts
+    x        n - 1              #    #  .  .   . . .   . . .   . . .    p of token n
+    d1       n                  #    #  #  .   . . .   . . .   . . .    p of token n + 1
+    d2       n + 1              #    #  #  #   . . .   . . .   . . .    p of token n + 2
+    M M M    n .. n + 2         #    #  .  .   # # #   . . .   . . .    q of n + 1, n + 2: no draft accepted
+    M M M    n + 1 .. n + 3     #    #  #  .   . . .   # # #   . . .    q of n + 2, n + 3: d1 accepted
+    M M M    n + 2 .. n + 4     #    #  #  #   . . .   . . .   # # #    q of n + 3, n + 4: d1, d2 accepted
+
+If `a` drafts are accepted, token n + a is sampled from (p - q)+, or from p after the last draft, and becomes
+the next x. Block `a` of the masks begins at the position of this token and has drafts for the K - 1 tokens
+after it; the other blocks are discarded. The last mask of a block is not read, since the logits at position
+i - 1 predict token i.
+
+Shapes: B rows, T positions, P prompt, K block size, V vocabulary, C width, A drafts to verify. In one forward
+pass: W text positions (accepted tokens that are not in the cache, then drafts), M masks, S keys.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,196 +48,349 @@ from decoding.sampling import SamplingConfig, inverse_cdf
 from model.gpt import Cache
 from model.masks import Layout
 
-DRAFT, ACCEPT, INSTEAD = range(3)       # what the three uniform numbers of a position are for
+DRAFT, ACCEPT, RESAMPLE = range(3)      # what the three random numbers of a position are used for
+
+# 1. the loop: draft, verify, accept ------------------------------------------------------------------------
 
 
-def accept(p: Tensor, q: Tensor, draft: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """(B,) how many drafts are accepted, and the token (B,) behind them. `p`, `q` (B, A + 1, V), `draft` (B, A + 1),
-    `u` (B, A + 1, 3). Where nothing is drafted q is 0, and what comes in its place is drawn from p itself."""
-    p_of, q_of = (x.gather(2, draft[..., None])[..., 0] for x in (p, q))                # (B, A + 1)
-    kept = (q_of > 0) & (u[..., ACCEPT] * q_of < p_of)
-    count = kept.cumprod(1).sum(1)                                                      # (B,) at most A
+@dataclass
+class SpeculativeText:
+    """A text and the iterations in which its tokens were accepted."""
+    tokens: Tensor          # (B, T) prompt and response, padded with end-of-text
+    accepted_in: Tensor     # (B, T) iteration, from 0, that accepted a token; -1 outside the response
+    forwards: Tensor        # (B,) forward passes spent on a row, those of drafter and verifier
+    positions: Tensor       # (B,) positions processed in these passes
+
+
+@torch.no_grad()
+def speculative_decode(student, layout: Layout, prompt: Tensor, length: int, u: Tensor, eot: int,
+                       sampling: Callable = SamplingConfig(), teacher=None,
+                       prompt_len: Tensor | None = None) -> SpeculativeText:
+    """Generate up to `length` tokens after each row of `prompt` (B, P), until an end-of-text token.
+
+    The text has the distribution of the `teacher`; without one, that of the student as an AR model. `u`
+    (B, P + length, 3) holds uniform random numbers, three per position: DRAFT, ACCEPT, RESAMPLE.
+    `prompt_len` (B,) gives the prompts' lengths where they differ.
+    """
+    B, P = prompt.shape
+    K = layout.block
+    T = P + length
+    device = prompt.device
+    row = torch.arange(B, device=device)[:, None]                # (B, 1) for indexing
+    offset = torch.arange(K + 1, device=device)                  # at most K drafts, and one more token
+    if prompt_len is None:
+        prompt_len = torch.full((B,), P, device=device)
+    end = prompt_len + length                                    # (B,)
+    if teacher is None:
+        verifier = SelfVerifier(student, layout, prompt_len, end)
+    else:
+        verifier = TeacherVerifier(student, layout, prompt_len, end, teacher)
+
+    # The canvas: everything after the prompt is MASK. K + 1 extra positions, since drafts may overhang.
+    tokens = F.pad(prompt, (0, length + K + 1), value=student.mask_id)
+    position = torch.arange(tokens.size(1), device=device)
+    tokens = tokens.masked_fill(position >= prompt_len[:, None], student.mask_id)
+    accepted_in = torch.full_like(tokens, -1)
+    u = F.pad(u, (0, 0, 0, K + 1))
+
+    size = prompt_len                                            # (B,) length of the accepted text
+    iteration = 0
+    while (size < end).any():
+        index = size[:, None] + offset                           # (B, K + 1) the next positions
+        u_next = u[row, index]                                   # (B, K + 1, 3)
+        p, q, drafts = verifier(tokens, size, size < end, u_next, sampling)
+        index = index[:, :drafts.size(1)]                        # (B, A + 1)
+        u_next = u_next[:, :drafts.size(1)]
+        num_accepted, next_token = accept(p, q, drafts, u_next)  # (B,) each
+        new_tokens = drafts.scatter(1, num_accepted[:, None], next_token[:, None])
+
+        # Keep the accepted drafts and the token after them, up to the first end-of-text.
+        last_new = (size + num_accepted)[:, None]
+        is_new = (index <= last_new) & (index < end[:, None])    # (B, A + 1)
+        is_eot = is_new & (new_tokens == eot)
+        eots_before = is_eot.cumsum(1) - is_eot.long()
+        is_new = is_new & (eots_before == 0)
+        tokens = tokens.scatter(1, index, torch.where(is_new, new_tokens, student.mask_id))
+        accepted_in = accepted_in.scatter(1, index, torch.where(is_new, iteration, -1))
+
+        size = (size + num_accepted + 1).minimum(end)
+        size = torch.where(is_eot.any(1), end, size)
+        iteration += 1
+
+    tokens = tokens[:, :T]
+    tokens = tokens.masked_fill(tokens == student.mask_id, eot)  # masks remain only after the end of a text
+    forwards, positions = verifier.cost
+    return SpeculativeText(tokens, accepted_in[:, :T], forwards, positions)
+
+
+def accept(p: Tensor, q: Tensor, drafts: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """How many drafts are accepted (B,), and the token after them (B,).
+
+    `p`, `q` (B, A + 1, V): the distributions of verifier and drafter; `drafts` (B, A + 1); `u` (B, A + 1, 3).
+    At a position without a draft, such as the last one, q is 0 and the token is sampled from p.
+    """
+    p_draft = p.gather(2, drafts[..., None])[..., 0]             # (B, A + 1) probability of the draft
+    q_draft = q.gather(2, drafts[..., None])[..., 0]
+    is_accepted = u[..., ACCEPT] * q_draft < p_draft             # with probability min(1, p / q)
+    is_accepted = is_accepted & (q_draft > 0)
+    num_accepted = is_accepted.cumprod(1).sum(1)                 # (B,) before the first rejection, at most A
+
     row = torch.arange(len(p), device=p.device)
-    rest = (p - q).clamp(min=0)[row, count]                                             # (B, V)
-    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p[row, count])             # p = q, but for rounding
-    return count, inverse_cdf(rest, u[row, count, INSTEAD])
+    p_next = p[row, num_accepted]                                # (B, V)
+    q_next = q[row, num_accepted]
+    residual = (p_next - q_next).clamp(min=0)
+    has_residual = residual.sum(-1, keepdim=True) > 0            # False only if p = q, up to rounding
+    residual = torch.where(has_residual, residual, p_next)
+    return num_accepted, inverse_cdf(residual, u[row, num_accepted, RESAMPLE])
 
+
+# 2. verifiers ----------------------------------------------------------------------------------------------
+# Arguments of a call: tokens (B, T); `size` (B,), the length of the accepted text; `active` (B,), the rows
+# that are not finished; u (B, K + 1, 3) of the positions from `size` on; the sampling. It returns p and q
+# (B, A + 1, V) and drafts (B, A + 1) for the positions size .. size + A. The last of them has no draft.
 
 class SelfVerifier:
-    """The student verifies its own drafts; one forward an iteration."""
+    """The student verifies its own drafts: one forward pass per iteration."""
 
-    def __init__(self, student, layout: Layout, begin: Tensor, end: Tensor):
+    def __init__(self, student, layout: Layout, prompt_len: Tensor, end: Tensor):
         if (layout.context_block, layout.logit_shift) != (1, 1):
-            raise ValueError("a student that verifies itself must read finished text as an AR model does: convert it "
-                             "with --align=ar --context=causal, or take its teacher as the verifier")
-        block = layout.block * (layout.block > 1)                          # a block of one slot has nothing to draft
-        self.stream, self.before = DraftStream(student, block, begin, end), None
+            raise ValueError("this student cannot verify its own drafts, since it does not read finished "
+                             "text as an AR model does: convert it with --align=ar --context=causal, or use "
+                             "its teacher as the verifier")
+        block = layout.block if layout.block > 1 else 0          # a block of one position drafts nothing
+        self.stream = DraftStream(student, block, prompt_len, end)
+        self.last_size = None                                    # of the last iteration, with its output
+        self.last_output = None
 
-    def __call__(self, tokens, size, working, u, sampling) -> tuple[Tensor, Tensor, Tensor]:
-        """p, q (B, A + 1, V) and drafts (B, A + 1), the last of them none; `u` (B, K + 1, 3) of the positions from
-        `size` on."""
-        q, row = None, torch.arange(len(size), device=size.device)
-        drafts = tokens[:, :0]
-        if self.before is not None:
-            before, ahead, table = self.before
-            chosen = ahead[row, (size - before - 1).clamp(0, ahead.size(1) - 1)]        # (B, K - 1, C)
-            q = warped(sampling, F.linear(chosen, *table))
-            drafts = drawn(q, u)
-            tokens = put(tokens, drafts, size)
-        behind, ahead, table = self.stream(tokens, size, drafts.size(1), working)
-        self.before = size, ahead, table
-        p = warped(sampling, F.linear(behind, *table))
-        return p, torch.zeros_like(p) if q is None else F.pad(q, (0, 0, 0, 1)), F.pad(drafts, (0, 1))
+    def __call__(self, tokens: Tensor, size: Tensor, active: Tensor, u: Tensor,
+                 sampling: Callable) -> tuple[Tensor, Tensor, Tensor]:
+        if self.last_output is None:
+            q = None
+            drafts = tokens[:, :0]                               # no drafts before the first pass
+        else:
+            q = self.draft_probs(size, sampling)                 # (B, K - 1, V)
+            drafts = sample_drafts(q, u)
+            tokens = write_drafts(tokens, drafts, size)
+        output = self.stream(tokens, size, drafts.size(1), active)
+        self.last_size = size
+        self.last_output = output
+        p = to_probs(output.logits(output.verify_hidden), sampling)          # (B, A + 1, V)
+        q = torch.zeros_like(p) if q is None else F.pad(q, (0, 0, 0, 1))
+        return p, q, F.pad(drafts, (0, 1))
+
+    def draft_probs(self, size: Tensor, sampling: Callable) -> Tensor:
+        """(B, K - 1, V): q, from the block of masks that belongs to the number of accepted drafts."""
+        hidden = self.last_output.draft_hidden                   # (B, A + 1, K - 1, C)
+        num_accepted = size - self.last_size - 1
+        num_accepted = num_accepted.clamp(0, hidden.size(1) - 1)     # out of range in finished rows
+        row = torch.arange(len(size), device=size.device)
+        logits = self.last_output.logits(hidden[row, num_accepted])
+        return to_probs(logits, sampling)
 
     @property
     def cost(self) -> tuple[Tensor, Tensor]:
+        """Forward passes and positions of each row, (B,) each."""
         return self.stream.forwards, self.stream.positions
 
 
 class TeacherVerifier:
-    """The student drafts a block and the teacher verifies it; two forwards an iteration."""
+    """The student drafts and the teacher verifies: two forward passes per iteration."""
 
-    def __init__(self, student, layout: Layout, begin: Tensor, end: Tensor, teacher):
-        self.drafter, self.stream, self.begin = Denoiser(student, layout), DraftStream(teacher, 0, begin, end), begin
-        self.drafter.reset(begin, end)
+    def __init__(self, student, layout: Layout, prompt_len: Tensor, end: Tensor, teacher):
+        self.layout = layout
+        self.prompt_len = prompt_len
+        self.end = end
+        self.drafter = Denoiser(student, layout)
+        self.drafter.reset(prompt_len, end)
+        self.stream = DraftStream(teacher, 0, prompt_len, end)
 
-    def __call__(self, tokens, size, working, u, sampling) -> tuple[Tensor, Tensor, Tensor]:
-        """The same. A student that is causal between its blocks begins a block anywhere; the other fills up its own."""
-        layout = self.drafter.layout
-        done = (size - self.begin) % layout.block * (layout.context_block > 1) * working  # (B,) of the block
-        self.drafter.prompt = size - done                                  # from where blocks are counted
-        block = torch.arange(layout.block, device=size.device)
-        masked = (block >= done[:, None]) & ((size - done)[:, None] + block < self.drafter.end[:, None])    # (B, K)
-        logits = self.drafter(tokens, size - done, masked)                              # (B, K, V)
-        slot = done[:, None] + block                                       # (B, K) of drafts, in the block
-        place = slot.clamp(max=layout.block - 1)[..., None].expand(-1, -1, logits.size(-1))
-        q = warped(sampling, logits.gather(1, place)) * (slot < layout.block)[..., None]
-        drafts = drawn(q, u)
-        behind, _, table = self.stream(put(tokens, drafts, size), size, layout.block, working)
-        return warped(sampling, F.linear(behind, *table)), F.pad(q, (0, 0, 0, 1)), F.pad(drafts, (0, 1))
+    def __call__(self, tokens: Tensor, size: Tensor, active: Tensor, u: Tensor,
+                 sampling: Callable) -> tuple[Tensor, Tensor, Tensor]:
+        q = self.draft_probs(tokens, size, active, sampling)     # (B, K, V)
+        drafts = sample_drafts(q, u)
+        tokens = write_drafts(tokens, drafts, size)
+        output = self.stream(tokens, size, self.layout.block, active)
+        p = to_probs(output.logits(output.verify_hidden), sampling)          # (B, K + 1, V)
+        return p, F.pad(q, (0, 0, 0, 1)), F.pad(drafts, (0, 1))
+
+    def draft_probs(self, tokens: Tensor, size: Tensor, active: Tensor, sampling: Callable) -> Tensor:
+        """(B, K, V): q of the positions size .. size + K - 1, 0 where nothing is drafted.
+
+        With a causal context, a new block begins at `size`. With a context of blocks, which are counted from
+        the end of the prompt, the student completes the block that `size` is in.
+        """
+        K = self.layout.block
+        slot = torch.arange(K, device=size.device)
+        filled = torch.zeros_like(size)                          # (B,) accepted tokens in the current block
+        if self.layout.context_block > 1:
+            filled = (size - self.prompt_len) % K * active
+        start = size - filled                                    # (B,) where the current block begins
+        position = start[:, None] + slot                         # (B, K)
+        masked = (slot >= filled[:, None]) & (position < self.end[:, None])
+        self.drafter.prompt = start                              # the denoiser counts blocks from here
+        logits = self.drafter(tokens, start, masked)             # (B, K, V), from `start` on
+
+        draft_slot = filled[:, None] + slot                      # (B, K) slots of size, size + 1, ...
+        in_block = draft_slot < K
+        index = draft_slot.clamp(max=K - 1)[..., None]
+        logits = logits.gather(1, index.expand(-1, -1, logits.size(-1)))
+        return to_probs(logits, sampling) * in_block[..., None]
 
     @property
     def cost(self) -> tuple[Tensor, Tensor]:
-        return self.drafter.forwards + self.stream.forwards, self.drafter.positions + self.stream.positions
+        """Forward passes and positions of each row, (B,) each."""
+        forwards = self.drafter.forwards + self.stream.forwards
+        positions = self.drafter.positions + self.stream.positions
+        return forwards, positions
 
 
-def warped(sampling, logits: Tensor) -> Tensor:
-    """(B, A, V) probabilities."""
-    return sampling(logits.float().softmax(-1).flatten(0, 1)).view(logits.shape)
+def to_probs(logits: Tensor, sampling: Callable) -> Tensor:
+    """(B, A, V): the probabilities from which tokens are sampled, after temperature, top-k and top-p."""
+    probs = logits.float().softmax(-1)
+    return sampling(probs.flatten(0, 1)).view(logits.shape)
 
 
-def drawn(q: Tensor, u: Tensor) -> Tensor:
-    """(B, A): a draft of each position."""
-    return inverse_cdf(q.flatten(0, 1), u[:, :q.size(1), DRAFT].flatten()).view(q.shape[:2])
+def sample_drafts(q: Tensor, u: Tensor) -> Tensor:
+    """(B, A): one draft from each distribution of `q` (B, A, V)."""
+    u_draft = u[:, :q.size(1), DRAFT]
+    return inverse_cdf(q.flatten(0, 1), u_draft.flatten()).view(q.shape[:2])
 
 
-def put(tokens: Tensor, some: Tensor, size: Tensor) -> Tensor:
-    """`tokens` (B, T) with `some` (B, A) from `size` on."""
-    return tokens.scatter(1, size[:, None] + torch.arange(some.size(1), device=size.device), some)
+def write_drafts(tokens: Tensor, drafts: Tensor, size: Tensor) -> Tensor:
+    """`tokens` (B, T) with the `drafts` (B, A) at positions size .. size + A - 1."""
+    offset = torch.arange(drafts.size(1), device=size.device)
+    return tokens.scatter(1, size[:, None] + offset, drafts)
 
 
-@torch.no_grad()
-def verified(student, layout: Layout, prompt: Tensor, length: int, u: Tensor, eot: int, sampling: Callable = SamplingConfig(),
-             teacher=None, prompt_len: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Text of the `teacher`'s distribution, or if there is none of the student's own as an AR model, after each row of
-    `prompt` (B, P), up to `length` tokens, until an end-of-text. `u` (B, P + length, 3): uniform numbers.
-
-    Tokens (B, P + length); the iteration in which each was accepted, -1 where none was; forwards and positions (B,).
-    """
-    B, P = prompt.shape
-    size = torch.full((B,), P, device=prompt.device) if prompt_len is None else prompt_len       # (B,) accepted so far
-    begin, end, turn = size, size + length, 0
-    tokens, u = F.pad(prompt, (0, length + layout.block + 1)), F.pad(u, (0, 0, 0, layout.block + 1))
-    tokens = tokens.masked_fill(torch.arange(tokens.size(1), device=size.device) >= size[:, None], student.mask_id)
-    when, row = torch.full_like(tokens, -1), torch.arange(B, device=size.device)[:, None]
-    slot = torch.arange(layout.block + 1, device=size.device)
-    verifier = SelfVerifier(student, layout, begin, end) if teacher is None else TeacherVerifier(student, layout, begin, end, teacher)
-    while (working := size < end).any():
-        here = size[:, None] + slot                                                     # (B, K + 1)
-        numbers = u[row, here]                                                          # (B, K + 1, 3)
-        p, q, drafts = verifier(tokens, size, working, numbers, sampling)
-        here, numbers = here[:, :drafts.size(1)], numbers[:, :drafts.size(1)]           # (B, A + 1)
-        count, instead = accept(p, q, drafts, numbers)
-        run = drafts.scatter(1, count[:, None], instead[:, None])                       # (B, A + 1)
-        fits = (here <= (size + count)[:, None]) & (here < end[:, None])
-        over = fits & (run == eot)
-        fits &= over.cumsum(1) - over.long() == 0                                       # nothing behind an end-of-text
-        tokens = tokens.scatter(1, here, torch.where(fits, run, student.mask_id))       # nothing stands there yet
-        when = when.scatter(1, here, torch.where(fits, turn, -1))
-        size = torch.where(over.any(1), end, (size + count + 1).minimum(end))
-        turn += 1
-    tokens, when = tokens[:, :P + length], when[:, :P + length]
-    return tokens.masked_fill(tokens == student.mask_id, eot), when, *verifier.cost
-
-
-
-
-
+# 3. one forward pass over text, drafts and blocks of masks -------------------------------------------------
 
 @dataclass
 class DraftLayout:
-    """One forward, but for the tokens and for where each row's text ends: positions count from there. All forwards but
-    the first have the same."""
-    key: tuple              # how much of the text is pushed, and A
+    """The part of a forward pass that does not depend on tokens and lengths.
+
+    Positions count from the end of the accepted text. The pass has W text positions, then M mask positions.
+    """
+    key: tuple              # (accepted tokens not in the cache, A); while it is the same, so is the layout
     position: Tensor        # (W + M,)
-    noisy: Tensor           # (W + M,) which are masks
-    slot: Tensor            # (W + M,) theirs in the cache
-    sees: Tensor            # (W + M,) up to which text each sees
-    beside: Tensor          # (W + M, M) and which masks
-    read: Tensor            # (B (A + 1) max(K, 1),) whose hidden states are looked at, an index into B (W + M)
+    is_mask: Tensor         # (W + M,) bool
+    mask_slot: Tensor       # (W + M,) cache slot of a mask; negative for text
+    last_visible: Tensor    # (W + M,) last text position that a query attends to
+    sees_mask: Tensor       # (W + M, M) bool: which masks a query attends to
+    read: Tensor            # flat indices into B * (W + M); per row A + 1 to verify, (A + 1)(K - 1) to draft
 
     @classmethod
-    def of(cls, rows: int, back: int, drafts: int, block: int, device) -> "DraftLayout":
-        """The last `back` tokens of the text, the drafts behind them, and a block of masks behind each number of them.
-        """
-        behind, inside = torch.arange(drafts + 1, device=device), torch.arange(block, device=device)
-        clean, masks = torch.arange(-back, drafts, device=device), (behind[:, None] + inside).flatten()  # (W,), (M,)
-        W, slot = len(clean), torch.arange(len(clean) + len(masks), device=device) - len(clean)         # (W + M,)
-        ahead = W + slot[W:].view(drafts + 1, block)[:, :-1].flatten()     # about a block's own end nobody asks
-        read = torch.cat([back - 1 + behind, ahead]) + torch.arange(rows, device=device)[:, None] * len(slot)
-        which = slot[W:] // max(block, 1)                                               # (M,) its block
-        return cls((back, drafts), torch.cat([clean, masks]), slot >= 0, slot,
-                   torch.cat([clean, behind.repeat_interleave(block) - 1]),
-                   F.pad(which[:, None] == which, (0, 0, W, 0)), read.flatten())
+    def of(cls, rows: int, num_uncached: int, num_drafts: int, block: int, device) -> "DraftLayout":
+        """The last `num_uncached` accepted tokens, `num_drafts` (A) drafts, then A + 1 blocks of masks."""
+        W = num_uncached + num_drafts
+        text = torch.arange(-num_uncached, num_drafts, device=device)            # (W,) positions
+        num_accepted = torch.arange(num_drafts + 1, device=device)           # one block of masks for each
+        slot = torch.arange(block, device=device)
+        masks = (num_accepted[:, None] + slot).flatten()                     # (M,) positions
+        column = torch.arange(W + len(masks), device=device)
+
+        # Text is causal. A mask attends to the text before its block, and to its block in both directions.
+        before_block = num_accepted.repeat_interleave(block) - 1             # (M,)
+        block_index = torch.arange(len(masks), device=device) // max(block, 1)
+        same_block = block_index[:, None] == block_index                     # (M, M)
+
+        verify = num_uncached - 1 + num_accepted                 # (A + 1,) columns of x and the drafts
+        draft = column[W:].view(num_drafts + 1, block)[:, :-1]   # columns of all masks but a block's last
+        read = torch.cat([verify, draft.flatten()])
+        first_column = torch.arange(rows, device=device)[:, None] * len(column)
+        return cls(
+            key=(num_uncached, num_drafts),
+            position=torch.cat([text, masks]),
+            is_mask=column >= W,
+            mask_slot=column - W,
+            last_visible=torch.cat([text, before_block]),
+            sees_mask=F.pad(same_block, (0, 0, W, 0)),
+            read=(first_column + read).flatten(),
+        )
+
+
+@dataclass
+class StreamOutput:
+    """Hidden states of one forward pass. Logits are made later, only of the blocks that are used."""
+    verify_hidden: Tensor   # (B, A + 1, C) predict the tokens at size .. size + A
+    draft_hidden: Tensor    # (B, A + 1, K - 1, C) at [:, a]: predict the tokens from size + a + 1 on
+    output_layer: tuple     # its weight (V, C), and its bias if it has one
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, *self.output_layer)
 
 
 class DraftStream:
-    """A network's cached pass over text of which the end may be taken back, and over masks that it never keeps.
-    `forwards` and `positions` (B,) count what each row has cost."""
+    """A network and its KV cache: forward passes over accepted text, drafts, and blocks of masks.
 
-    def __init__(self, net, block: int, begin: Tensor, end: Tensor):
-        """`block`: of the masks, 0 for none. `begin`, `end` (B,): where responses begin and must stop."""
-        self.net, self.block, self.end, self.scratch, self.form = net, block, end, block * block, None
-        self.cache = [Cache(self.scratch + int(end.max())) for _ in net.h]              # masks, then text, then a dump
-        self.forwards, self.positions = torch.zeros_like(begin), torch.zeros_like(begin)
+    The keys and values of a rejected draft are overwritten by those of the token that replaces it. Those of
+    the masks are used in their own pass only. `forwards` and `positions` (B,) count what each row has cost.
+    """
 
-    def __call__(self, tokens: Tensor, size: Tensor, drafts: int, working: Tensor) -> tuple[Tensor, Tensor, tuple]:
-        """Push of the first `size` (B,) of `tokens` (B, T) what is not written, the `drafts` (A) behind them, masks.
+    def __init__(self, net, block: int, prompt_len: Tensor, end: Tensor):
+        """`block`: masks per block, 0 for none. `prompt_len`, `end` (B,): where each response begins and must
+        stop."""
+        self.net = net
+        self.block = block
+        self.end = end
+        self.num_mask_slots = block * block                      # of the cache: masks first, then text
+        self.cache = [Cache(self.num_mask_slots + int(end.max())) for _ in net.h]
+        self.layout = None
+        self.forwards = torch.zeros_like(prompt_len)
+        self.positions = torch.zeros_like(prompt_len)
 
-        Hidden states (B, A + 1, C) about the tokens at size .. size + A; those of the masks behind a = 0 .. A accepted
-        drafts, (B, A + 1, K - 1, C), about the tokens at size + a + 1 and on; and what makes logits of both.
+    def __call__(self, tokens: Tensor, size: Tensor, num_drafts: int, active: Tensor) -> StreamOutput:
+        """One pass over the accepted text that is not in the cache, `num_drafts` (A) drafts, and the masks.
+
+        `tokens` (B, T) holds the accepted text, of length `size` (B,), and the drafts. Rows that are not
+        `active` (B,) cost nothing, and their hidden states are not valid.
         """
-        B, K, A = len(size), self.block, drafts
-        back = int(size.max()) if self.form is None else 1                 # an accepted draft was pushed to be verified
-        if self.form is None or self.form.key != (back, A):
-            self.form = DraftLayout.of(B, back, A, K, size.device)
-        form, position = self.form, size[:, None] + self.form.position                  # (B, W + M)
-        used = (position >= 0) & (position < self.end[:, None]) & working[:, None]      # others are padding
-        at = torch.where(form.noisy, form.slot, self.scratch + position)
-        place = self.cache[0].place(torch.where(used, at, self.cache[0].slots))
+        B = len(size)
+        K = self.block
+        # The first pass reads the prompts. Later, accepted drafts are already in the cache, since they were
+        # verified; only the token after them is new.
+        num_uncached = int(size.max()) if self.layout is None else 1
+        if self.layout is None or self.layout.key != (num_uncached, num_drafts):
+            self.layout = DraftLayout.of(B, num_uncached, num_drafts, K, size.device)
+        layout = self.layout
+
+        position = size[:, None] + layout.position               # (B, W + M)
+        used = (position >= 0) & (position < self.end[:, None])  # the others are padding
+        used = used & active[:, None]
+        cache_slot = torch.where(layout.is_mask, layout.mask_slot, self.num_mask_slots + position)
+        dump = self.cache[0].slots                               # the cache's extra slot, for padding
+        cache_index = self.cache[0].place(torch.where(used, cache_slot, dump))
         position = torch.where(used, position, 0)
-        pushed = tokens.gather(1, position).masked_fill(form.noisy, self.net.mask_id)
-        hidden, table = self.net(pushed, self.mask(size, used), position, form.read, self.cache, place,
-                                 head=lambda hidden, *table: (hidden, table))
-        self.forwards, self.positions = self.forwards + working, self.positions + used.sum(1)
-        hidden = hidden.view(B, -1, hidden.size(-1))
-        return hidden[:, :A + 1], hidden[:, A + 1:].reshape(B, A + 1, max(K - 1, 0), hidden.size(-1)), table
+        inputs = tokens.gather(1, position)
+        inputs = inputs.masked_fill(layout.is_mask, self.net.mask_id)
+        mask = self.mask(size, used)
+        hidden, output_layer = self.net(inputs, mask, position, layout.read, self.cache, cache_index,
+                                        head=without_output_layer)
+        self.forwards = self.forwards + active
+        self.positions = self.positions + used.sum(1)
+
+        hidden = hidden.view(B, -1, hidden.size(-1))             # (B, (A + 1) max(K, 1), C)
+        verify_hidden = hidden[:, :num_drafts + 1]
+        draft_hidden = hidden[:, num_drafts + 1:]
+        draft_hidden = draft_hidden.reshape(B, num_drafts + 1, max(K - 1, 0), hidden.size(-1))
+        return StreamOutput(verify_hidden, draft_hidden, output_layer)
 
     def mask(self, size: Tensor, used: Tensor) -> Tensor:
-        """(B, 1, W + M, S): text is causal; a mask sees the text before its block, and its block, both ways."""
-        form, M = self.form, self.form.beside.size(1)
-        upto = min(int(size.max()) + form.key[1], self.cache[0].slots - self.scratch)
-        text = torch.arange(upto, device=size.device)                                   # the keys' positions
-        sees = (size[:, None] + form.sees).clamp(min=0)                                 # (B, W + M), padding sees one
-        beside = form.beside & used[:, None, used.size(1) - M:]                         # (B, W + M, M)
-        return torch.cat([F.pad(beside, (0, self.scratch - M)), text <= sees[..., None]], 2)[:, None]
+        """(B, 1, W + M, S): the attention mask. Keys are the cache slots, first of masks, then of text."""
+        layout = self.layout
+        M = layout.sees_mask.size(1)
+        _, num_drafts = layout.key
+        text_slots = self.cache[0].slots - self.num_mask_slots
+        num_text = min(int(size.max()) + num_drafts, text_slots)     # text after it is not attended to
+        text = torch.arange(num_text, device=size.device)
+        last_visible = size[:, None] + layout.last_visible       # (B, W + M)
+        last_visible = last_visible.clamp(min=0)                 # every query needs a key, padding too
+        sees_text = text <= last_visible[..., None]              # (B, W + M, num_text)
+        mask_used = used[:, used.size(1) - M:]                   # (B, M)
+        sees_mask = layout.sees_mask & mask_used[:, None]        # (B, W + M, M)
+        sees_mask = F.pad(sees_mask, (0, self.num_mask_slots - M))
+        return torch.cat([sees_mask, sees_text], 2)[:, None]
+
+
+def without_output_layer(hidden: Tensor, *output_layer: Tensor) -> tuple[Tensor, tuple]:
+    """Instead of logits: the hidden states (N, C), and the weights that make logits of them."""
+    return hidden, output_layer

@@ -61,10 +61,10 @@ def speculative_generator(student, layout: Layout, teacher=None,
     from decoding import speculative  # here, because the training script does not need it
 
     def generate(prompt, length, u, eot, prompt_len):
-        tokens, iteration, forwards, positions = speculative.verified(
-            student, layout, prompt, length, u, eot, sampling, teacher, prompt_len)
-        response_mask = iteration >= 0
-        return opdlm.Rollout(tokens, iteration, response_mask, forwards, positions)
+        text = speculative.speculative_decode(student, layout, prompt, length, u, eot, sampling, teacher,
+                                              prompt_len)
+        response_mask = text.accepted_in >= 0
+        return opdlm.Rollout(text.tokens, text.accepted_in, response_mask, text.forwards, text.positions)
 
     make_trace = partial(trace.from_iterations, block=layout.block)
     return TextGenerator(student, 3, generate, make_trace)

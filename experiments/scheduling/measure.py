@@ -9,12 +9,12 @@ import torch
 import opdlm
 from data import story_world
 from data.tinystories import stories
-from decoding import reveal
-from decoding.scheduling import MEASURED, Schedule, ScheduledDenoiser
+from decoding import reveal, scheduling
+from decoding.scheduling import IMPORTANCE_FILE, Schedule, ScheduledDenoiser
 from experiments.common.results import kept
 from experiments.scheduling.models import corpus_of, folder_of, models, trained
 from model.masks import Layout
-from report import importance, metrics
+from report import metrics
 from report.compare import write_json
 
 
@@ -33,16 +33,16 @@ def measured(options, seed: int) -> dict:
         held = metrics.held_out(corpus.val, stories(corpus.val, eot), count, length)
         both, texts = (nets["H"], nets["L"], held, length, eot), [(real(held, length, eot), torch.ones(count).long())]
         said = metrics.text_metrics(nets["judge"], texts, 1.0, corpus.tokenizer, checked(options))
-        return {**importance.curves(*both), "gap": importance.gap(*both, draws=draws, seed=1), "stories": said}
+        return {**scheduling.importance_curves(*both), "gap": scheduling.bound_gap(*both, draws=draws, seed=1), "stories": said}
     settings = {"trained": trained(options), "stories": count, "draws": draws}
     found = kept(folder_of(options) / f"curves-{seed}.json", settings, make)
-    write_json(folder_of(options) / f"L-{seed}" / MEASURED, found)
+    write_json(folder_of(options) / f"L-{seed}" / IMPORTANCE_FILE, found)
     return found
 
 
 def real(stories: list[torch.Tensor], length: int, eot: int) -> opdlm.Rollout:
     """Stories as if they had been written from nothing."""
-    tokens = importance.whole(stories, length, eot)
+    tokens = scheduling.pad_to_length(stories, length, eot)
     one = torch.ones(len(tokens), dtype=torch.long)
     return opdlm.Rollout(tokens, torch.zeros_like(tokens), opdlm.find_response(tokens, one, one * length, eot), one, one)
 

@@ -2,14 +2,14 @@
 import itertools
 import random
 
-from decoding.scheduling import Schedule, costs, derived, placed
+from decoding.scheduling import Schedule, derive_schedule, schedule_from_steps, step_costs
 
 SEGMENTS, LIGHT = 8, 2          # of the exhaustive search: 28 schedules
 
 
 def at(steps: int, light) -> Schedule:
     chosen = set(light)
-    return placed([k in chosen for k in range(steps)])
+    return schedule_from_steps([k in chosen for k in range(steps)])
 
 
 def placements(steps: int, share: float, curves: dict, seed: int) -> dict[str, Schedule]:
@@ -20,7 +20,7 @@ def placements(steps: int, share: float, curves: dict, seed: int) -> dict[str, S
             "all late": at(steps, range(steps - n, steps)),
             "middle": at(steps, range((steps - n) // 2, (steps + n) // 2)),
             "evenly": at(steps, (int((k + 0.5) * steps / n) for k in range(n))),
-            "random": at(steps, random.Random(seed).sample(range(steps), n)), "derived": derived(curves, steps, share)}
+            "random": at(steps, random.Random(seed).sample(range(steps), n)), "derived": derive_schedule(curves, steps, share)}
 
 
 def segments(steps: int) -> dict[str, Schedule]:
@@ -33,7 +33,7 @@ def segments(steps: int) -> dict[str, Schedule]:
 def predicted(names: list[str], curves: dict) -> float:
     """Nats per token that the light ones of these steps cost, to first order: each reveals as many tokens as the next.
     """
-    return sum(x for x, name in zip(costs(curves, len(names)).tolist(), names) if name == "L") / len(names)
+    return sum(x for x, name in zip(step_costs(curves, len(names)).tolist(), names) if name == "L") / len(names)
 
 
 def spearman(x: list[float], y: list[float]) -> float:

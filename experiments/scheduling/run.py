@@ -5,7 +5,7 @@
     python -m experiments.scheduling.run --name=scheduling_text --data=FILE.txt --val_data=FILE.txt --length=64 \
         --updates=4000 --lr=0.005 --samples=128
 
-Measures what the light model costs at each masked share (report/importance.py), derives schedules from that, and judges
+Measures what the light model costs at each masked share (decoding/scheduling.py), derives schedules from that, and judges
 what they write by an AR model that is larger and has read other stories. Leaves experiments/NAME/results.json (every
 seed, every number, the commit) and curves.png, and importance.json beside the light model, which --schedule=auto reads.
 """
@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 
-from decoding.scheduling import derived
+from decoding.scheduling import derive_schedule
 from experiments.common.results import finish, head
 from experiments.scheduling.measure import measured, sampled, seconds
 from experiments.scheduling.placements import at, placements, segments
@@ -59,7 +59,7 @@ def looks(options: Options, seed: int, curves: dict) -> list[tuple]:
     """All that is sampled: name, schedule, steps, samples."""
     many, steps = options.samples, options.steps
     plans = few(steps, curves, seed) | placements(steps, 0.25, curves, seed)
-    plans |= {f"derived {share}": derived(curves, steps, share) for share in SHARES}
+    plans |= {f"derived {share}": derive_schedule(curves, steps, share) for share in SHARES}
     found = [(name, plan, steps, many) for name, plan in plans.items()]
     found += [(name, plan, 4 * steps, max(many // 2, 1)) for name, plan in few(4 * steps, curves, seed).items()]
     return found + [(f"segments {name}", plan, steps, max(many // 4, 1)) for name, plan in segments(steps).items()]

@@ -2,7 +2,7 @@
 import math
 import statistics
 
-from decoding.scheduling import derived
+from decoding.scheduling import derive_schedule
 from experiments.common.results import cell
 from experiments.scheduling.models import LAYERS
 from experiments.scheduling.placements import predicted, spearman
@@ -102,7 +102,7 @@ def draw(results: dict, figure) -> None:
         for name, style in (("ce", ":"), ("kl", "-")):
             left.errorbar(curves["t"], curves[name], curves[f"{name}_error"], color=color, linestyle=style,
                           label=f"{name.upper()}, seed {run['seed']}")
-        light = [1 - k / steps for k, name in enumerate(derived(curves, steps, 0.25).steps()) if name == "L"]
+        light = [1 - k / steps for k, name in enumerate(derive_schedule(curves, steps, 0.25).steps()) if name == "L"]
         left.plot(light, [-0.004 * (1 + run["seed"])] * len(light), "|", color=color)
     left.invert_xaxis()
     left.set(xlabel="t, share masked: from all to none", ylabel="nats a masked token, light above heavy")

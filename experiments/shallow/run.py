@@ -81,7 +81,7 @@ def looks(options: Options, block: int, seed: int) -> dict[str, dict]:
 def writer(nets: dict, plan: str, level: float, block: int, used: list) -> generate.TextGenerator:
     """Text by a plan; who wrote it is added to `used`, a text each."""
     def both(heavy, layout):
-        used.append(schedule.ScheduledDenoiser(nets, layout, schedule.parse(plan)))
+        used.append(schedule.ScheduledDenoiser(nets, layout, schedule.parse_schedule(plan)))
         return used[-1]
     return generate.diffusion_generator(nets["H"], Layout(block, 1, 1), reveal.parse(f"leftmost:{level}"), denoiser=both)
 

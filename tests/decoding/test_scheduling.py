@@ -1,159 +1,287 @@
+import itertools
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import opdlm
-from decoding import reveal
-from decoding import scheduling as schedule
+from decoding import reveal, scheduling
 from decoding.denoiser import Denoiser
 from decoding.sampling import uniforms
-from decoding.scheduling import ScheduledDenoiser, derived, parse, placed
+from decoding.scheduling import (
+    ScheduledDenoiser,
+    bound_gap,
+    derive_schedule,
+    importance_curves,
+    light_model_costs,
+    pad_to_length,
+    parse_schedule,
+    sample_masks,
+    schedule_from_steps,
+)
 from model.gpt import GPT, GPTConfig
 from model.masks import Layout
 from unmasking.policy import Policy, PolicyConfig, PolicyRule
 
-EOT, P, R = 10, 3, 14
-LAYOUTS = [Layout(block, clean, shift) for block in (2, 4, 17) for clean in sorted({1, block}) for shift in (0, 1)]
-RULES = ("static:1", "threshold:0.3", "leftmost:0.4", "ancestral:40", "random:2", "factor:1", "eb:0.5", "policy")
+EOT = 10
+P = 3
+R = 14
+LAYOUTS = [Layout(block, context, shift)
+           for block in (2, 4, 17) for context in sorted({1, block}) for shift in (0, 1)]
+RULES = ("static:1", "threshold:0.3", "leftmost:0.4", "ancestral:40", "random:2", "factor:1", "eb:0.5",
+         "policy")
 POLICY = Policy(PolicyConfig(17, 16)).init_weights(torch.Generator().manual_seed(0))
 
 
-def network(layers, vocab=11):
-    """Loud and random."""
-    generator = torch.Generator().manual_seed(layers)
-    net = GPT(GPTConfig(vocab, 24, layers, 2, 16)).double().init_weights(generator)
+def network(layers, seed, vocab=11, context=24):
+    """A random network in float64, with weights so large that each of them matters."""
+    generator = torch.Generator().manual_seed(seed)
+    net = GPT(GPTConfig(vocab, context, layers, 2, 16)).double().init_weights(generator)
     with torch.no_grad():
         for p in net.parameters():
             p += 0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
     return net.requires_grad_(False)
 
 
-NETS = {"H": network(3), "L": network(1)}
+NETS = {"H": network(3, seed=3), "L": network(1, seed=1)}
 
 
-def write(denoiser, spec, rows=12):
+def generate(denoiser, spec, rows=12):
     rule = PolicyRule(POLICY) if spec == "policy" else reveal.parse(spec)
     prompt = torch.randint(0, EOT, (rows, P), generator=torch.Generator().manual_seed(rows))
     u = uniforms(0, 0, range(rows), (P + R, rule.numbers(denoiser.layout.block)))
-    lens = 1 + torch.arange(rows) % P
-    return opdlm.rollout(denoiser, prompt, R, rule, u, EOT, prompt_len=lens)
+    prompt_len = 1 + torch.arange(rows) % P
+    return opdlm.rollout(denoiser, prompt, R, rule, u, EOT, prompt_len=prompt_len)
 
 
-class Spy(Denoiser):
-    """Keeps each state and what it was answered with, if it was asked."""
-    def reset(self, prompt, end):
-        super().reset(prompt, end)
-        self.seen = []
-
-    def __call__(self, tokens, start, masked, asked=None):
-        logits = super().__call__(tokens, start, masked, asked)
-        self.seen.append((tokens.clone(), start.clone(), asked, None if logits is None else logits.clone()))
-        return logits
-
+# the denoiser -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("spec", RULES)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_one_model_at_all_steps_is_that_model(layout, spec):
     for name, net in NETS.items():
-        alone = write(Denoiser(net, layout), spec)
+        alone = generate(Denoiser(net, layout), spec)
         for plan in (f"{name}9", f"{name}1,{name}40", f"mask:1-0.5={name},0.5-0={name}"):
-            text = write(ScheduledDenoiser(NETS, layout, parse(plan)), spec)
-            for what in vars(alone):
-                assert torch.equal(getattr(text, what), getattr(alone, what)), (plan, what)
+            text = generate(ScheduledDenoiser(NETS, layout, parse_schedule(plan)), spec)
+            for field in vars(alone):
+                assert torch.equal(getattr(text, field), getattr(alone, field)), (plan, field)
 
 
-@pytest.mark.parametrize("plan", ["L1,H1", "H1,L1,H20", "mask:1-0.6=L,0.6-0.3=H,0.3-0=L", "mask:1-0.5=H,0.5-0=L"])
+class RecordingDenoiser(Denoiser):
+    """Keeps the arguments of each call, and the logits that it returned."""
+
+    def reset(self, prompt_len, end):
+        super().reset(prompt_len, end)
+        self.calls = []
+
+    def __call__(self, tokens, start, masked, rows=None):
+        logits = super().__call__(tokens, start, masked, rows)
+        returned = None if logits is None else logits.clone()
+        self.calls.append((tokens.clone(), start.clone(), rows, returned))
+        return logits
+
+
+@pytest.mark.parametrize("plan", ["L1,H1", "H1,L1,H20", "mask:1-0.6=L,0.6-0.3=H,0.3-0=L",
+                                  "mask:1-0.5=H,0.5-0=L"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_each_model_reads_exactly_what_all_have_written(layout, plan, monkeypatch):
-    """Its logits at every state it was asked about are those of its own training pass there."""
-    monkeypatch.setattr(schedule, "Denoiser", Spy)
-    both = ScheduledDenoiser(NETS, layout, parse(plan))
-    text = write(both, "threshold:0.35")
-    compared = dict.fromkeys(both.denoisers, 0)
-    for name, spy in both.denoisers.items():
-        for tokens, start, asked, logits in spy.seen:
-            for row in asked.nonzero()[:, 0].tolist():
-                begin, end = int(both.end[row]) - R, int(both.end[row])
-                block = range(int(start[row]), min(int(start[row]) + layout.block, end))
-                at = torch.tensor([i for i in block if tokens[row, i] == both.mask_id], dtype=torch.long)
+def test_each_model_reads_exactly_what_all_have_generated(layout, plan, monkeypatch):
+    """At every state in which a model takes a step, its logits are those of its own training pass."""
+    monkeypatch.setattr(scheduling, "Denoiser", RecordingDenoiser)
+    scheduled = ScheduledDenoiser(NETS, layout, parse_schedule(plan))
+    text = generate(scheduled, "threshold:0.35")
+    compared = dict.fromkeys(scheduled.denoisers, 0)
+    for name, denoiser in scheduled.denoisers.items():
+        for tokens, start, rows, logits in denoiser.calls:
+            for row in rows.nonzero()[:, 0].tolist():
+                end = int(scheduled.end[row])
+                begin = end - R
+                block_start = int(start[row])
+                block = list(range(block_start, min(block_start + layout.block, end)))
+                masked = [i for i in block if tokens[row, i] == scheduled.mask_id]
+                position = torch.tensor(masked, dtype=torch.long)
+                clean = text.tokens[row:row + 1, :end]
                 noisy = text.tokens[row:row + 1, begin:end].clone()
-                noisy[0, [i - begin for i in block]] = tokens[row, list(block)]
-                again = opdlm.student_logits(NETS[name], text.tokens[row:row + 1, :end], noisy, begin, layout,
-                                             torch.zeros_like(at), at)
-                if len(at):
-                    assert torch.allclose(again, logits[row, at - block.start], atol=1e-10, rtol=0)
-                compared[name] += len(at)
+                noisy[0, [i - begin for i in block]] = tokens[row, block]
+                expected = opdlm.student_logits(NETS[name], clean, noisy, begin, layout,
+                                                torch.zeros_like(position), position)
+                if len(position):
+                    found = logits[row, position - block_start]
+                    assert torch.allclose(expected, found, atol=1e-10, rtol=0)
+                compared[name] += len(position)
     assert min(compared.values()) > 10
 
 
-def test_each_model_asked_writes_what_was_finished_and_pays_for_it():
-    """Block 4, two a step: the first step of a block is L's, the second H's. Both push the prompt once, then each block
-    that is finished, and at each step the 4 slots."""
-    layout, rows = Layout(4, 1, 0), 3
-    both = ScheduledDenoiser(NETS, layout, parse("L1,H1"))
-    prompt, rule = torch.zeros(rows, 5, dtype=torch.long), reveal.parse("static:2")
-    text = opdlm.rollout(both, prompt, 12, rule, uniforms(0, 0, range(rows), (17, 1)), eot=-1)
-    for denoiser in both.denoisers.values():
+def test_each_model_pays_for_reading_what_was_finished():
+    """Block 4, two tokens per step: L takes the first step of a block, H the second. Each of them processes
+    the prompt once, each finished block once, and the 4 positions of a block at each of its steps."""
+    layout = Layout(4, 1, 0)
+    rows = 3
+    scheduled = ScheduledDenoiser(NETS, layout, parse_schedule("L1,H1"))
+    prompt = torch.zeros(rows, 5, dtype=torch.long)
+    u = uniforms(0, 0, range(rows), (17, 1))
+    text = opdlm.rollout(scheduled, prompt, 12, reveal.parse("static:2"), u, eot=-1)
+    for denoiser in scheduled.denoisers.values():
         assert denoiser.forwards.tolist() == [3] * rows
         assert denoiser.positions.tolist() == [5 + 2 * 4 + 3 * 4] * rows
-    assert text.forwards.tolist() == [6] * rows and text.positions.tolist() == [50] * rows
+    assert text.forwards.tolist() == [6] * rows
+    assert text.positions.tolist() == [50] * rows
 
 
 def test_a_model_that_is_never_needed_costs_nothing():
-    """Blocks are written in one step, so that L has no part in them; rows that have finished ask nobody."""
+    """Blocks take one step, so L has no part in them, also not for rows that are finished."""
     layout = Layout(4, 1, 1)
-    both = ScheduledDenoiser(NETS, layout, parse("mask:1-0.5=H,0.5-0=L"))
-    text, alone = write(both, "static:4"), write(Denoiser(NETS["H"], layout), "static:4")
-    assert torch.equal(text.tokens, alone.tokens) and both.denoisers["L"].forwards.sum() == 0
+    scheduled = ScheduledDenoiser(NETS, layout, parse_schedule("mask:1-0.5=H,0.5-0=L"))
+    text = generate(scheduled, "static:4")
+    alone = generate(Denoiser(NETS["H"], layout), "static:4")
+    assert torch.equal(text.tokens, alone.tokens)
+    assert scheduled.denoisers["L"].forwards.sum() == 0
+
+
+class RecomputingDenoiser(Denoiser):
+    """Makes a forward pass at each step, also if nothing has changed."""
+
+    def __call__(self, tokens, start, masked, rows=None):
+        self.masked = ~masked
+        return super().__call__(tokens, start, masked, rows)
 
 
 @settings(max_examples=30)
 @given(spec=st.sampled_from(["ancestral:3", "ancestral:17", "ancestral:60"]), seed=st.integers(0, 99),
        block=st.sampled_from([4, 17]), shift=st.integers(0, 1))
-def test_a_pass_that_changes_nothing_is_not_made_and_not_missed(spec, seed, block, shift):
-    """A step that revealed nothing leaves the state as it was: its logits are used again, the text is the same."""
-    class Forgetful(Denoiser):
-        def __call__(self, tokens, start, masked, asked=None):
-            self.masked = ~masked
-            return super().__call__(tokens, start, masked, asked)
-    layout, rule = Layout(block, block, shift), reveal.parse(spec)
-    prompt, u = torch.zeros(4, 2, dtype=torch.long), uniforms(seed, 0, range(4), (2 + R, rule.numbers(block)))
-    kept, made = (opdlm.rollout(one(NETS["H"], layout), prompt, R, rule, u, -1) for one in (Denoiser, Forgetful))
-    assert torch.equal(kept.tokens, made.tokens) and torch.equal(kept.order, made.order)
+def test_a_pass_that_changes_nothing_is_skipped_without_effect(spec, seed, block, shift):
+    """After a step that reveals nothing, the same logits are used again, and the text is the same."""
+    layout = Layout(block, block, shift)
+    rule = reveal.parse(spec)
+    prompt = torch.zeros(4, 2, dtype=torch.long)
+    u = uniforms(seed, 0, range(4), (2 + R, rule.numbers(block)))
+    skipping = opdlm.rollout(Denoiser(NETS["H"], layout), prompt, R, rule, u, -1)
+    recomputing = opdlm.rollout(RecomputingDenoiser(NETS["H"], layout), prompt, R, rule, u, -1)
+    assert torch.equal(skipping.tokens, recomputing.tokens)
+    assert torch.equal(skipping.order, recomputing.order)
     for row in range(4):
-        steps = sum(len(part.unique()) for part in kept.order[row, 2:].split(block))    # that revealed something
-        assert kept.forwards[row] <= min(steps, int(made.forwards[row])) and (shift or kept.forwards[row] == steps)
+        blocks = skipping.order[row, 2:].split(block)
+        steps = sum(len(order.unique()) for order in blocks)  # steps that revealed something
+        assert skipping.forwards[row] <= min(steps, int(recomputing.forwards[row]))
+        assert shift or skipping.forwards[row] == steps
 
+
+# schedules ----------------------------------------------------------------------------------------
 
 def test_schedules_by_hand():
-    by_step, by_mask = parse("L2,H3,L1"), parse("mask:1.0-0.8=L,0.8-0.2=H,0.2-0=L")
-    assert by_step.steps() == ["L", "L", "H", "H", "H", "L"] and by_step.names == by_mask.names == ["H", "L"]
-    step, share = torch.tensor([0, 1, 2, 4, 5, 9]), torch.tensor([1.0, 0.81, 0.8, 0.25, 0.2, 0.1])
-    said = [[plan.parts[i][0] for i in plan(step, share).tolist()] for plan in (by_step, by_mask)]
-    assert said == [list("LLHHLL"), list("LLHHLL")]
-    assert placed([True, True, False, True]) == parse("L2,H1,L1")
+    by_step = parse_schedule("L2,H3,L1")
+    by_mask = parse_schedule("mask:1.0-0.8=L,0.8-0.2=H,0.2-0=L")
+    assert by_step.steps() == ["L", "L", "H", "H", "H", "L"]
+    assert by_step.names == by_mask.names == ["H", "L"]
+    step = torch.tensor([0, 1, 2, 4, 5, 9])
+    share = torch.tensor([1.0, 0.81, 0.8, 0.25, 0.2, 0.1])
+    for plan in (by_step, by_mask):
+        assert [plan.parts[i][0] for i in plan(step, share).tolist()] == list("LLHHLL")
+    assert schedule_from_steps([True, True, False, True]) == parse_schedule("L2,H1,L1")
 
 
 def test_a_derived_schedule_takes_the_cheapest_steps():
-    """Eight steps at t = 1, 7/8, ..., 1/8; what a light step costs rises from t = 0 on, or is least in the middle."""
-    assert derived({"t": [0.125, 0.375, 0.625, 0.875], "kl": [0.0, 1.0, 2.0, 3.0]}, 8, 0.25) == parse("H6,L2")
+    """Eight steps at t = 1, 7/8, ..., 1/8. The cost of a light step rises with t or is least halfway."""
+    rising = {"t": [0.125, 0.375, 0.625, 0.875], "kl": [0.0, 1.0, 2.0, 3.0]}
+    assert derive_schedule(rising, 8, 0.25) == parse_schedule("H6,L2")
     hollow = {"t": [1 / 12, 3 / 12, 5 / 12, 7 / 12, 9 / 12, 11 / 12], "kl": [3.0, 1.0, 0.0, 0.0, 1.0, 3.0]}
-    assert derived(hollow, 8, 0.375) == parse("H3,L3,H2")
+    assert derive_schedule(hollow, 8, 0.375) == parse_schedule("H3,L3,H2")
+    peak = {"t": [0.2, 0.5, 0.8], "kl": [1.0, 5.0, 2.0]}
     for share in (0, 0.25, 0.5, 1):
-        assert derived({"t": [0.2, 0.5, 0.8], "kl": [1.0, 5.0, 2.0]}, 16, share).steps().count("L") == 16 * share
-    assert derived({"t": [0.2, 0.8, 1.0], "kl": [1.0, 5.0, 0.0]}, 4, 0.25) == parse("L1,H3")
+        assert derive_schedule(peak, 16, share).steps().count("L") == 16 * share
+    free_start = {"t": [0.2, 0.8, 1.0], "kl": [1.0, 5.0, 0.0]}
+    assert derive_schedule(free_start, 4, 0.25) == parse_schedule("L1,H3")
 
 
-@pytest.mark.parametrize("spec", ["", "fast", "L4;H4", "l4,H4", "L,H", "mask:1-0.5=L", "mask:1-0.5=L,0.4-0=H", "mask:",
-                                  "mask:0.5-0=L,1-0.5=H", "mask:1-1=L,1-0=H", "mask:1..0-0=L"])
-def test_schedules_that_are_none(spec):
-    with pytest.raises(ValueError, match=f"^--schedule={spec}: write steps"):
-        parse(spec)
+@pytest.mark.parametrize("spec", ["", "fast", "L4;H4", "l4,H4", "L,H", "mask:1-0.5=L", "mask:1-0.5=L,0.4-0=H",
+                                  "mask:", "mask:0.5-0=L,1-0.5=H", "mask:1-1=L,1-0=H", "mask:1..0-0=L"])
+def test_invalid_schedules(spec):
+    with pytest.raises(ValueError, match=f"^--schedule={spec}: expected steps"):
+        parse_schedule(spec)
 
 
-def test_models_that_are_not_there_or_speak_of_other_tokens():
-    with pytest.raises(ValueError, match="--schedule=X4,H4 names a model X: there are H, L"):
-        parse("X4,H4")
-    with pytest.raises(ValueError, match=r"one vocabulary .* H has 11 tokens, \[MASK\] is 11, L has 12 tokens"):
-        ScheduledDenoiser({"H": NETS["H"], "L": network(1, 12)}, LAYOUTS[0], parse("H1,L1"))
+def test_unknown_models_and_different_vocabularies():
+    with pytest.raises(ValueError, match="--schedule=X4,H4 names a model X: expected H or L"):
+        parse_schedule("X4,H4")
+    nets = {"H": NETS["H"], "L": network(1, seed=1, vocab=12)}
+    expected = r"one vocabulary .* H has 11 tokens, \[MASK\] is 11, L has 12 tokens"
+    with pytest.raises(ValueError, match=expected):
+        ScheduledDenoiser(nets, LAYOUTS[0], parse_schedule("H1,L1"))
+
+
+# what a light step costs, measured: texts of five tokens from a vocabulary of five --------------------
+
+END = 4
+STORY = torch.tensor([END, 1, 3, 0, END])
+HEAVY = network(2, seed=1, vocab=5, context=8)
+LIGHT = network(2, seed=2, vocab=5, context=8)
+
+
+def nats(net, known, position):
+    """-log p of STORY[position] if only the first token and those at `known` are seen, from a plain pass with
+    attention in both directions, except that the first token sees only itself."""
+    tokens = torch.full((1, 5), net.mask_id)
+    tokens[0, [0, *known]] = STORY[[0, *known]]
+    mask = torch.ones(5, 5, dtype=torch.bool)
+    mask[0, 1:] = False
+    logits = net(tokens, mask, torch.arange(5)).float().view(5, -1)
+    return -logits.log_softmax(-1)[position, STORY[position]].item()
+
+
+def any_order_nats(net):
+    """Nats per token of the story: the mean over all 24 orders in which its tokens may be revealed."""
+    orders = list(itertools.permutations(range(1, 5)))
+    total = sum(nats(net, order[:k], order[k]) for order in orders for k in range(4))
+    return total / len(orders) / 4
+
+
+def test_the_mean_over_all_states_is_the_gap_of_the_bounds():
+    """All 15 states of 4 tokens, equally many for each n, against all orders of revealing one at a time."""
+    mean = 0
+    for n in range(1, 5):
+        subsets = itertools.combinations(range(4), n)
+        masked = torch.tensor([[i in subset for i in range(4)] for subset in subsets])
+        ce, _ = light_model_costs(HEAVY, LIGHT, STORY.expand(len(masked), 5), masked)
+        mean += ce.mean().item() / 4
+    assert mean == pytest.approx(any_order_nats(LIGHT) - any_order_nats(HEAVY), abs=1e-6)
+
+
+def test_the_curves_and_the_gap_are_estimates_of_it():
+    expected = any_order_nats(LIGHT) - any_order_nats(HEAVY)
+    stories = [STORY] * 1500
+    curves = importance_curves(HEAVY, LIGHT, stories, 5, END, stretches=4)
+    gap = bound_gap(HEAVY, LIGHT, stories, 5, END, draws=4, seed=9)
+    error = math.hypot(*curves["ce_error"][:4]) / 4
+    assert abs(sum(curves["ce"][:4]) / 4 - expected) < 4 * error < 0.1
+    assert abs(gap["nats"] - expected) < 4 * gap["error"] < 0.1
+    assert min(curves["kl"]) > 0
+
+
+def test_all_masked_is_one_state():
+    """With four stretches of four tokens it is the only state of the last one; with two, the point t = 1."""
+    fine = importance_curves(HEAVY, LIGHT, [STORY] * 3, 5, END, stretches=4)
+    coarse = importance_curves(HEAVY, LIGHT, [STORY] * 3, 5, END, stretches=2)
+    by_hand = sum(nats(LIGHT, (), i) - nats(HEAVY, (), i) for i in range(1, 5)) / 4
+    assert fine["t"] == [0.125, 0.375, 0.625, 0.875, 1]
+    assert coarse["t"] == [0.25, 0.75, 1]
+    for curves, k in ((fine, 3), (coarse, 2)):
+        assert curves["ce"][k] == pytest.approx(by_hand, abs=1e-6)
+        assert curves["ce_error"][k] == pytest.approx(0, abs=1e-12)
+
+
+def test_a_model_costs_nothing_against_itself():
+    curves = importance_curves(HEAVY, HEAVY, [STORY] * 5, 5, END, stretches=3)
+    assert set(curves["ce"] + curves["kl"]) == {0.0}
+
+
+def test_states_have_their_share_masked_and_all_positions_equally_often():
+    for k in range(4):
+        masked = sample_masks(range(4000), 8, (k / 4, (k + 1) / 4), seed=0)
+        assert masked.sum(1).unique().tolist() == [2 * k + 1, 2 * k + 2]
+        assert (masked.float().mean(0) - (2 * k + 1.5) / 8).abs().max() < 0.03
+
+
+def test_texts_are_padded_and_cut():
+    assert pad_to_length([STORY, STORY[:2]], 4, END).tolist() == [[END, 1, 3, 0], [END, 1, END, END]]
+    assert pad_to_length([STORY], 7, END).tolist() == [[END, 1, 3, 0, END, END, END]]
