@@ -81,7 +81,7 @@ class TeacherVerifier:
         """The same. A student that is causal between its blocks begins a block anywhere; the other fills up its own."""
         layout = self.drafter.layout
         done = (size - self.begin) % layout.block * (layout.context_block > 1) * working  # (B,) of the block
-        self.drafter.prompt = size - done                                  # from where blocks are counted
+        self.drafter.prompt_len = size - done                                  # from where blocks are counted
         block = torch.arange(layout.block, device=size.device)
         masked = (block >= done[:, None]) & ((size - done)[:, None] + block < self.drafter.end[:, None])    # (B, K)
         logits = self.drafter(tokens, size - done, masked)                              # (B, K, V)
