@@ -77,7 +77,7 @@ def test_entropy_bound_by_hand():
 def test_confidences_of_0_and_1():
     certain = torch.tensor([[0.0, 1, 0, 1]])
     assert revealed_slots("factor:1", certain, ALL[:1]) == [[1, 3]]
-    assert revealed_slots("eb:0.1", certain, ALL[:1]) == [[0, 1, 3]]    # the entropy of one slot is not bounded
+    assert revealed_slots("eb:0.1", certain, ALL[:1]) == [[0, 1, 3]]    # one slot may have any entropy
     for spec in ("eb:0.1", "factor:1"):
         assert len(revealed_slots(spec, torch.zeros(1, 4), ALL[:1])[0]) == 1
 
