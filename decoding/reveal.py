@@ -1,9 +1,12 @@
-"""Which masks come off: each training-free rule is one small function of the confidences at a block's slots.
+"""Reveal rules: which masked positions of a block are revealed at a denoising step.
 
-A rule is called with its argument, `confidence` (B, K), a number a slot, `masked` (B, K), the slots that still have a
-mask, `step` (B,), the block's steps so far, and `numbers` (B, K, S), the slots' uniform ones. It answers with a bool
-(B, K): a part of `masked`, at least one slot of every row that has any; only ancestral's steps may reveal nothing. How
-sure a slot is, is chosen apart (model/confidence.py): rule x confidence.
+    1. confidence   a number per position: how certain the network is there
+    2. rules        small functions from the confidences to the revealed positions
+    3. parsing      a rule from NAME:ARGUMENT, as in --reveal=leftmost:0.98
+
+A rule and a confidence are chosen independently of each other.
+
+Shapes: B rows, K block size, M masked positions, V vocabulary, S random numbers per position.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,147 +15,227 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# 1. confidence ------------------------------------------------------------------------------------
+# Each function takes probs (M, V) and the tokens sampled from them (M,); it returns the confidences (M,).
 
-# Confidence.
-def largest(probs: Tensor, drawn: Tensor) -> Tensor:
-    """the largest probability at the slot, whatever was drawn
+def largest(probs: Tensor, sampled: Tensor) -> Tensor:
+    """The largest probability at the position, whatever was sampled.
 
-    Exact conditionals revealed so, one at a time, sample the joint; by the other two below as well."""
+    The sampled tokens do not influence the order then. So exact conditionals, revealed one at a time, sample
+    the joint distribution exactly. The same holds for `margin` and `entropy`.
+    """
     return probs.amax(-1)
 
 
-def drawn(probs: Tensor, drawn: Tensor) -> Tensor:
-    """that of the token drawn, which is drawn anew each step (OPDLM's code): biased towards likely text"""
-    return probs.gather(-1, drawn[:, None]).squeeze(-1)
+def drawn(probs: Tensor, sampled: Tensor) -> Tensor:
+    """The probability of the sampled token, which is sampled anew at each step (OPDLM's code).
+
+    It is biased towards likely text: an unlikely token is rarely revealed before it is sampled again.
+    """
+    return probs.gather(-1, sampled[:, None]).squeeze(-1)
 
 
-def margin(probs: Tensor, drawn: Tensor) -> Tensor:
-    """the largest less the second (Kim et al., 2502.06768)"""
+def margin(probs: Tensor, sampled: Tensor) -> Tensor:
+    """The largest probability minus the second largest (Kim et al., 2502.06768)."""
     two = probs.topk(min(2, probs.size(-1)), -1).values
     return two[:, 0] - two[:, 1:].sum(-1)
 
 
-def entropy(probs: Tensor, drawn: Tensor) -> Tensor:
-    """exp(-entropy), one over the number of tokens between which the slot hesitates (Dream orders by it)"""
+def entropy(probs: Tensor, sampled: Tensor) -> Tensor:
+    """exp(-entropy): 1 if one token is certain, 1 / n if n tokens are equally likely (Dream, 2508.15487)."""
     return torch.special.entr(probs).sum(-1).neg().exp()
 
 
 CONFIDENCE = {"largest": largest, "drawn": drawn, "margin": margin, "entropy": entropy}
 
 
-# Rules. With p the confidences, the largest first.
-def ranked(score: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, K) twice: the scores of the masked slots, the largest first and -inf behind them; each slot's rank."""
-    best, order = score.masked_fill(~masked, -torch.inf).sort(dim=-1, descending=True, stable=True)
-    return best, order.argsort(-1)                                         # a rank is the inverse of the sorting
+# 2. rules -----------------------------------------------------------------------------------------
+# Each function takes its argument, then
+#     confidence   (B, K) a number per position; p below
+#     masked       (B, K) bool: the positions that are still masked
+#     step         (B,) denoising steps that the block has had so far
+#     u            (B, K, S) uniform random numbers; a rule that is random uses the last one of a position
+# and returns revealed (B, K) bool, a part of `masked`: at least one position of each row that has a mask.
+# Only `ancestral` may reveal nothing.
+
+def rank_masked(score: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
+    """The scores of the masked positions, highest first, then -inf; each position's rank. (B, K) both."""
+    score = score.masked_fill(~masked, -torch.inf)
+    best, order = score.sort(dim=-1, descending=True, stable=True)
+    rank = order.argsort(-1)  # the inverse permutation of the sorting
+    return best, rank
 
 
 def static(count: int, confidence: Tensor, masked: Tensor, *_) -> Tensor:
-    """the COUNT surest: block / COUNT steps a block (MaskGIT, 2202.04200; LLaDA, 2502.09992)"""
-    if count == 1:                                                         # the first of the largest, in fewer steps
+    """The `count` most confident positions (MaskGIT, 2202.04200; LLaDA, 2502.09992).
+
+    A block takes block / count steps.
+    """
+    if count == 1:  # the same as below for less work
         best = confidence.masked_fill(~masked, -torch.inf).argmax(-1, keepdim=True)
         return masked & torch.zeros_like(masked).scatter(1, best, True)
-    return masked & (ranked(confidence, masked)[1] < count)
+    _, rank = rank_masked(confidence, masked)
+    return masked & (rank < count)
 
 
-def random_order(count: int, confidence: Tensor, masked: Tensor, step: Tensor, numbers: Tensor) -> Tensor:
-    """COUNT slots at random"""
-    return masked & (ranked(numbers[..., -1], masked)[1] < count)          # an order of the slots, all alike
+def random_order(count: int, confidence: Tensor, masked: Tensor, step: Tensor, u: Tensor) -> Tensor:
+    """`count` random positions. Every order of the positions has the same probability."""
+    _, rank = rank_masked(u[..., -1], masked)
+    return masked & (rank < count)
 
 
 def threshold(level: float, confidence: Tensor, masked: Tensor, *_) -> Tensor:
-    """all with p > P, at least the surest (Fast-dLLM, 2505.22618; low_confidence_dynamic in OPDLM's code)"""
-    return masked & (confidence > level) | static(1, confidence, masked)
+    """All positions with p > level, at least the most confident one (Fast-dLLM, 2505.22618).
+
+    OPDLM's code calls it low_confidence_dynamic.
+    """
+    confident = masked & (confidence > level)
+    return confident | static(1, confidence, masked)
 
 
 def leftmost(level: float, confidence: Tensor, masked: Tensor, *_) -> Tensor:
-    """all from the left as long as p > P, at least the first: nothing right of a mask is shown, as to an AR teacher"""
+    """All positions from the left as long as p > level, at least the first.
+
+    No token is revealed to the right of a mask. So the student sees what a causal teacher sees.
+    """
     confident = (confidence > level) | ~masked
     first = masked & (masked.cumsum(-1) == 1)
     return masked & (confident.cumprod(-1).bool() | first)
 
 
 def factor(bound: float, confidence: Tensor, masked: Tensor, *_) -> Tensor:
-    """the most n with (n + 1)(1 - p_n) < F, at least one (Fast-dLLM, 2505.22618)"""
-    best, rank = ranked(confidence, masked)
+    """The n most confident positions, n as large as (n + 1) (1 - p_n) < bound allows, at least one.
+
+    p_n is the n-th largest confidence (Fast-dLLM, 2505.22618).
+    """
+    best, rank = rank_masked(confidence, masked)
     n = torch.arange(1, best.size(-1) + 1, device=best.device)
-    most = ((n + 1) * (1 - best) < bound).mul(n).amax(-1, keepdim=True)                 # (B, 1)
+    allowed = (n + 1) * (1 - best) < bound
+    most = allowed.mul(n).amax(-1, keepdim=True)                 # (B, 1)
     return masked & (rank < most.clamp(min=1))
 
 
 def entropy_bound(bound: float, confidence: Tensor, masked: Tensor, *_) -> Tensor:
-    """the most n with H_1 + ... + H_n - max H <= G nats, H = -log p: entropies (EB-sampler, 2505.24857)"""
-    best, rank = ranked(confidence, masked)
-    before = F.pad(-best.log().cumsum(-1)[:, :-1], (1, 0))                  # (B, K) ascending: the max is the last one
-    return masked & (rank < (before <= bound).sum(-1, keepdim=True))       # where no mask is left, before is nan
+    """The n most confident positions, n as large as H_1 + ... + H_n - max H <= bound (nats) allows.
+
+    H = -log p is the entropy of a position if the confidence is `entropy` (EB-sampler, 2505.24857). The
+    entropies ascend, so the largest of n is the last and the sum without it is that of the n - 1 before.
+    """
+    best, rank = rank_masked(confidence, masked)
+    total = -best.log().cumsum(-1)                               # (B, K) H_1 + ... + H_n
+    total_before = F.pad(total[:, :-1], (1, 0))                  # nan or inf after the last masked position
+    n = (total_before <= bound).sum(-1, keepdim=True)            # (B, 1)
+    return masked & (rank < n)
 
 
-def ancestral(steps: int, confidence: Tensor, masked: Tensor, step: Tensor, numbers: Tensor) -> Tensor:
-    """each with probability 1 / (steps left) of STEPS (MDLM, 2406.07524): the unbiased one, which may reveal nothing
+def ancestral(steps: int, confidence: Tensor, masked: Tensor, step: Tensor, u: Tensor) -> Tensor:
+    """Each position with probability 1 / (steps left), independently; possibly none (MDLM, 2406.07524).
 
-    A slot's number is the time, from 1 down to 0, at which its mask comes off."""
-    return masked & (numbers[..., -1] >= 1 - (step[:, None] + 1) / steps)
+    This is ancestral sampling of masked diffusion. Time runs from 1 to 0 in `steps` steps, and the random
+    number of a position is the time at which it is revealed.
+    """
+    time = 1 - (step[:, None] + 1) / steps                       # (B, 1) at the end of this step
+    return masked & (u[..., -1] >= time)
+
+
+@dataclass(frozen=True)
+class RuleType:
+    """An entry of RULES: what `parse` and `Rule` have to know about a rule."""
+    function: Callable
+    kind: type                      # of the argument: int or float
+    least: float                    # smallest argument allowed
+    most: float                     # largest argument allowed
+    argument: str                   # what messages call the argument
+    default: str                    # the argument of NAME alone
+    help: str
+    rolls: int = 0                  # random numbers per position that the rule uses
+    confidence: str | None = None   # the confidence that the rule was made for; None: no particular one
+
+
+INF = float("inf")
+RULES = {
+    "leftmost": RuleType(leftmost, float, 0, 1, "P", "0.98",
+                         help="from the left as long as p > P, at least one"),
+    "threshold": RuleType(threshold, float, 0, 1, "P", "0.9",
+                          help="all positions with p > P, at least one"),
+    "static": RuleType(static, int, 1, INF, "COUNT", "1",
+                       help="the COUNT most confident positions"),
+    "random": RuleType(random_order, int, 1, INF, "COUNT", "1",
+                       help="COUNT random positions", rolls=1),
+    "factor": RuleType(factor, float, 0, INF, "F", "1",
+                       help="the most confident n positions with (n + 1) (1 - p_n) < F, at least one"),
+    "eb": RuleType(entropy_bound, float, 0, INF, "G", "0.1",
+                   help="the most confident positions, up to a joint entropy of about G nats",
+                   confidence="entropy"),
+    "ancestral": RuleType(ancestral, int, 1, INF, "STEPS", "32",
+                          help="random positions, all of them in STEPS steps", rolls=1),
+}
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule with its argument, and the confidence that it goes by. str(rule) is what parse takes."""
+    """A rule with its argument and its confidence. `parse` turns str(rule) into the rule again."""
     name: str
     argument: float
     confidence: Callable = largest
 
-    def __call__(self, confidence: Tensor, masked: Tensor, step: Tensor, numbers: Tensor) -> Tensor:
-        return RULES[self.name][0](self.argument, confidence, masked, step, numbers)
+    def __call__(self, confidence: Tensor, masked: Tensor, step: Tensor, u: Tensor) -> Tensor:
+        return RULES[self.name].function(self.argument, confidence, masked, step, u)
 
     def __str__(self) -> str:
         return f"{self.name}:{self.argument}"
 
     def steps(self, block: int) -> int:
-        """The most that a block of so many slots takes."""
+        """The largest number of denoising steps of a block."""
         return self.argument if self.name == "ancestral" else block
 
     @property
     def rolls(self) -> int:
-        """Numbers of a slot that the rule itself needs, the last ones."""
-        return int(self.name in ("random", "ancestral"))
+        """Random numbers per position that the rule itself uses: the last ones of the S."""
+        return RULES[self.name].rolls
 
     def numbers(self, block: int) -> int:
-        """S, all numbers of a slot: one to draw its token with, or one a step if it is drawn anew; and the rule's."""
-        return (block if self.confidence is drawn else 1) + self.rolls
+        """S, the random numbers per position: those that sample its token, then the rule's own.
+
+        One of them samples the token, or one per step if it is sampled anew at each step.
+        """
+        samples = block if self.confidence is drawn else 1
+        return samples + self.rolls
 
 
-COUNT, SHARE, BOUND = (int, 1, float("inf")), (float, 0, 1), (float, 0, float("inf"))   # kinds: number, least, most
-RULES = {"leftmost": (leftmost, SHARE, "P", "0.98"), "threshold": (threshold, SHARE, "P", "0.9"),
-         "static": (static, COUNT, "COUNT", "1"), "random": (random_order, COUNT, "COUNT", "1"),
-         "factor": (factor, BOUND, "F", "1"), "eb": (entropy_bound, BOUND, "G", "0.1"),
-         "ancestral": (ancestral, COUNT, "STEPS", "32")}
-OWN = {"eb": "entropy"}         # the confidence that a rule is made for
+# 3. parsing ---------------------------------------------------------------------------------------
 
-
-EXTERNAL: dict[str, Callable[[str], object]] = {}   # rules of other modules: NAME -> parser of what follows "NAME:"
+EXTERNAL: dict[str, Callable[[str], object]] = {}  # rules of other modules: their names and parsers
 
 
 def register(name: str, parser: Callable[[str], object]) -> None:
-    """Make the rule --reveal=NAME:ARGUMENT available, which `parser` makes of ARGUMENT."""
+    """Add a rule of another module. `parser` makes the rule --reveal=NAME:ARGUMENT from ARGUMENT."""
     EXTERNAL[name] = parser
 
 
-def parse(spec: str, confidence: str | None = None, usual: str = "largest") -> Rule:
-    """A rule from NAME:ARGUMENT, as "static:1", "threshold:0.9", "leftmost:0.9"; without one, by its default.
-    It goes by `confidence`; if that is None by the one that it is made for, and if there is none by the `usual` one."""
+def parse(spec: str, confidence: str | None = None, default_confidence: str = "largest") -> Rule:
+    """The rule NAME:ARGUMENT, for example "static:1"; with NAME alone, its default argument.
+
+    Its confidence is `confidence`; if that is None, the one that the rule was made for, else
+    `default_confidence`. ValueError if the rule does not exist or its argument is out of range.
+    """
     name, _, argument = spec.partition(":")
     if name in EXTERNAL:
         return EXTERNAL[name](argument)
     if name not in RULES:
-        known = ", ".join(f"{n}:{default}" for n, (*_, default) in RULES.items())
+        known = ", ".join(f"{other}:{RULES[other].default}" for other in RULES)
         raise ValueError(f"there is no reveal rule {name!r}: use one of {known}")
-    _, (kind, least, most), what, default = RULES[name]
+    rule_type = RULES[name]
     try:
-        value = kind(argument or default)
+        value = rule_type.kind(argument or rule_type.default)
     except ValueError:
-        wrong = f"{argument!r} is no {kind.__name__}"
-        raise ValueError(f"--reveal={spec}: {wrong}; write for example {name}:{default}") from None
+        expected = "an integer" if rule_type.kind is int else "a number"
+        raise ValueError(f"--reveal={spec}: expected {expected}, got {argument!r} "
+                         f"(e.g. --reveal={name}:{rule_type.default})") from None
+    least = rule_type.least
+    most = rule_type.most
     if not least <= value <= most:
-        wanted = f"from {least} to {most}" if most == 1 else f"of at least {least}"
-        raise ValueError(f"--reveal={spec}: {name}:{what} takes a number {wanted}")
-    return Rule(name, value, CONFIDENCE[confidence or OWN.get(name, usual)])
+        allowed = f"from {least} to {most}" if most == 1 else f"of at least {least}"
+        raise ValueError(f"--reveal={spec}: {name}:{rule_type.argument} takes a number {allowed}")
+    confidence = confidence or rule_type.confidence or default_confidence
+    return Rule(name, value, CONFIDENCE[confidence])

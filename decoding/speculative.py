@@ -227,7 +227,7 @@ class TeacherVerifier:
         start = size - filled                                    # (B,) where the current block begins
         position = start[:, None] + slot                         # (B, K)
         masked = (slot >= filled[:, None]) & (position < self.end[:, None])
-        self.drafter.prompt = start                              # the denoiser counts blocks from here
+        self.drafter.prompt_len = start                           # the denoiser counts blocks from here
         logits = self.drafter(tokens, start, masked)             # (B, K, V), from `start` on
 
         draft_slot = filled[:, None] + slot                      # (B, K) slots of size, size + 1, ...
