@@ -1,16 +1,20 @@
-"""One conversion, watched while it learns: what the experiments here are made of. A row is flags of train_tiny.py.
+"""Runs conversions: trains a student at a constant learning rate and evaluates it while it learns.
 
-Every row trains at a constant rate and is judged by a running mean of its weights, over about the last tenth of its
-updates (a power mean, Karras et al., 2312.02696): tokens to reach a quality can be read off one run. A finished
-conversion lies in out/experiments and is not run again; an unfinished one starts again.
+Evaluated is a running mean of the student's weights over about the last tenth of its updates (a power mean,
+Karras et al., 2312.02696). So the tokens needed for a quality can be read off one run, without a decaying
+learning rate. A finished conversion is in out/experiments and is not run again; an unfinished one starts from
+its beginning.
 """
 import copy
 import io
 import json
+import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -19,9 +23,8 @@ import opdlm
 import train_tiny
 from data.corpus import open_corpus
 from data.tinystories import Corpus, stories
-from experiments.common.job import WORK, Job, options_of
-from experiments.common.looks import ar_numbers, judge
-from experiments.common.results import flops
+from experiments.common.evaluation import evaluate, evaluate_teacher
+from experiments.common.job import WORK, Job, config_of
 from model import checkpoint
 from report import metrics
 from report.compare import write_json
@@ -29,74 +32,155 @@ from training.log import Log
 from training.optim import lr_schedule, make_optimizer
 from training.resume import check_writable
 
-corpus_of = cache(open_corpus)      # once a process
+cached_corpus = cache(open_corpus)      # once per process
 
 
-def opened(job: Job) -> tuple[train_tiny.Config, Corpus]:
-    options = options_of(job)
-    corpus = corpus_of(options.data, options.val_data, options.vocab)
-    return train_tiny.resolve_options(options, corpus), corpus
+def open_job(job: Job) -> tuple[train_tiny.Config, Corpus]:
+    """The job's configuration with every default filled in, and its corpus."""
+    config = config_of(job)
+    corpus = cached_corpus(config.data, config.val_data, config.vocab)
+    return train_tiny.resolve_options(config, corpus), corpus
 
 
-def teacher_of(job: Job) -> torch.nn.Module:
-    """The AR model of a seed, trained if it is not there."""
+def load_teacher(job: Job) -> torch.nn.Module:
+    """The AR model of the job's seed; pretrained first, if out/ does not have it."""
     torch.set_num_threads(1)
-    options, corpus = opened(job)
-    options = replace(options, out=str(WORK / job.folder / f"ar-{corpus.name}-{job.seed}"))
+    config, corpus = open_job(job)
+    config = replace(config, out=str(WORK / job.folder / f"ar-{corpus.name}-{job.seed}"))
     with redirect_stdout(io.StringIO()):
-        net, is_trained = train_tiny.ar_model(options, corpus, torch.device("cpu"))
+        net, is_trained = train_tiny.ar_model(config, corpus, torch.device("cpu"))
         if not is_trained:
-            train_tiny.pretrain(net, corpus, options, Log(check_writable(Path(options.out)) / "log.jsonl", {}, False))
-            checkpoint.save(Path(options.out, "ar"), net, corpus.tokenizer,
-                            trained=train_tiny.pretrain_settings(options, corpus))
+            log = Log(check_writable(Path(config.out)) / "log.jsonl", {}, False)
+            train_tiny.pretrain(net, corpus, config, log)
+            settings = train_tiny.pretrain_settings(config, corpus)
+            checkpoint.save(Path(config.out, "ar"), net, corpus.tokenizer, trained=settings)
     return net.requires_grad_(False)
 
 
-def updates(student, teacher, corpus, recipes: list, options) -> Iterator[dict]:
-    """Each update's record, the recipes taken in turn, rollout by rollout."""
-    optimizer = make_optimizer(options.optimizer, student, options.lr)
-    rate, each = lr_schedule(optimizer, "constant", options.distill_steps), recipes[0].updates_per_rollout
-    data = partial(train_tiny.get_batch, corpus, length=options.length, seed=options.seed, device="cpu")
-    rate(0)
-    for first in range(0, options.distill_steps, each):
-        recipe, steps = recipes[first // each % len(recipes)], range(first, min(first + each, options.distill_steps))
-        for record in opdlm.train(student, teacher, data, recipe, optimizer, lambda step: options.length, steps):
+def train_updates(student, teacher, corpus, recipes: list, config) -> Iterator[dict]:
+    """One record per update. The recipes take turns, one per rollout."""
+    optimizer = make_optimizer(config.optimizer, student, config.lr)
+    set_lr = lr_schedule(optimizer, "constant", config.distill_steps)
+    data = partial(train_tiny.get_batch, corpus, length=config.length, seed=config.seed, device="cpu")
+    each = recipes[0].updates_per_rollout
+    set_lr(0)
+    for first in range(0, config.distill_steps, each):
+        recipe = recipes[first // each % len(recipes)]
+        steps = range(first, min(first + each, config.distill_steps))
+        records = opdlm.train(student, teacher, data, recipe, optimizer, lambda step: config.length, steps)
+        for record in records:
             yield record
-            rate(record["step"])
+            set_lr(record["step"])
 
 
-def recipes_of(job: Job, recipe: opdlm.Recipe, options) -> list[opdlm.Recipe]:
-    """Those that rollouts take in turn."""
-    return job.recipes(recipe, -(-options.distill_steps // recipe.updates_per_rollout)) if job.recipes else [recipe]
+def recipes_of(job: Job, recipe: opdlm.Recipe, config) -> list[opdlm.Recipe]:
+    """The recipes that the job's rollouts use in turn."""
+    if job.recipes is None:
+        return [recipe]
+    rollouts = -(-config.distill_steps // recipe.updates_per_rollout)
+    return job.recipes(recipe, rollouts)
 
 
 @torch.no_grad()
-def take_in(mean, net, step: int, power: int = 9) -> None:
-    """Move the mean of the weights on, after the `step`-th update."""
+def update_mean(mean, net, step: int, power: int = 9) -> None:
+    """Moves the mean of the weights on, after update number `step` (from 1)."""
     share = 1 - (1 - 1 / step) ** (power + 1)
     torch._foreach_lerp_(list(mean.parameters()), list(net.parameters()), share)
 
 
-def run(job: Job) -> dict:
-    """The conversion: its points, each with what it took to come there. Finished before, with these settings: read."""
-    if job.file.exists() and (found := json.loads(job.file.read_text()))["settings"] == job.settings:
-        return found
-    torch.set_num_threads(1)
-    options, corpus = opened(job)
-    teacher, recipe = teacher_of(job), train_tiny.make_recipe(options, corpus.tokenizer.eot)
-    held = metrics.held_out(corpus.val, stories(corpus.val, recipe.eot), job.stories, options.length)
+def update_flops(config, record: dict, recipe: opdlm.Recipe) -> float:
+    """FLOPs of one update: all positions of its rollout, the teacher where it is the target, both student
+    streams."""
+    teacher_passes = int(recipe.target is not opdlm.one_hot)
+    body = metrics.body_flops(config, record["len"] / 2)
+    head = metrics.head_flops(config)
+    body_positions = record["positions"] + (teacher_passes + 6) * record["tokens"]
+    head_positions = record["positions"] + (teacher_passes + 3) * record["loss_positions"]
+    return body * body_positions + head * head_positions
+
+
+def train_student(job: Job, teacher, corpus: Corpus, config) -> Iterator[tuple[int, torch.nn.Module, dict]]:
+    """Converts the teacher. Yields the number of updates, the mean student and what was spent, before the
+    first update and after each."""
+    recipe = train_tiny.make_recipe(config, corpus.tokenizer.eot)
     student = copy.deepcopy(teacher).init_mask().requires_grad_(True)
-    if job.start:
-        job.start(student)
-    mean, recipes = copy.deepcopy(student), recipes_of(job, recipe, options)
+    if job.prepare_student:
+        job.prepare_student(student)
+    mean = copy.deepcopy(student)
     spent = dict.fromkeys(("tokens", "loss_positions", "positions", "flops"), 0)
-    points = [{"step": 0, **spent, **judge(mean, teacher, job, corpus, held, options)}] if 0 in job.points else []
-    for record in updates(student, teacher, corpus, recipes, options):
-        take_in(mean, student, record["step"])
-        now = {**record, "flops": flops(student.config, record, recipe), "tokens": record["tokens"] / job.copies}
-        spent = {name: spent[name] + now[name] for name in spent}
-        if record["step"] in job.points:
-            points.append({"step": record["step"], **spent, **judge(mean, teacher, job, corpus, held, options)})
-    result = {"settings": job.settings, "points": points, "teacher": ar_numbers(teacher, job, corpus, held, options)}
+    yield 0, mean, spent
+    for record in train_updates(student, teacher, corpus, recipes_of(job, recipe, config), config):
+        update_mean(mean, student, record["step"])
+        record["flops"] = update_flops(student.config, record, recipe)
+        record["tokens"] = record["tokens"] / job.copies     # a repeated text counts once
+        spent = {name: spent[name] + record[name] for name in spent}
+        yield record["step"], mean, spent
+
+
+def convert(job: Job) -> dict:
+    """A conversion's evaluations, each with what it took to get there; read from out/ if it is there."""
+    if job.file.exists():
+        found = json.loads(job.file.read_text())
+        if found["settings"] == job.settings:
+            return found
+    torch.set_num_threads(1)
+    config, corpus = open_job(job)
+    teacher = load_teacher(job)
+    starts = stories(corpus.val, corpus.tokenizer.eot)
+    held = metrics.held_out(corpus.val, starts, job.stories, config.length)
+    points = []
+    for step, mean, spent in train_student(job, teacher, corpus, config):
+        if step in job.eval_steps:
+            points.append({"step": step, **spent, **evaluate(mean, teacher, job, corpus, held, config)})
+    result = {
+        "settings": job.settings,
+        "points": points,
+        "teacher": evaluate_teacher(teacher, job, corpus, held, config),
+    }
     write_json(job.file, result)
     return result
+
+
+def load_student(job: Job) -> tuple[torch.nn.Module, object]:
+    """The job's student after its last update, and its Layout; converted first, if out/ does not have it."""
+    folder = job.file.with_suffix("")
+    settings_file = folder / "job.json"
+    if not settings_file.exists() or json.loads(settings_file.read_text()) != job.settings:
+        config, corpus = open_job(job)
+        teacher = load_teacher(job)
+        for _, net, _ in train_student(job, teacher, corpus, config):
+            mean = net                           # after the last update: the student
+        layout = train_tiny.make_recipe(config, corpus.tokenizer.eot).layout
+        checkpoint.save(folder, mean, corpus.tokenizer, layout)
+        write_json(settings_file, job.settings)
+    net, layout = checkpoint.load(folder)
+    return net.requires_grad_(False), layout
+
+
+def prepare_teacher(job: Job) -> None:
+    """Makes sure that the teacher is in out/ before two processes need it at once."""
+    load_teacher(job)
+
+
+def convert_all(jobs: list[Job], workers: int = 2) -> list[dict]:
+    """The result of every job, in order, several at a time with a core each. Prints progress and the time
+    left."""
+    results = {}
+    began = time.perf_counter()
+    fresh = [job for job in jobs if not job.file.exists()]
+    one_per_seed = {job.seed: job for job in jobs}.values()
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        list(pool.map(prepare_teacher, one_per_seed))
+        longest_first = sorted(jobs, key=lambda job: -max(job.eval_steps))
+        waiting = {pool.submit(convert, job): job for job in longest_first}
+        for count, future in enumerate(as_completed(waiting), 1):
+            job = waiting[future]
+            results[job.name, job.seed] = future.result()
+            minutes = (time.perf_counter() - began) / 60
+            done = sum((job.name, job.seed) in results for job in fresh)
+            left = minutes / max(done, 1) * (len(fresh) - done)
+            print(
+                f"{count}/{len(jobs)} {job.name}, seed {job.seed} | {minutes:.0f} min, {left:.0f} left",
+                flush=True,
+            )
+    return [results[job.name, job.seed] for job in jobs]

@@ -1,54 +1,67 @@
-"""What a conversion of the experiments is: flags of train_tiny.py, when it is looked at, and how."""
+"""A conversion that an experiment runs: flags of train_tiny.py, when the student is evaluated, and how it
+samples."""
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import train_tiny
 
-WORK = Path("out/experiments")
+WORK = Path("out/experiments")      # finished work; it is read, not done again
 
 
 @dataclass(frozen=True)
 class Job:
-    """A conversion of the teacher of `seed`, and when and how it is looked at."""
-    name: str                           # of the row
+    """One conversion of the teacher of a random seed."""
+    name: str                           # of its row in the tables
     seed: int
     flags: dict                         # of train_tiny.py
-    points: tuple                       # updates after which the student is judged
-    looks: tuple = ("",)                # ways to sample: flags of train_tiny.py, "block=8 reveal=static:2"
-    recipes: Callable | None = None     # (recipe, rollouts) -> the recipes that rollouts take in turn
-    start: Callable | None = None       # something done to the student before
-    stories: int = 256                  # that a look is made of
-    pretrain: dict | None = None        # flags of the teacher
-    folder: str = "full"                # under out/experiments
-    copies: int = 1                     # of each text in a batch, by its recipes: a text's tokens count once
+    eval_steps: tuple                   # the student is evaluated after these updates
+    samplers: tuple = ("",)             # ways to sample in an evaluation, e.g. "block=8 reveal=static:2"
+    recipes: Callable | None = None     # (recipe, rollouts) -> the recipes that the rollouts use in turn
+    prepare_student: Callable | None = None     # changes the student before the first update
+    stories: int = 256                  # held-out stories that an evaluation continues
+    teacher_flags: dict | None = None   # flags of the teacher that differ from the defaults
+    folder: str = "story_world"         # where it is saved, under out/experiments
+    copies: int = 1                     # of each text in a batch, if the recipes repeat texts
 
     @property
     def file(self) -> Path:
-        return WORK / self.folder / f"{self.name}-{self.seed}.json".replace(" ", "")
+        name = f"{self.name}-{self.seed}.json"
+        return WORK / self.folder / name.replace(" ", "").replace("/", "_")
 
     @property
     def settings(self) -> dict:
-        """What JSON can hold of it."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()
-                if not callable(value) and name != "folder" and (name, value) != ("copies", 1)}
+        """Everything above that JSON can hold. A saved result is read only if these are the same."""
+        settings = {}
+        for name, value in vars(self).items():
+            if callable(value) or name == "folder" or (name == "copies" and value == 1):
+                continue
+            settings[name] = list(value) if isinstance(value, tuple) else value
+        return settings
 
 
-def tiny(job: Job) -> Job:
-    """The same for --quick: whether it runs at all."""
-    return replace(job, folder="quick", stories=16, pretrain=dict(pretrain_steps=20, layers=1, width=64, pretrain_batch=4))
+def quick_job(job: Job) -> Job:
+    """The same job with a tiny teacher and few stories, for --quick: does it run at all?"""
+    small = {"pretrain_steps": 20, "layers": 1, "width": 64, "pretrain_batch": 4}
+    return replace(job, folder="quick", stories=16, teacher_flags=small)
 
 
 def without_paths(runs: list[dict]) -> list[dict]:
-    """As they are published: a text's name on this machine is nobody's business."""
+    """The runs without the names of files on this machine."""
     for run in runs:
-        run["settings"]["flags"] = {k: v for k, v in run["settings"]["flags"].items() if "data" not in k}
+        flags = run["settings"]["flags"]
+        run["settings"]["flags"] = {name: value for name, value in flags.items() if "data" not in name}
     return runs
 
 
-def options_of(job: Job, more: str = "") -> train_tiny.Config:
-    """Flags as a value; `more` are those of a look."""
-    given = {"data": "toy", **(job.pretrain or {}), "warm_steps": 0, "updates_per_rollout": 1, **job.flags, "seed": job.seed,
-             "distill_steps": max(job.points)}
-    given |= {name: int(value) if value.isdigit() else value for name, value in (x.split("=") for x in more.split())}
-    return train_tiny.Config(**given)
+def config_of(job: Job, sampler: str = "") -> train_tiny.Config:
+    """The configuration of a job; `sampler` sets further flags, written as in Job.samplers."""
+    flags = {"data": "toy", "warm_steps": 0, "updates_per_rollout": 1}
+    flags |= job.teacher_flags or {}
+    flags |= job.flags
+    flags["seed"] = job.seed
+    flags["distill_steps"] = max(job.eval_steps)
+    for part in sampler.split():
+        name, value = part.split("=")
+        flags[name] = int(value) if value.isdigit() else value
+    return train_tiny.Config(**flags)

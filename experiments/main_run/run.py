@@ -1,10 +1,11 @@
-"""The README's main job over several seeds: what its tables are made of.
+"""The main command, train_tiny.py, over several seeds.
 
     python -m experiments.main_run.run                                          the story world, three seeds
-    python -m experiments.main_run.run --name=text --data=FILE.txt --val_data=FILE.txt --seeds=1
+    python -m experiments.main_run.run --data=FILE.txt --val_data=FILE.txt --seeds=1
 
-Leaves experiments/NAME/results.json (every seed, every number, the commit) and the pictures of the first seed. A seed
-that has run already (its summary.json is in out/NAME-SEED) is not run again.
+Writes experiments/main_run/results/VARIANT.json, and of the first seed the pictures VARIANT.png (curves) and
+VARIANT_states.png; VARIANT is story_world or, with --data, tinystories. A seed whose summary.json is in
+out/VARIANT-SEED is not run again.
 """
 import json
 import shutil
@@ -14,81 +15,90 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.common.results import cell
+from experiments.common.results import EXPERIMENTS, output_folder, run_info, variant_of
+from experiments.main_run.tables import table
 from report.compare import write_json
 from training import cli
-
-HERE = Path(__file__).parent
 
 
 @dataclass
 class Options:
-    name: str = "toy"  # of the results: experiments/NAME, runs in out/NAME-SEED
     data: str = "toy"  # --data of train_tiny.py
     val_data: str | None = None  # --val_data of train_tiny.py
     seeds: int = 3  # runs
 
 
+def run_folder(options: Options, seed: int) -> Path:
+    return Path("out", f"{variant_of(options.data)}-{seed}")
+
+
 def command(options: Options, seed: int) -> list[str]:
-    """The line that makes one run."""
-    val = [f"--val_data={options.val_data}"] if options.val_data else []
-    return [sys.executable, str(HERE.parent / "train_tiny.py"), f"--data={options.data}", *val, f"--seed={seed}",
-            f"--out=out/{options.name}-{seed}"]
+    """The command line of one run."""
+    script = str(EXPERIMENTS.parent / "train_tiny.py")
+    words = [
+        sys.executable,
+        script,
+        f"--data={options.data}",
+        f"--seed={seed}",
+        f"--out={run_folder(options, seed)}",
+    ]
+    if options.val_data:
+        words.append(f"--val_data={options.val_data}")
+    return words
 
 
 def run(options: Options, seed: int) -> dict:
-    """A run's summary, its header, and the seconds its steps took."""
-    folder = Path("out", f"{options.name}-{seed}")
+    """A run's summary, the header of its log, its seconds, and the share of the machine's speed that it
+    used."""
+    folder = run_folder(options, seed)
     if not (folder / "summary.json").exists():
-        begun = time.perf_counter()
+        began = time.perf_counter()
         subprocess.run(command(options, seed), check=True)
-        (folder / "seconds").write_text(f"{time.perf_counter() - begun:.0f}")
-    header, *records = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    header["config"] |= {"data": options.name, "val_data": None, "out": ""}              # no paths of this machine
-    return {"summary": json.loads((folder / "summary.json").read_text()), "header": header,
-            "seconds": int((folder / "seconds").read_text()), "share": shares(header, records)}
+        (folder / "seconds").write_text(f"{time.perf_counter() - began:.0f}")
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    header, *records = [json.loads(line) for line in lines]
+    without_paths = {"data": variant_of(options.data), "val_data": None, "out": ""}
+    header["config"] |= without_paths
+    return {
+        "summary": json.loads((folder / "summary.json").read_text()),
+        "header": header,
+        "seconds": int((folder / "seconds").read_text()),
+        "share": flops_shares(header, records),
+    }
 
 
-def shares(header: dict, records: list[dict]) -> dict:
-    """Useful FLOP/s over those of a matrix product: of all AR steps, of those on stories, of those on the own text.
+def flops_shares(header: dict, records: list[dict]) -> dict:
+    """Useful FLOP/s over those of a matrix product: of AR steps, of updates on stories, of updates on own
+    text.
 
-    Totals, not medians: of several updates a rollout, the first one pays for it.
+    From totals, not medians: if there are several updates per rollout, the first one pays for it.
     """
-    def total(steps):
-        flops, seconds = sum(r["flops"] for r in steps), sum(r["seconds"] for r in steps)
-        return round(flops / seconds / header["matmul_flops"], 3) if steps else None
-    distil = [r for r in records if r.get("phase") == "distil"]
-    return {"pretrain": total([r for r in records if r.get("phase") == "pretrain"]),
-            "stories": total([r for r in distil if not r["positions"]]),
-            "own_text": total([r for r in distil if r["positions"]])}
+    def share(steps):
+        if not steps:
+            return None
+        flops = sum(record["flops"] for record in steps)
+        seconds = sum(record["seconds"] for record in steps)
+        return round(flops / seconds / header["matmul_flops"], 3)
+
+    pretrain = [record for record in records if record.get("phase") == "pretrain"]
+    distil = [record for record in records if record.get("phase") == "distil"]
+    return {
+        "pretrain": share(pretrain),
+        "stories": share([record for record in distil if not record["positions"]]),
+        "own_text": share([record for record in distil if record["positions"]]),
+    }
 
 
 def main(argv: list[str]) -> None:
     options = cli.parse(Options, argv, __doc__)
-    results = {"command": f"python -m experiments.main_run.run --name={options.name} --seeds={options.seeds}",
-               "runs": [run(options, seed) for seed in range(options.seeds)]}
-    folder = HERE / options.name
-    write_json(folder / "results.json", results)
-    for picture in ("states.png", "curves.png"):
-        shutil.copy(Path("out", f"{options.name}-0", picture), folder / picture)
+    variant = variant_of(options.data)
+    results = {"command": run_info("main_run", options)["command"]}
+    results["runs"] = [run(options, seed) for seed in range(options.seeds)]
+    folder = output_folder("main_run", quick=False)
+    write_json(folder / f"{variant}.json", results)
+    shutil.copy(run_folder(options, 0) / "curves.png", folder / f"{variant}.png")
+    shutil.copy(run_folder(options, 0) / "states.png", folder / f"{variant}_states.png")
     print(table(results))
-
-
-ROWS = {"val_nats": "nats/token", "bits_per_byte": "bits", "gen_nats": "nats/token", "valid": "share",
-        "distinct2": "share", "entropy": "nats", "tok_per_fwd": "tokens", "positions_per_tok": "positions"}
-
-
-def table(results: dict) -> str:
-    """Markdown: mean over seeds, and smallest to largest where there are several."""
-    lines = ["| | AR teacher | student before | student after |", "|---|---|---|---|"]
-    for row, unit in ROWS.items():
-        cells = []
-        for name in ("ar", "before", "after"):
-            values = [run["summary"][name].get(row) for run in results["runs"]]
-            cells.append("" if None in values else cell(values))
-        if any(cells):
-            lines.append(f"| `{row}`, {unit} | {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,42 +1,58 @@
-"""Where a light model may stand among the steps: the paper's sandwich and what it is compared with."""
+"""Where a light model may take denoising steps: the paper's placement and others to compare it with."""
 import itertools
 import random
+from collections.abc import Iterable
 
 from decoding.scheduling import Schedule, derive_schedule, schedule_from_steps, step_costs
 
-SEGMENTS, LIGHT = 8, 2          # of the exhaustive search: 28 schedules
+SEGMENTS = 8            # of the exhaustive search over pairs of segments: 28 schedules
 
 
-def at(steps: int, light) -> Schedule:
-    chosen = set(light)
-    return schedule_from_steps([k in chosen for k in range(steps)])
+def light_at(steps: int, light: Iterable[int]) -> Schedule:
+    """The schedule of so many steps whose steps `light` use the light model."""
+    light = set(light)
+    return schedule_from_steps([step in light for step in range(steps)])
 
 
 def placements(steps: int, share: float, curves: dict, seed: int) -> dict[str, Schedule]:
-    """The same share of the steps light, in seven ways; step 0 sees nothing but masks."""
+    """The same share of light steps in seven ways. Step 0 sees nothing but masks."""
     n = round(share * steps)
-    begin, end = n - n // 2, steps - n // 2
-    return {"sandwich (paper)": at(steps, [*range(begin), *range(end, steps)]), "all early": at(steps, range(n)),
-            "all late": at(steps, range(steps - n, steps)),
-            "middle": at(steps, range((steps - n) // 2, (steps + n) // 2)),
-            "evenly": at(steps, (int((k + 0.5) * steps / n) for k in range(n))),
-            "random": at(steps, random.Random(seed).sample(range(steps), n)), "derived": derive_schedule(curves, steps, share)}
+    first_half = range(n - n // 2)
+    last_half = range(steps - n // 2, steps)
+    spread_evenly = [int((k + 0.5) * steps / n) for k in range(n)]
+    return {
+        "sandwich (paper)": light_at(steps, [*first_half, *last_half]),
+        "all early": light_at(steps, range(n)),
+        "all late": light_at(steps, range(steps - n, steps)),
+        "middle": light_at(steps, range((steps - n) // 2, (steps + n) // 2)),
+        "evenly": light_at(steps, spread_evenly),
+        "random": light_at(steps, random.Random(seed).sample(range(steps), n)),
+        "derived": derive_schedule(curves, steps, share),
+    }
 
 
-def segments(steps: int) -> dict[str, Schedule]:
-    """Each choice of two light segments of eight."""
+def segment_pairs(steps: int) -> dict[str, Schedule]:
+    """Every choice of two light segments of SEGMENTS."""
     size = steps // SEGMENTS
-    return {" ".join(map(str, some)): at(steps, (k for k in range(steps) if k // size in some))
-            for some in itertools.combinations(range(SEGMENTS), LIGHT)}
+    schedules = {}
+    for pair in itertools.combinations(range(SEGMENTS), 2):
+        light = [step for step in range(steps) if step // size in pair]
+        schedules[f"{pair[0]} {pair[1]}"] = light_at(steps, light)
+    return schedules
 
 
-def predicted(names: list[str], curves: dict) -> float:
-    """Nats per token that the light ones of these steps cost, to first order: each reveals as many tokens as the next.
+def predicted_cost(names: list[str], curves: dict) -> float:
+    """Nats per token that the light steps among `names` ("H" or "L" per step) cost, to first order.
+
+    Every step reveals as many tokens as the next one.
     """
-    return sum(x for x, name in zip(step_costs(curves, len(names)).tolist(), names) if name == "L") / len(names)
+    cost_of_step = step_costs(curves, len(names)).tolist()
+    return sum(cost for cost, name in zip(cost_of_step, names) if name == "L") / len(names)
 
 
 def spearman(x: list[float], y: list[float]) -> float:
-    """The correlation of ranks, none of them shared."""
-    n, ranks = len(x), [[sorted(values).index(v) for v in values] for values in (x, y)]
-    return 1 - 6 * sum((a - b) ** 2 for a, b in zip(*ranks)) / (n * (n * n - 1))
+    """The rank correlation; no ties."""
+    n = len(x)
+    ranks_x = [sorted(x).index(value) for value in x]
+    ranks_y = [sorted(y).index(value) for value in y]
+    return 1 - 6 * sum((a - b) ** 2 for a, b in zip(ranks_x, ranks_y)) / (n * (n * n - 1))

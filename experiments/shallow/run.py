@@ -1,12 +1,13 @@
-"""Does a light model save anything inside blocks? A converted student, and a shallower one of the same teacher.
+"""Does a small model save anything inside blocks? A converted student, and a shallower one of the same
+teacher.
 
-    python -m experiments.shallow.run               the story world, blocks of 8 and 16, three seeds
-    python -m experiments.shallow.run --quick       the plumbing, a minute
+    python -m experiments.shallow.run               blocks of 8 and 16, three seeds: 20 minutes on two cores
+    python -m experiments.shallow.run --quick       does it run at all? a minute
 
-The heavy student begins as its teacher, of 3 blocks; the light one as an AR model of 1 that was trained likewise. Both
-learn from stories what that teacher says. Schedules go by the masked share of a block. Each model that is in use reads
-the finished text too, and what that costs is counted. Leaves experiments/shallow/results.json (every seed, every
-number, the commit) and curves.png.
+The heavy student begins as a copy of its teacher, which has 3 transformer blocks; the light one begins as an
+AR model of 1, pretrained likewise. Both learn that teacher's distributions on training stories. Schedules go
+by the masked share of a block. Each model that is in use also reads the finished text, and that is counted.
+Writes experiments/shallow/results/story_world.json and .png.
 """
 import copy
 import sys
@@ -21,115 +22,146 @@ import torch
 from data import story_world
 from data.tinystories import stories
 from decoding import reveal
-from decoding import scheduling as schedule
-from experiments.common.conversion import opened, teacher_of
+from decoding import scheduling as model_scheduling
+from experiments.common.conversion import load_student, load_teacher, open_job, prepare_teacher
 from experiments.common.job import WORK, Job
-from experiments.common.pool import prepare
-from experiments.common.results import finish, head, kept
-from experiments.common.students import in_turns, student
-from experiments.shallow.tables import LEVELS, PLANS, SHOWN, draw, table
+from experiments.common.results import cached, run_info, save_results
+from experiments.common.timing import seconds_per_token
+from experiments.shallow.tables import LEVELS, SCHEDULES, SHOWN_LEVEL, plot, table
 from model.masks import Layout
 from report import generate, metrics
 from training import cli
 
-HEAVY, LIGHT = 3, 1                 # blocks of the network
-BLOCKS, TURNS = (8, 16), 3
+HEAVY_LAYERS = 3
+LIGHT_LAYERS = 1
+BLOCKS = (8, 16)
+TURNS = 3
 
 
 @dataclass
 class Options:
-    quick: bool = False  # tiny models, four updates: whether it runs at all
+    quick: bool = False  # tiny models, four updates: does it run at all?
     seeds: int = 3  # teachers, and both students of each
     updates: int = 320  # of 16 rows, of every student
-    stories: int = 256  # that a look is made of
+    stories: int = 256  # per evaluation
 
 
 def job_of(layers: int, block: int, seed: int, options: Options) -> Job:
-    """Whose teacher has so many blocks."""
-    flags = {"source": "data", "states": "prefix", "target": "teacher", "weight": "first", "lr": 0.01, "block": block}
-    small = dict(pretrain_steps=20, width=64, pretrain_batch=4) if options.quick else {}
-    return Job(f"{layers} blocks, block {block}", seed, flags, (options.updates,), stories=options.stories,
-               pretrain={"layers": layers, **small}, folder=f"{'quick/' * options.quick}shallow-{layers}")
+    """The conversion of a teacher with this many transformer blocks."""
+    flags = {
+        "source": "data",
+        "states": "prefix",
+        "target": "teacher",
+        "weight": "first",
+        "lr": 0.01,
+        "block": block,
+    }
+    teacher_flags = {"layers": layers}
+    folder = f"shallow-{layers}"
+    if options.quick:
+        teacher_flags |= {"pretrain_steps": 20, "width": 64, "pretrain_batch": 4}
+        folder = f"quick/{folder}"
+    return Job(f"{layers} layers, block {block}", seed, flags, (options.updates,), stories=options.stories,
+               teacher_flags=teacher_flags, folder=folder)
 
 
 def become(small, net) -> None:
-    """`net` is a copy of `small` from here on."""
+    """Turns `net` into a copy of `small`."""
     for name in ("wte", "wpe", "h", "ln_f", "config"):
         setattr(net, name, copy.deepcopy(getattr(small, name)))
     net.init_mask().requires_grad_(True)
 
 
-def students(block: int, seed: int, options: Options) -> tuple[dict, torch.nn.Module, Job]:
-    """H and L, their teacher, and how it all came about."""
-    job = job_of(HEAVY, block, seed, options)
-    small = teacher_of(job_of(LIGHT, block, seed, options))
-    light = replace(job, name=f"light, block {block}", start=partial(become, small))
-    nets = {"H": student(job), "L": student(light)}
-    return {name: net for name, (net, _) in nets.items()}, teacher_of(job), job
+def load_pair(block: int, seed: int, options: Options) -> tuple[dict, torch.nn.Module, Job]:
+    """The students H and L, their teacher, and the job of H."""
+    job = job_of(HEAVY_LAYERS, block, seed, options)
+    small_ar = load_teacher(job_of(LIGHT_LAYERS, block, seed, options))
+    light_job = replace(job, name=f"light, block {block}", prepare_student=partial(become, small_ar))
+    heavy, _ = load_student(job)
+    light, _ = load_student(light_job)
+    return {"H": heavy, "L": light}, load_teacher(job), job
 
 
-def looks(options: Options, block: int, seed: int) -> dict[str, dict]:
-    """What is said of each plan's texts, at each level."""
-    nets, teacher, job = students(block, seed, options)
-    _, corpus = opened(job)
-    context, starts = teacher.config.context, stories(corpus.val, corpus.tokenizer.eot)
-    held = metrics.held_out(corpus.val, starts, options.stories, context)
-    return {f"{plan} {level}": look(nets, teacher, corpus.tokenizer, held, PLANS[plan], level, block, seed)
-            for plan, level in product(PLANS, LEVELS)}
+def make_generator(nets: dict, schedule: str, level: float, block: int, used: list) -> generate.TextGenerator:
+    """Text by a schedule. Each denoiser that it makes, one per batch of texts, is added to `used`."""
+    def scheduled_denoiser(heavy, layout):
+        denoiser = model_scheduling.ScheduledDenoiser(nets, layout, model_scheduling.parse_schedule(schedule))
+        used.append(denoiser)
+        return denoiser
+    rule = reveal.parse(f"leftmost:{level}")
+    return generate.diffusion_generator(nets["H"], Layout(block, 1, 1), rule, denoiser=scheduled_denoiser)
 
 
-def writer(nets: dict, plan: str, level: float, block: int, used: list) -> generate.TextGenerator:
-    """Text by a plan; who wrote it is added to `used`, a text each."""
-    def both(heavy, layout):
-        used.append(schedule.ScheduledDenoiser(nets, layout, schedule.parse_schedule(plan)))
-        return used[-1]
-    return generate.diffusion_generator(nets["H"], Layout(block, 1, 1), reveal.parse(f"leftmost:{level}"), denoiser=both)
+def evaluate_all(options: Options, block: int, seed: int) -> dict[str, dict]:
+    """Metrics of generated text by schedule and level of leftmost."""
+    nets, teacher, job = load_pair(block, seed, options)
+    _, corpus = open_job(job)
+    starts = stories(corpus.val, corpus.tokenizer.eot)
+    held = metrics.held_out(corpus.val, starts, options.stories, teacher.config.context)
+    evaluations = {}
+    for name, level in product(SCHEDULES, LEVELS):
+        evaluations[f"{name} {level}"] = evaluate_one(
+            nets, teacher, corpus.tokenizer, held, SCHEDULES[name], level, block, seed)
+    return evaluations
 
 
-def look(nets: dict, teacher, tok, held: list, plan: str, level: float, block: int, seed: int) -> dict:
-    """Also FLOPs of a kept token of the blocks, by every position that either model was given."""
-    context, used = teacher.config.context, []
-    texts, seconds = generate.generate_texts(writer(nets, plan, level, block, used), held, tok.eot, context, seed)
-    count = sum(int(text.response_mask.sum()) for text, _ in texts)
-    positions = {name: sum(int(some.denoisers[name].positions.sum()) for some in used) / count
-                 for name in used[0].denoisers}
-    return metrics.text_metrics(teacher, texts, seconds, tok, story_world.check) | {"positions": positions, "flops": sum(
-        n * metrics.body_flops(nets[name].config, context / 2) for name, n in positions.items())}
+def evaluate_one(
+    nets: dict, teacher, tok, held: list, schedule: str, level: float, block: int, seed: int
+) -> dict:
+    """The usual metrics, positions per token of each model, and FLOPs per token of the transformer blocks."""
+    context = teacher.config.context
+    used = []
+    generator = make_generator(nets, schedule, level, block, used)
+    texts, seconds = generate.generate_texts(generator, held, tok.eot, context, seed)
+    num_tokens = sum(int(text.response_mask.sum()) for text, _ in texts)
+    positions, flops = {}, 0.0
+    for name in used[0].denoisers:
+        count = sum(int(denoiser.denoisers[name].positions.sum()) for denoiser in used)
+        positions[name] = count / num_tokens
+        flops += positions[name] * metrics.body_flops(nets[name].config, context / 2)
+    numbers = metrics.text_metrics(teacher, texts, seconds, tok, story_world.check)
+    return numbers | {"positions": positions, "flops": flops}
 
 
 def speeds(options: Options, block: int, seed: int) -> dict[str, list[float]]:
-    """Seconds a token of each plan at the level shown, 8 texts one at a time, a number a turn; "ar": the teacher's."""
-    nets, teacher, job = students(block, seed, options)
-    _, corpus = opened(job)
+    """Seconds per token of each schedule at the level of the table, 8 texts one at a time, one number per
+    turn."""
+    nets, teacher, job = load_pair(block, seed, options)
+    _, corpus = open_job(job)
     eot = corpus.tokenizer.eot
     held = metrics.held_out(corpus.val, stories(corpus.val, eot), 8, teacher.config.context)
-    writers = {name: writer(nets, plan, SHOWN, block, []) for name, plan in PLANS.items()}
-    return in_turns(writers, teacher, held, eot, seed, TURNS)
+    generators = {}
+    for name, schedule in SCHEDULES.items():
+        generators[name] = make_generator(nets, schedule, SHOWN_LEVEL, block, [])
+    return seconds_per_token(generators, teacher, held, eot, seed, TURNS)
 
 
-def look_at(options: Options, work: tuple[int, int]) -> dict:
-    """The looks of a block and seed; taken before, with these settings: read."""
+def measure(options: Options, work: tuple[int, int]) -> dict:
+    """The evaluations of a (block, seed); read from out/ if they are there."""
     torch.set_num_threads(1)
-    file = WORK / job_of(HEAVY, 8, 0, options).folder / "looks-{}-{}.json".format(*work)
-    jobs = [job_of(layers, work[0], work[1], options).settings for layers in (HEAVY, LIGHT)]
-    settings = {"jobs": jobs, "plans": PLANS, "levels": list(LEVELS)}
-    return kept(file, settings, partial(looks, options, *work))
+    block, seed = work
+    file = WORK / job_of(HEAVY_LAYERS, 8, 0, options).folder / f"evaluations-{block}-{seed}.json"
+    jobs = [job_of(layers, block, seed, options).settings for layers in (HEAVY_LAYERS, LIGHT_LAYERS)]
+    settings = {"jobs": jobs, "schedules": SCHEDULES, "levels": list(LEVELS)}
+    return cached(file, settings, partial(evaluate_all, options, block, seed))
 
 
 def main(argv: list[str]) -> None:
     options = cli.parse(Options, argv, __doc__)
     if options.quick:
         options = replace(options, seeds=1, updates=4, stories=16)
-    results, work = head("shallow", options), [(block, seed) for block in BLOCKS for seed in range(options.seeds)]
-    work = work[:1] if options.quick else work
+    results = run_info("shallow", options) | {"runs": []}
+    work = list(product(BLOCKS, range(options.seeds)))
+    if options.quick:
+        work = work[:1]
+    teachers = list(product((HEAVY_LAYERS, LIGHT_LAYERS), range(options.seeds)))
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        list(pool.map(prepare, [job_of(layers, 8, seed, options) for seed in range(options.seeds)
-                                for layers in (HEAVY, LIGHT)]))
-        seen = pool.map(partial(look_at, options), work)
-        results["runs"] = [{"block": block, "seed": seed, "looks": look} for (block, seed), look in zip(work, seen)]
+        list(pool.map(prepare_teacher, [job_of(layers, 8, seed, options) for layers, seed in teachers]))
+        for (block, seed), evaluations in zip(work, pool.map(partial(measure, options), work)):
+            results["runs"].append({"block": block, "seed": seed, "evaluations": evaluations})
     for run in results["runs"]:
         run["seconds"] = speeds(options, run["block"], run["seed"])
-    finish("shallow", results, draw, options.quick)
+    save_results("shallow", "story_world", results, plot, options.quick)
     print(table(results))
 
 

@@ -1,0 +1,129 @@
+"""Tables and page of the main run."""
+import statistics
+
+from experiments.common import page as md
+from experiments.common.results import markdown_table, mean_range
+
+TITLE = "The main run: pretrain, convert, distil, compare"
+SUMMARY = "`python train_tiny.py` over several seeds: the teacher, the student before and after distillation"
+ROWS = {
+    "val_nats": "nats/token", "bits_per_byte": "bits", "gen_nats": "nats/token", "valid": "share",
+    "distinct2": "share", "entropy": "nats", "tok_per_fwd": "tokens", "positions_per_tok": "positions",
+}
+MODELS = {"ar": "AR teacher", "before": "student before", "after": "student after"}
+PLOTS = {}      # the pictures are those of the first seed's run: a results file does not hold what they show
+
+
+def table(results: dict) -> str:
+    """Markdown: mean over seeds, and smallest to largest where there are several."""
+    rows = []
+    for metric, unit in ROWS.items():
+        cells = []
+        for model in MODELS:
+            values = of(results, model, metric)
+            cells.append(mean_range(values) if values else "")
+        if any(cells):
+            rows.append([f"`{metric}`, {unit}", *cells])
+    return markdown_table(["", *MODELS.values()], rows)
+
+
+def of(results: dict, model: str, metric: str) -> list[float]:
+    """By seed, a metric of a model; empty if it was not measured."""
+    values = [run["summary"][model].get(metric) for run in results["runs"]]
+    return [] if None in values else values
+
+
+def updates(results: dict) -> tuple[int, int]:
+    """Updates in all, and those of them on training stories."""
+    config = results["runs"][0]["header"]["config"]
+    return config["distill_steps"], config["warm_steps"]
+
+
+def duration(results: dict) -> str:
+    seconds = [run["seconds"] for run in results["runs"]]
+    if len(seconds) == 1:
+        return f"{seconds[0]} seconds on two CPU cores"
+    return f"{min(seconds)} to {max(seconds)} seconds per seed on two CPU cores"
+
+
+def page(all_results: dict[str, dict]) -> str:
+    story_world = all_results["story_world"]
+    real_text = all_results["tinystories"]
+    return md.join(
+        f"# {TITLE}",
+        md.paragraph("""
+            The default command of the project, `python train_tiny.py`, over several seeds. It pretrains an AR
+            model, copies it under another attention mask (the student before), distils it first on training
+            stories (`--warm_steps`), then on text that it generates itself, and compares the student after
+            that with its teacher. Text is sampled at temperature 1 with the default rule, leftmost:0.98."""),
+        md.paragraph("""
+            `val_nats` is the NLL of held-out stories by the chain rule: the student reveals from left to
+            right, one token at a time. `gen_nats` is the NLL of generated text under the teacher, `valid` the
+            share of stories that break no law of the story world, `distinct2` the share of different token
+            pairs, `entropy` that of single tokens. `tok_per_fwd` counts all forward passes, prefill included;
+            `positions_per_tok` counts the positions that they process."""),
+        "## The story world",
+        md.measured(story_world, "story_world", duration(story_world), story_world["runs"][0]["header"]),
+        md.paragraph("Three seeds, 512 stories each; mean (smallest to largest)."),
+        table(story_world),
+        md.picture("story_world", "Loss and KL against training tokens, seed 0"),
+        md.picture("story_world_states", "A story of the converted model: one row per forward pass"),
+        "### What was found",
+        md.bullets(story_world_findings(story_world)),
+        "## TinyStories",
+        md.measured(real_text, "tinystories", duration(real_text), real_text["runs"][0]["header"]),
+        md.paragraph("""
+            One seed, 128 stories. 15 MB of the training file, 0.8 MB of the validation file, a BPE of 2,048
+            tokens, 2.2 million parameters."""),
+        table(real_text),
+        md.picture("tinystories", "Loss and KL against training tokens"),
+        md.picture(
+            "tinystories_states", "A TinyStories text of the converted model: one row per forward pass"
+        ),
+        "### What was found on TinyStories",
+        md.bullets(real_text_findings(real_text)),
+    )
+
+
+def story_world_findings(results: dict) -> list[str]:
+    def cell(model: str, metric: str) -> str:
+        return mean_range(of(results, model, metric))
+
+    tokens = statistics.mean(of(results, "after", "train_tokens"))
+    total, warm = updates(results)
+    shares = results["runs"][0]["share"]
+    return [
+        "Changing the mask costs little when text is revealed from left to right: `val_nats` before any "
+        f"training is {cell('before', 'val_nats')}, the teacher's {cell('ar', 'val_nats')}. With align=ar "
+        "and context=causal the student still reads what the AR model reads.",
+        f"It costs everything when several tokens are revealed together: `valid` before training is "
+        f"{cell('before', 'valid')} at {cell('before', 'tok_per_fwd')} tokens per forward pass.",
+        f"After {tokens / 1000:.0f}k response tokens `valid` is {cell('after', 'valid')} at "
+        f"{cell('after', 'tok_per_fwd')} tokens per forward pass. The teacher's is {cell('ar', 'valid')}, at "
+        "one.",
+        f"Only the last {total - warm} of {total} updates learn from the student's own text. What they add "
+        "was not measured.",
+        f"A forward pass of the student processes more: {cell('after', 'positions_per_tok')} positions per "
+        f"token, where AR takes {cell('ar', 'positions_per_tok')}.",
+        f"Useful arithmetic is {shares['stories']:.0%} of a matrix product's speed in updates on stories and "
+        f"{shares['own_text']:.0%} in updates on own text (seed 0): short rollouts on a CPU are mostly "
+        "overhead.",
+    ]
+
+
+def real_text_findings(results: dict) -> list[str]:
+    def value(model: str, metric: str) -> float:
+        return of(results, model, metric)[0]
+
+    total, warm = updates(results)
+    return [
+        f"At the default rule the student makes {value('after', 'tok_per_fwd'):.3f} tokens per forward pass "
+        f"and processes {value('after', 'positions_per_tok'):.1f} positions per token: **it costs more than "
+        "AR**. On real text a second position hardly ever has a probability above 0.98.",
+        f"Its text is {value('after', 'gen_nats') - value('ar', 'gen_nats'):.2f} nats per token above the "
+        f"teacher's, and held-out text {value('after', 'val_nats') - value('ar', 'val_nats'):.3f}; before "
+        f"training it was {value('before', 'gen_nats') - value('ar', 'gen_nats'):.2f} and "
+        f"{value('before', 'val_nats') - value('ar', 'val_nats'):.3f}.",
+        f"{total} updates ({total - warm} of them on own text) are few for this text. What saves forward "
+        "passes here is [speculative decoding](../speculative/README.md).",
+    ]
