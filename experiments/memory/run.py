@@ -64,7 +64,7 @@ def read_without_head(teacher, tokens, rows, position):
     """The teacher's forward pass without its output head; the target is the text itself."""
     read = rows * tokens.size(1) + position - 1
     teacher(tokens, read=read, head=lambda *parts: parts)
-    return chunked_kl.text_rows(teacher, tokens, rows, position)
+    return chunked_kl.one_hot_target(teacher, tokens, rows, position)
 
 
 def steps_of(config: GPTConfig) -> dict[tuple[str, bool], Callable]:
