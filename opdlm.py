@@ -345,7 +345,8 @@ def clean_loss(student, teacher, tokens: Tensor, response_mask: Tensor, P: int,
     position = slots + P
     read = rows * tokens.size(1) + position - 1
     target = recipe.target(teacher, tokens, rows, position)                  # (N, V)
-    logits = student(tokens, read=read, head=recipe.head)
+    causal = masks.context_mask(tokens.size(1), P, 1, tokens.device)         # block 1: the AR model's mask
+    logits = student(tokens, causal, read=read, head=recipe.head)
     weight = normalize_rows(response_mask.float())[response_mask]
     loss = (recipe.divergence(target, logits) * weight).sum()
     return loss, len(rows)
