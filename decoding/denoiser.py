@@ -83,7 +83,7 @@ class Denoiser:
         position = torch.where(used, position, 0)                                       # the others are padding
         denoised = (torch.arange(position.size(1), device=here.device) >= width).expand_as(position)
         mask = sampler_mask(position, denoised, self.prompt[r], self.end[r], self.layout, int(position.max()) + 1)
-        at = self.cache[0].place(torch.where(used, position, self.dump))
+        at = self.cache[0].flat_index(torch.where(used, position, self.dump))
         place = torch.where(self.inside, width, late[:, None]) + self.slot - shift              # (n, K) in its row
         place = place + torch.arange(len(r), device=here.device)[:, None] * position.size(1)
         place, *cost = (start.new_zeros(len(start), *x.shape[1:]).index_put((r,), x)
@@ -106,5 +106,5 @@ class Denoiser:
         idle = ~working[self.rows]
         if idle.sum() * 4 >= len(idle):
             for cache in self.cache:
-                cache.keep(~idle)
+                cache.keep_rows(~idle)
             self.rows = self.rows[~idle]

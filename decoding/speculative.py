@@ -200,7 +200,7 @@ class DraftStream:
         form, position = self.form, size[:, None] + self.form.position                  # (B, W + M)
         used = (position >= 0) & (position < self.end[:, None]) & working[:, None]      # others are padding
         at = torch.where(form.noisy, form.slot, self.scratch + position)
-        place = self.cache[0].place(torch.where(used, at, self.cache[0].slots))
+        place = self.cache[0].flat_index(torch.where(used, at, self.cache[0].slots))
         position = torch.where(used, position, 0)
         pushed = tokens.gather(1, position).masked_fill(form.noisy, self.net.mask_id)
         hidden, table = self.net(pushed, self.mask(size, used), position, form.read, self.cache, place,

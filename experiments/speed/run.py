@@ -75,7 +75,7 @@ def ar(net, prompt: torch.Tensor, length: int) -> torch.Tensor:
     for end in range(P, T):
         at = place[begin:end]
         mask = (place[:end] <= at[:, None])[None, None]
-        read, slots = row * len(at) + len(at) - 1, caches[0].place(at.expand(B, -1))
+        read, slots = row * len(at) + len(at) - 1, caches[0].flat_index(at.expand(B, -1))
         logits = net(tokens[:, begin:end], mask, at, read, caches, slots)
         tokens[:, end], begin = logits.argmax(-1), end
     return tokens
