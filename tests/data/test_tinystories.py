@@ -1,4 +1,4 @@
-"""Laws of data/tinystories.py: a stream is its stories, nothing held out is trained on, work is done once.
+"""Invariants of data/tinystories.py: a stream is its stories, nothing held out is trained on, work is done once.
 
 A local server stands in for the Hugging Face hub, so no test uses a network.
 """
@@ -76,7 +76,7 @@ def test_a_stream_is_its_stories_each_after_an_end_of_text(write, out):
 def test_starts_of_stories_by_hand():
     stream = np.array([9, 1, 2, 9, 3, 9, 4, 4, 9])
     assert stories(stream, 9).tolist() == [0, 3, 5]
-    long = np.zeros((1 << 24) + 10, dtype=np.uint16)    # longer than is compared at a time
+    long = np.zeros((1 << 24) + 10, dtype=np.uint16)    # longer than the part compared at a time
     long[[0, 5, 1 << 24, -1]] = 9
     assert stories(long, 9).tolist() == [0, 5, 1 << 24]
 
@@ -87,7 +87,7 @@ def test_every_real_story_decodes_to_itself(real, write, out):
     assert texts_of(corpus.val, corpus.tokenizer) == wanted
     n_bytes = sum(len(text.encode("utf-8")) for text in wanted)
     n_tokens = len(corpus.val) - len(wanted) - 1
-    assert corpus.tokenizer.vocab_size == 2048 and n_bytes / n_tokens >= 3, f"{n_bytes / n_tokens:.2f} bytes a token"
+    assert corpus.tokenizer.vocab_size == 2048 and n_bytes / n_tokens >= 3, f"{n_bytes / n_tokens:.2f} bytes per token"
     assert not set(wanted) & set(texts_of(corpus.train, corpus.tokenizer))
 
 
@@ -100,8 +100,8 @@ def test_ids_that_do_not_fit_16_bits_get_32(write, out, monkeypatch):
     assert texts_of(wide.val, wide.tokenizer) == texts_of(narrow.val, narrow.tokenizer) == [f"{words[-1]} now"]
 
 
-# 2. what is held out --------------------------------------------------------------------------------------------------
-def test_no_held_out_story_is_trained_on_even_if_repeated(write, out):
+# 2. held-out stories --------------------------------------------------------------------------------------------------
+def test_no_held_out_story_is_trained_on_even_if_it_is_repeated(write, out):
     for val in (None, write(joined(["not in it", FIFTY[3]]), "held.txt")):
         corpus = load(write(joined(FIFTY + FIFTY[:3] + FIFTY[:30])), val, 300, out)
         train, held = (texts_of(stream, corpus.tokenizer) for stream in (corpus.train, corpus.val))
@@ -119,9 +119,9 @@ def test_the_vocabulary_is_learned_without_the_held_out_stories(write, out, monk
 
 
 def test_the_vocabulary_is_learned_from_a_bounded_part():
-    assert list(tinystories.first(["aaa", "bb", "c", "d"], 5)) == ["aaa", "bb"]
-    assert list(tinystories.first(["aaa", "bb", "c"], 4)) == ["aaa", "bb"]
-    assert list(tinystories.first(["aaa"], 100)) == ["aaa"]
+    assert list(tinystories.take_chars(["aaa", "bb", "c", "d"], 5)) == ["aaa", "bb"]
+    assert list(tinystories.take_chars(["aaa", "bb", "c"], 4)) == ["aaa", "bb"]
+    assert list(tinystories.take_chars(["aaa"], 100)) == ["aaa"]
 
 
 def test_at_least_one_story_is_held_out(write, out):
@@ -132,7 +132,7 @@ def test_at_least_one_story_is_held_out(write, out):
 
 
 @pytest.mark.parametrize("text", ["one two", "a b", "word " * 1000 + "end", "line\n" * 50, "x\ty " * 99, "a\tb"])
-def test_a_single_text_gives_its_end(write, out, text):
+def test_the_end_of_a_single_text_is_held_out(write, out, text):
     for content in (text, f"{EOT}\n{text}{EOT}"):
         corpus = load(write(content), None, 300, out)
         (train,), (held,) = (texts_of(stream, corpus.tokenizer) for stream in (corpus.train, corpus.val))
@@ -140,7 +140,7 @@ def test_a_single_text_gives_its_end(write, out, text):
         assert len(held) <= max(0.07 * len(text), 5)
 
 
-def test_a_single_text_beside_a_held_out_file_stays_whole(write, out):
+def test_a_single_text_with_a_held_out_file_is_not_split(write, out):
     corpus = load(write("one two"), write("three", "held.txt"), 300, out)
     assert texts_of(corpus.train, corpus.tokenizer) == ["one two"]
     assert texts_of(corpus.val, corpus.tokenizer) == ["three"]
@@ -164,7 +164,7 @@ def test_chunks_do_not_matter_to_the_stream(write, out, monkeypatch):
     assert files_under(out / "whole") == files_under(out / "parts")
 
 
-def test_windows_line_ends_and_space_round_a_story_do_not_matter(write, out):
+def test_line_ends_and_white_space_around_a_story_do_not_matter(write, out):
     unix = load(write(joined(FIFTY)), None, 300, out)
     text = f"\n{EOT} \n\n" + f"  \n\n{EOT}{EOT}\t\n".join(FIFTY) + EOT
     dos = load(write(text.replace("\n", "\r\n"), "dos.txt"), None, 300, out)
@@ -175,7 +175,7 @@ def test_windows_line_ends_and_space_round_a_story_do_not_matter(write, out):
     (b"abc\xff def", 3, "ff"), (b"ok \xc3\xa9 " * 9 + b"\xe9t\xe9", 54, "e9"), ("été".encode("utf-16"), 0, "ff"),
     (b"cut off \xf0\x9f", 8, "f0"), (b"\xef\xbb\xbfmark\xfe", 7, "fe")])
 @pytest.mark.parametrize("chunk", [1, 4, 1 << 22])
-def test_the_first_byte_that_is_no_utf8_is_named(write, out, monkeypatch, content, at, value, chunk):
+def test_the_first_byte_that_is_not_utf8_is_named(write, out, monkeypatch, content, at, value, chunk):
     monkeypatch.setattr(tinystories, "CHUNK", chunk)
     with pytest.raises(ValueError, match=rf"mine\.txt is not UTF-8 at byte {at} \(0x{value}\): save it as UTF-8"):
         load(write(content), None, 300, out)
@@ -185,13 +185,13 @@ def test_the_first_byte_that_is_no_utf8_is_named(write, out, monkeypatch, conten
 def test_errors_say_what_to_do(write, out, tmp_path):
     good = write(joined(FIFTY))
     cases = [
-        (lambda: load(str(tmp_path / "no.txt"), None, 300, out), r"no\.txt does not exist: wanted is a UTF-8 text"),
+        (lambda: load(str(tmp_path / "no.txt"), None, 300, out), r"no\.txt does not exist: expected a UTF-8 text"),
         (lambda: load("tinystory", None, 300, out), r"one of toy, tinystories, tinystories-full"),
-        (lambda: load(str(tmp_path), None, 300, out), r"is a folder: wanted is a UTF-8 text file"),
+        (lambda: load(str(tmp_path), None, 300, out), r"is a folder: expected a UTF-8 text file"),
         (lambda: load(good, str(tmp_path / "val.txt"), 300, out), r"val\.txt does not exist"),
-        (lambda: load(write("", "e.txt"), None, 300, out), r"e\.txt holds no story: wanted is text, with <\|endoftext"),
-        (lambda: load(write(f" {EOT}\n{EOT}", "s.txt"), None, 300, out), r"s\.txt holds no story"),
-        (lambda: load(good, write("\n", "v.txt"), 300, out), r"v\.txt holds no story"),
+        (lambda: load(write("", "e.txt"), None, 300, out), r"e\.txt has no stories: expected text, with <\|endoftext"),
+        (lambda: load(write(f" {EOT}\n{EOT}", "s.txt"), None, 300, out), r"s\.txt has no stories"),
+        (lambda: load(good, write("\n", "v.txt"), 300, out), r"v\.txt has no stories"),
         (lambda: load(good, good, 300, out), r"mine\.txt has no story left to train on.*other stories"),
         (lambda: load(write(joined(["a"] * 5), "r.txt"), None, 300, out), r"r\.txt has no story left to train on"),
         (lambda: load(write("word", "w.txt"), None, 300, out), r"w\.txt is too short to hold a part.*give it stories"),
@@ -201,10 +201,10 @@ def test_errors_say_what_to_do(write, out, tmp_path):
         with pytest.raises(ValueError, match=sentence) as caught:
             call()
         assert not isinstance(caught.value, NoNetwork) and "\n" not in str(caught.value)
-    assert not out.exists() or not os.listdir(out), "a refused text left something behind"
+    assert not out.exists() or not os.listdir(out), "a refused text left files"
 
 
-# 4. once, whole or not at all -----------------------------------------------------------------------------------------
+# 4. once, and completely or not at all -----------------------------------------------------------------------------------------
 def test_the_same_text_gives_the_same_bytes(write, out):
     path = write(joined(FIFTY))
     for folder in ("one", "two"):
@@ -213,7 +213,7 @@ def test_the_same_text_gives_the_same_bytes(write, out):
     assert sorted(Path(name).name for name in files_under(out / "one")) == ["bpe.json", "train.bin", "val.bin"]
 
 
-def test_a_second_load_trains_and_tokenises_nothing(write, out, monkeypatch):
+def test_a_second_load_trains_and_tokenizes_nothing(write, out, monkeypatch):
     path = write(joined(FIFTY))
     before = load(path, None, 300, out)
     for worker in ("train_bpe", "write_stream"):
@@ -222,7 +222,7 @@ def test_a_second_load_trains_and_tokenises_nothing(write, out, monkeypatch):
     assert np.array_equal(before.train, again.train) and np.array_equal(before.val, again.val)
 
 
-def test_a_given_tokenizer_is_used_as_it_is(write, out, monkeypatch):
+def test_a_given_tokenizer_is_used_unchanged(write, out, monkeypatch):
     monkeypatch.setattr(tinystories, "train_bpe", lambda *_: pytest.fail("a BPE was trained"))
     given = tokenizer.word_level(["Story", " has", " cat"])
     corpus = load(write(joined(FIFTY)), None, 300, out, given)
@@ -232,7 +232,8 @@ def test_a_given_tokenizer_is_used_as_it_is(write, out, monkeypatch):
 
 def test_other_text_or_vocabulary_is_another_corpus(write, out, monkeypatch):
     monkeypatch.setattr(tinystories, "CHUNK", 50)    # the texts differ at their ends
-    own, held = joined(FIFTY), write("held out", "held.txt")    # the third and the fifth text differ by parting only
+    own = joined(FIFTY)
+    held = write("held out", "held.txt")    # the third and the fifth corpus have the same bytes, split differently
     one, two = (tokenizer.word_level([word]) for word in ("Story", " has"))
     calls = [(own + "!", None, 300, None), (own + "?", None, 300, None), (own + "held out", None, 300, None),
              (own, None, 300, None), (own, held, 300, None), (own, None, 301, None),
@@ -243,7 +244,7 @@ def test_other_text_or_vocabulary_is_another_corpus(write, out, monkeypatch):
 
 
 @pytest.mark.parametrize("step", ["tinystories.write_stream", "Path.rename"])
-def test_a_failure_half_way_leaves_nothing(write, out, monkeypatch, step):
+def test_a_failure_in_the_middle_leaves_nothing(write, out, monkeypatch, step):
     path = write(joined(FIFTY))
 
     def fail(*_):
@@ -255,7 +256,7 @@ def test_a_failure_half_way_leaves_nothing(write, out, monkeypatch, step):
     assert os.listdir(out) == []
 
 
-def test_killed_half_way_then_loaded_is_whole(write, out):
+def test_a_load_after_a_killed_one_is_complete(write, out):
     path = write(joined(FIFTY))
     killed = ("import os, sys; from data import tinystories as t; w = t.write_stream\n"
               "t.write_stream = lambda p, *a: os._exit(9) if p.name == 'val.bin' else w(p, *a)\n"
@@ -284,7 +285,7 @@ def test_two_processes_at_once_agree(write, out, monkeypatch):
 
 # 5. the hub -----------------------------------------------------------------------------------------------------------
 class Hub(http.server.ThreadingHTTPServer):
-    """Serves `files` under the hub's addresses; while `torn`, the first GET breaks off half way, the others fail."""
+    """Serves `files` at the hub's addresses; while `torn`, the first GET breaks off in the middle, the others fail."""
 
     def __init__(self, files: dict[str, bytes]):
         super().__init__(("127.0.0.1", 0), Answer)
@@ -326,7 +327,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A running stand-in, which `tinystories.download` uses for the time of a test."""
+    """A running server, which `tinystories.download` uses for the time of a test."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     server = Hub({tinystories.VALID: joined(FIFTY).encode("utf-8"),
@@ -343,50 +344,50 @@ def reach(monkeypatch, endpoint: str, tmp_path: Path):
         tinystories.download, endpoint=endpoint, cache_dir=str(tmp_path / "cache")))
 
 
-def test_tinystories_is_fetched_once(hub, out, monkeypatch):
+def test_tinystories_is_downloaded_once(hub, out, monkeypatch):
     corpus = load("tinystories", None, 300, out)
     assert corpus.name == "tinystories" and texts_of(corpus.val, corpus.tokenizer) == FIFTY[::20]
     assert hub.asked.count(("GET", tinystories.VALID)) == 1
     hub.asked.clear()
     load("tinystories", None, 300, out)
     load("tinystories", None, 301, out)
-    assert hub.asked == [], "a file of the cache was asked for again"
+    assert hub.asked == [], "a file of the cache was requested again"
 
 
 def test_tinystories_full_trains_on_one_file_and_holds_out_the_other(hub, out, write):
     corpus = load("tinystories-full", None, 300, out)
     assert texts_of(corpus.val, corpus.tokenizer) == FIFTY
-    assert texts_of(corpus.train, corpus.tokenizer) == ["only here", "here too"]    # the five stand in the other file
+    assert texts_of(corpus.train, corpus.tokenizer) == ["only here", "here too"]    # the other file has the five
     own = load("tinystories-full", write("held out"), 300, out)
     assert texts_of(own.val, own.tokenizer) == ["held out"]
 
 
-def test_a_transfer_that_breaks_off_leaves_no_file(hub, out, tmp_path, monkeypatch):
+def test_an_interrupted_download_leaves_no_file(hub, out, tmp_path, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda _: None)    # the hub's pauses between its attempts
     hub.torn = True
-    with pytest.raises(NoNetwork, match="can't be fetched"):
+    with pytest.raises(NoNetwork, match="cannot be downloaded"):
         load("tinystories", None, 300, out)
-    assert ("GET", tinystories.VALID) in hub.asked, "nothing was transferred, so nothing was torn"
+    assert ("GET", tinystories.VALID) in hub.asked, "nothing was transferred, so nothing was interrupted"
     assert not out.exists() and not any(b"cat" in content for content in files_under(tmp_path / "cache").values())
     hub.torn = False
     corpus = load("tinystories", None, 300, out)
     assert len(stories(corpus.train, corpus.tokenizer.eot)) == 47
 
 
-def test_no_network_is_told_apart_and_says_what_to_do(out, tmp_path, monkeypatch):
+def test_no_network_has_an_error_of_its_own_that_says_what_to_do(out, tmp_path, monkeypatch):
     closed = socket.socket()
     closed.bind(("127.0.0.1", 0))
     reach(monkeypatch, f"http://127.0.0.1:{closed.getsockname()[1]}", tmp_path)    # bound, not listening: refused
     begun = time.monotonic()
-    sentence = r"valid\.txt of .* can't be fetched \(.*\): connect .* or use --data=toy or --data=FILE\.txt$"
+    sentence = r"valid\.txt of .* cannot be downloaded \(.*\): connect .* or use --data=toy or --data=FILE\.txt$"
     with pytest.raises(NoNetwork, match=sentence) as caught:
         load("tinystories", None, 300, out)
-    assert isinstance(caught.value, ValueError), "a user's error, as all others here"
+    assert isinstance(caught.value, ValueError), "a mistake of the user, as all others here"
     assert time.monotonic() - begun < 10 and "\n" not in str(caught.value) and not out.exists()
     closed.close()
 
 
-def test_a_hub_that_does_not_answer_is_given_up_soon(out, tmp_path, monkeypatch):
+def test_a_hub_that_does_not_answer_is_not_waited_for(out, tmp_path, monkeypatch):
     monkeypatch.setattr(tinystories, "HUB_SECONDS", 0.5)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     with socket.create_server(("127.0.0.1", 0)) as mute:
@@ -397,7 +398,7 @@ def test_a_hub_that_does_not_answer_is_given_up_soon(out, tmp_path, monkeypatch)
     assert time.monotonic() - begun < 5
 
 
-def test_a_file_that_the_hub_has_not_is_no_network_error_of_one_line(hub, out):
+def test_a_file_that_the_hub_does_not_have_gives_an_error_of_one_line(hub, out):
     hub.files.clear()
     with pytest.raises(NoNetwork, match="--data=toy") as caught:
         load("tinystories", None, 300, out)
