@@ -47,7 +47,7 @@ class Tokenizer:
         return b"".join(self._token_bytes(ids)).decode("utf-8", "replace")
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
-        """One string per id; joined they are `decode(ids)`. A character of several tokens is in the last one."""
+        """One string per id; joined they are `decode(ids)`. A character of several tokens is in the last."""
         parts = self._token_bytes(ids)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         strings = []

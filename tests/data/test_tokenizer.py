@@ -1,5 +1,5 @@
-"""Invariants of data/tokenizer.py: what is encoded decodes to itself, an id has the same bytes everywhere, files
-are complete or absent."""
+"""Invariants of data/tokenizer.py: what is encoded decodes to itself, an id has the same bytes everywhere,
+files are complete or absent."""
 
 import json
 import os
@@ -14,11 +14,14 @@ from data import tokenizer
 from tests.conftest import sentence_pieces
 
 SHARED = Path(__file__).parents[2].parent / "shared/data"
-CORPUS = [f"The {a} {b} sat by the {c}, and the {b} said: «it's 123 o'clock»." for a in ("red", "old", "sad")
-          for b in ("cat", "dog", "emu") for c in ("sea", "hill", "door")]
+CORPUS = [
+    f"The {a} {b} sat by the {c}, and the {b} said: «it's 123 o'clock»."
+    for a in ("red", "old", "sad") for b in ("cat", "dog", "emu") for c in ("sea", "hill", "door")
+]
 WORDS = ["One", " day", " ball", "ball", ",", ".", "\n", " Zoë"]
-ODD = ["", " ", "\0", "\r", "\r\n\r\r\n", "a  b\t\tc ", "naïve Zoë", "日本語の物語。", "e\u0301", "\u2028x\u00a0y",
-       "\ufeffmark", "\U0001f469\u200d\U0001f467 and \U0001f3f3\ufe0f met \U0001f994", "\ufffd", "<|endoftext|>",
+ODD = ["", " ", "\0", "\r", "\r\n\r\r\n", "a  b\t\tc ", "naïve Zoë", "日本語の物語。", "e\u0301",
+       "\u2028x\u00a0y", "\ufeffmark", "\U0001f469\u200d\U0001f467 and \U0001f3f3\ufe0f met \U0001f994",
+       "\ufffd", "<|endoftext|>",
        "'s 'S don't", "One ball, two balloons. One_ball 42", "x" * 3000, " " * 3000 + "end"]
 
 
@@ -41,9 +44,14 @@ def gpt2(monkeypatch):
 
 
 def random_texts(n: int) -> list[str]:
-    draw = random.Random(0)
+    """Texts of up to 59 characters, whose UTF-8 has 1 to 4 bytes."""
+    rng = random.Random(0)
     kinds = [(0, 0x80), (0x80, 0x800), (0x800, 0xd800), (0xe000, 0x10000), (0x10000, 0x110000)]
-    return ["".join(chr(draw.randrange(*draw.choice(kinds))) for _ in range(draw.randrange(60))) for _ in range(n)]
+    texts = []
+    for _ in range(n):
+        length = rng.randrange(60)
+        texts.append("".join(chr(rng.randrange(*rng.choice(kinds))) for _ in range(length)))
+    return texts
 
 
 def test_every_text_decodes_to_itself(tok):
@@ -109,9 +117,11 @@ def test_load_says_what_is_wrong(tmp_path):
     good = json.loads(tokenizer.word_level([]).to_json())
     tokens = good["tokens"]
     broken = [b"", b"\xff\xfe", b"[1]", b'{"pattern": "."}', json.dumps(good)[:-40].encode()]
-    changes = [{"tokens": tokens[:-1]}, {"tokens": tokens[:-1], "eot": 255}, {"tokens": [*tokens, "QQ=="], "eot": 257},
-               {"tokens": ["?" + tokens[0], *tokens[1:]]}, {"tokens": [*tokens[:-1], 5]},
-               {"eot": 300}, {"pattern": "("}, {"pattern": 5}]
+    changes = [
+        {"tokens": tokens[:-1]}, {"tokens": tokens[:-1], "eot": 255},
+        {"tokens": [*tokens, "QQ=="], "eot": 257}, {"tokens": ["?" + tokens[0], *tokens[1:]]},
+        {"tokens": [*tokens[:-1], 5]}, {"eot": 300}, {"pattern": "("}, {"pattern": 5},
+    ]
     for content in broken + [json.dumps({**good, **change}).encode() for change in changes]:
         (tmp_path / "bpe.json").write_bytes(content)
         with pytest.raises(ValueError, match=r"bpe\.json is not a tokenizer file .*copy it again"):
@@ -184,9 +194,12 @@ def byte_level() -> Tokenizer:
 
 def space_first(folder) -> Tokenizer:
     """As Llama 2 has it: a space before each text, and bytes for what has no token of its own."""
-    tokens = ["<unk>", "\n<s>\n", "\n</s>\n", *(f"<0x{i:02X}>" for i in range(256)), "he", " t", " the", *" thea"]
-    packed = (struct.pack("<fi", -float(i), len(token.encode())) + token.encode() for i, token in enumerate(tokens))
-    (folder / "tok.bin").write_bytes(struct.pack("<i", 9) + b"".join(packed))
+    single_bytes = [f"<0x{i:02X}>" for i in range(256)]
+    tokens = ["<unk>", "\n<s>\n", "\n</s>\n", *single_bytes, "he", " t", " the", *" thea"]
+    packed = struct.pack("<i", 9)
+    for i, token in enumerate(tokens):
+        packed += struct.pack("<fi", -float(i), len(token.encode())) + token.encode()
+    (folder / "tok.bin").write_bytes(packed)
     return sentence_pieces(folder / "tok.bin")
 
 
@@ -196,9 +209,11 @@ def checkpoint_folder(request, tmp_path):
     tok = byte_level() if request.param == "byte level" else space_first(tmp_path)
     tok.enable_truncation(4)
     tok.enable_padding(length=9)
-    tok.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", tok.token_to_id("<s>"))])
+    special_tokens = [("<s>", tok.token_to_id("<s>"))]
+    tok.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=special_tokens)
     tok.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": "<s>"}, "eos_token": "</s>"}))
+    config = {"bos_token": {"content": "<s>"}, "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     return tmp_path
 
 
@@ -217,11 +232,13 @@ def test_a_piece_in_the_middle_of_a_text_keeps_its_space(checkpoint_folder):
     tok = tokenizer.load(checkpoint_folder)
     ids = tok.encode("the hat the")
     assert "".join(tok.pieces([tok.eot, *ids])[3:]).endswith(" the")
-    assert tok.pieces(tok.encode("the"))[0].strip(" ") and tok.pieces([tok.vocab_size, tok.vocab_size + 9]) == ["", ""]
+    assert tok.pieces(tok.encode("the"))[0].strip(" ")
+    assert tok.pieces([tok.vocab_size, tok.vocab_size + 9]) == ["", ""]
 
 
 def test_a_saved_checkpoint_s_tokenizer_is_the_same_tokenizer(checkpoint_folder, tmp_path):
-    tok = tokenizer.HubTokenizer(tokenizer.load(checkpoint_folder).tok, eot=2)    # not the one that the folder names
+    loaded = tokenizer.load(checkpoint_folder)
+    tok = tokenizer.HubTokenizer(loaded.tok, eot=2)    # not the one that the folder names
     tok.save(tmp_path / "new" / "folder")
     again = tokenizer.load(tmp_path / "new" / "folder")
     assert (again.eot, again.vocab_size, again.to_json()) == (tok.eot, tok.vocab_size, tok.to_json())
@@ -229,7 +246,8 @@ def test_a_saved_checkpoint_s_tokenizer_is_the_same_tokenizer(checkpoint_folder,
 
 
 ENDS = {        # what a text begins with; where none is named, what it ends with
-    "the config's first": ({"bos_token_id": 1, "eos_token_id": 0, "vocab_size": 320}, {"bos_token": "<s>"}, 1),
+    "the config's first": (
+        {"bos_token_id": 1, "eos_token_id": 0, "vocab_size": 320}, {"bos_token": "<s>"}, 1),
     "the tokenizer's": ({"eos_token_id": 1}, {"bos_token": "<s>"}, 0),
     "an end": ({"bos_token_id": None, "eos_token_id": [1, 0]}, {"bos_token": None}, 1),
     "the tokenizer's end": ({}, {"eos_token": "</s>"}, 1),
@@ -248,7 +266,8 @@ def test_texts_begin_with_what_the_checkpoint_says(tmp_path, case):
 
 def test_a_checkpoint_s_tokenizer_that_cannot_be_used_is_refused(tmp_path):
     byte_level().save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match="does not say with which token texts begin or end: write bos_token_id"):
+    message = "does not say with which token texts begin or end: write bos_token_id"
+    with pytest.raises(ValueError, match=message):
         tokenizer.load(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"')
     with pytest.raises(ValueError, match=r"tokenizer_config\.json is not JSON .*copy it again"):
@@ -265,8 +284,9 @@ def test_a_checkpoint_s_tokenizer_that_cannot_be_used_is_refused(tmp_path):
 
 
 def test_gpt2_s_tokenizer_json_is_gpt2(gpt2, tmp_path):
-    """A tokenizer.json equals tiktoken's vocabulary. A folder of GPT-2's size without a tokenizer has GPT-2's."""
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 50257, "bos_token_id": 50256}')
+    """Its tokenizer.json equals tiktoken's vocabulary; a folder of its size without a tokenizer gets it."""
+    config = {"model_type": "gpt2", "vocab_size": 50257, "bos_token_id": 50256}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     assert tokenizer.load(tmp_path).to_json() == gpt2.to_json()
     small, large = sorted((SHARED / "tiktoken_cache").iterdir(), key=lambda path: path.stat().st_size)
     tok = Tokenizer(models.BPE.from_file(str(large), str(small)))
