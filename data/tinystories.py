@@ -1,14 +1,14 @@
-"""TinyStories (Eldan and Li 2023, arXiv:2305.07759), or a text file of one's own, as two streams of token ids on disk.
+"""TinyStories (Eldan and Li 2023, arXiv 2305.07759), or any text file, as two streams of token ids on disk.
 
-    load        the front door: tokenised once, memory-mapped ever after
-    stories     where each story of a stream begins
-    locate      finds the text, or has `download` fetch it from the Hugging Face hub
-    divide      which of its `Stories` are trained on, which are held out
-    tokenise    makes the streams
+    load        the entry point: tokenizes a text once, later only maps the files into memory
+    stories     the index of each story in a stream
 
-A stream is `eot s1 eot s2 ... eot sn eot`: each story follows an end of text, which is what a sampler begins with.
+    1. find the text           `locate`, and `download` from the Hugging Face hub
+    2. split it into stories   `divide` into training stories and held-out stories
+    3. tokenize                `tokenize` writes the streams
+
+A stream is `eot s1 eot s2 ... eot sn eot`: every story follows an end-of-text, with which a sampler begins.
 """
-
 import codecs
 import hashlib
 import io
@@ -26,187 +26,235 @@ from data.tokenizer import EOT, Tokenizer, train_bpe
 from data.tokenizer import load as load_tokenizer
 
 REPO = "roneneldan/TinyStories"
-VALID, TRAIN = "TinyStoriesV2-GPT4-valid.txt", "TinyStoriesV2-GPT4-train.txt"  # 22 MB, 2.2 GB
-HUB = {"tinystories": (VALID, None), "tinystories-full": (TRAIN, VALID)}       # name: training file, held-out file
+VALID = "TinyStoriesV2-GPT4-valid.txt"      # 22 MB
+TRAIN = "TinyStoriesV2-GPT4-train.txt"      # 2.2 GB
+HUB = {                                     # name: training file, held-out file
+    "tinystories": (VALID, None),
+    "tinystories-full": (TRAIN, VALID),
+}
 
-HOLD_OUT = 20             # one story in so many is held out where there is no held-out file
-CHUNK = 1 << 22           # bytes read at a time, and characters tokenised at a time
-BPE_CHARS = 64_000_000    # characters a BPE learns from: more would hardly change a vocabulary of some thousands
-HUB_SECONDS = 3           # wait for an answer of each of the hub's addresses
-LAYOUT = "1"              # part of a corpus folder's name: another way of making streams needs another folder
+HOLD_OUT = 20               # every 20th story is held out if there is no held-out file
+CHUNK = 1 << 22             # bytes read at a time, and characters tokenized at a time
+BPE_CHARS = 64_000_000      # characters that a BPE is learned from; more hardly change a small vocabulary
+HUB_SECONDS = 3             # timeout for each address of the hub
+LAYOUT = "1"                # version of the stream format, part of the name of a corpus folder
 
 
 class NoNetwork(ValueError):
-    """The hub can't be reached and the file is not in its cache."""
+    """The hub cannot be reached and the file is not in its cache."""
 
 
 @dataclass
 class Corpus:
-    train: np.ndarray       # 1-D stream of ids, a read-only memory map: uint16, or uint32 for over 65,536 ids
-    val: np.ndarray         # the same of the held-out stories, none of which is in train
+    train: np.ndarray       # 1-D stream of ids: uint16, or uint32 for more than 65,536 ids
+    val: np.ndarray         # the same for the held-out stories, none of which is in train
     tokenizer: Tokenizer
     name: str
 
     @cached_property
     def starts(self) -> np.ndarray:
-        """Index of each training story."""
+        """The index of each training story."""
         return stories(self.train, self.tokenizer.eot)
 
 
-def load(data: str, val: str | None, vocab_size: int, folder: str | Path, tokenizer: Tokenizer | None = None) -> Corpus:
-    """The corpus of `data`, tokenised under `folder` unless that was done before.
+def load(data: str, val: str | None, vocab_size: int, folder: str | Path,
+         tokenizer: Tokenizer | None = None) -> Corpus:
+    """The corpus of `data`, as read-only memory maps; tokenized in `folder` unless that was done before.
 
-    `data` is a name in HUB or a UTF-8 text file with `<|endoftext|>` between stories, `val` a held-out file like it.
-    A BPE of `vocab_size` ids is learned from the training stories, unless a `tokenizer` is given.
+    `data` is a name in HUB or a UTF-8 text file with `<|endoftext|>` between stories; `val` is a held-out
+    file of the same format. A BPE of `vocab_size` ids is learned from the training stories, unless a
+    `tokenizer` is given. ValueError if a file cannot be used; NoNetwork if it cannot be downloaded.
     """
     name, path, val_path = locate(data, val)
-    key = fingerprint(path, val_path, tokenizer.to_json() if tokenizer else str(vocab_size))
-    home = Path(folder, f"{name}-{key}")
-    if not home.is_dir():
-        tokenise(home, path, val_path, vocab_size, tokenizer)
-    tok = load_tokenizer(home)
-    train, held = (np.memmap(home / file, dtype=id_type(tok), mode="r") for file in ("train.bin", "val.bin"))
-    return Corpus(train, held, tok, name)
+    vocabulary = tokenizer.to_json() if tokenizer else str(vocab_size)
+    key = fingerprint(path, val_path, vocabulary)
+    corpus_folder = Path(folder, f"{name}-{key}")
+    if not corpus_folder.is_dir():
+        tokenize(corpus_folder, path, val_path, vocab_size, tokenizer)
+    tok = load_tokenizer(corpus_folder)
+    train = np.memmap(corpus_folder / "train.bin", dtype=id_type(tok), mode="r")
+    held_out = np.memmap(corpus_folder / "val.bin", dtype=id_type(tok), mode="r")
+    return Corpus(train, held_out, tok, name)
 
 
 def stories(stream: np.ndarray, eot: int) -> np.ndarray:
-    """Index of each `eot` that a story follows, that is of all but the last (int64, ascending)."""
-    step = 1 << 24  # comparing all of tinystories-full at once would take half a gigabyte
-    found = [np.flatnonzero(stream[at:at + step] == eot) + at for at in range(0, len(stream), step)]
+    """(stories,) int64, ascending: the index of each `eot` that a story follows, so of all but the last."""
+    step = 1 << 24  # in parts, since comparing all of tinystories-full at once takes half a gigabyte
+    found = []
+    for begin in range(0, len(stream), step):
+        part = stream[begin:begin + step]
+        found.append(np.flatnonzero(part == eot) + begin)
     return np.concatenate(found)[:-1]
 
 
-# 1. find the text -----------------------------------------------------------------------------------------------------
+# 1. find the text ---------------------------------------------------------------------------------
+
 def locate(data: str, val: str | None) -> tuple[str, Path, Path | None]:
-    """The corpus' name, its text file and its held-out file, fetched where need be."""
-    held = text_file(val) if val else None
+    """The corpus' name, its text file and its held-out file, downloaded if necessary."""
+    given_val = text_file(val) if val else None
     if data not in HUB:
-        return Path(data).stem, text_file(data), held
+        return Path(data).stem, text_file(data), given_val
     train_file, val_file = HUB[data]
-    return data, download(train_file), held or (download(val_file) if val_file else None)
+    train_path = download(train_file)
+    if given_val is None and val_file:
+        return data, train_path, download(val_file)
+    return data, train_path, given_val
 
 
 def text_file(given: str) -> Path:
-    if not Path(given).is_file():
-        what = "is a folder" if Path(given).is_dir() else "does not exist"
-        raise ValueError(f"{given} {what}: wanted is a UTF-8 text file, or one of toy, {', '.join(HUB)}")
-    return Path(given)
+    path = Path(given)
+    if not path.is_file():
+        problem = "is a folder" if path.is_dir() else "does not exist"
+        raise ValueError(f"{given} {problem}: expected a UTF-8 text file, or one of toy, {', '.join(HUB)}")
+    return path
 
 
 def download(file: str, **hub: str) -> Path:
-    """Path of `file` in the hub's cache, fetched whole the first time; `hub` may name `endpoint` and `cache_dir`."""
+    """The path of `file` in the hub's cache, downloaded if missing. `hub`: `endpoint` and `cache_dir`."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     where = {"repo_id": REPO, "filename": file, "repo_type": "dataset"}
     try:
         return Path(hf_hub_download(**where, **hub, local_files_only=True))
     except FileNotFoundError:
-        pass  # not in the cache; what is there needs no network, not even to ask whether it is the newest
+        pass  # not in the cache; a file in the cache is used without asking the hub for a newer one
     try:
-        # hf_hub_download itself would retry an unreachable hub for half a minute
-        get_hf_file_metadata(hf_hub_url(**where, endpoint=hub.get("endpoint")), timeout=HUB_SECONDS)
+        # hf_hub_download itself would retry for half a minute if the hub cannot be reached
+        url = hf_hub_url(**where, endpoint=hub.get("endpoint"))
+        get_hf_file_metadata(url, timeout=HUB_SECONDS)
         return Path(hf_hub_download(**where, **hub))
-    except Exception as error:  # their classes differ from one version of the hub to the next
+    except Exception as error:  # the classes differ between versions of huggingface_hub
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise NoNetwork(f"{file} of {REPO} is not on this machine and can't be fetched ({reason}): connect and try "
-                        "again, or use --data=toy or --data=FILE.txt") from error
+        raise NoNetwork(f"{file} of {REPO} is not on this machine and cannot be downloaded ({reason}): "
+                        "connect and try again, or use --data=toy or --data=FILE.txt") from error
 
 
-# 2. part it into stories ----------------------------------------------------------------------------------------------
+# 2. split it into stories -------------------------------------------------------------------------
+
 @dataclass
 class Stories:
-    """The stories of a file but those in `without`, each stripped; read anew, a chunk at a time, whenever iterated."""
+    """The stories of a file except those in `without`, stripped of white space around them.
+
+    Every iteration reads the file again, a chunk at a time.
+    """
     path: Path
     without: frozenset[str] = frozenset()
 
     def __iter__(self) -> Iterator[str]:
-        rest, found = "", False
+        is_empty = True
+        rest = ""
         for chunk in chain(read(self.path), [EOT]):
-            *whole, rest = (rest + chunk).split(EOT)
-            for story in filter(None, map(str.strip, whole)):
-                found = True
+            *complete, rest = (rest + chunk).split(EOT)
+            for story in complete:
+                story = story.strip()
+                if not story:
+                    continue
+                is_empty = False
                 if story not in self.without:
                     yield story
-        if not found:
-            raise ValueError(f"{self.path} holds no story: wanted is text, with {EOT} between its stories")
+        if is_empty:
+            raise ValueError(f"{self.path} has no stories: expected text, with {EOT} between its stories")
 
 
 def read(path: Path) -> Iterator[str]:
-    """The text of a UTF-8 file, a chunk at a time; line ends become \\n, a byte order mark is dropped."""
-    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
+    """The text of a UTF-8 file, a chunk at a time. Line ends become \\n; a byte order mark is removed."""
+    utf_8 = codecs.getincrementaldecoder("utf-8-sig")()
+    decoder = io.IncrementalNewlineDecoder(utf_8, translate=True)
     with open(path, "rb") as file:
-        for chunk in chain(iter(lambda: file.read(CHUNK), b""), [b""]):
+        is_end = False
+        while not is_end:
+            chunk = file.read(CHUNK)
+            is_end = not chunk
             try:
-                text = decoder.decode(chunk, final=not chunk)
-            except UnicodeDecodeError as error:  # its object ends where the chunk does, but may begin before it
-                at = file.tell() - len(error.object) + error.start
-                raise ValueError(f"{path} is not UTF-8 at byte {at} (0x{error.object[error.start]:02x}): "
-                                 "save it as UTF-8") from error
+                text = decoder.decode(chunk, final=is_end)
+            except UnicodeDecodeError as error:
+                # error.object may begin before this chunk: it has the bytes that the decoder kept back
+                position = file.tell() - len(error.object) + error.start
+                byte = error.object[error.start]
+                raise ValueError(f"{path} is not UTF-8 at byte {position} (0x{byte:02x}): save it as UTF-8"
+                                 ) from error
             yield text
 
 
 def divide(path: Path, val_path: Path | None) -> tuple[Iterable[str], list[str]]:
-    """Training stories, held-out stories. One that is held out is not trained on, however often it stands in `path`."""
-    if val_path is None and len(list(islice(Stories(path), 2))) == 1:
-        return cut(path, next(iter(Stories(path))))
-    held = list(Stories(val_path) if val_path else islice(Stories(path), 0, None, HOLD_OUT))
-    train = Stories(path, without=frozenset(held))
+    """Training stories and held-out stories. A held-out story is removed wherever it occurs in `path`."""
+    if val_path is None:
+        first_two = list(islice(Stories(path), 2))
+        if len(first_two) == 1:
+            return split_text(path, first_two[0])
+        held_out = list(islice(Stories(path), 0, None, HOLD_OUT))
+    else:
+        held_out = list(Stories(val_path))
+    train = Stories(path, without=frozenset(held_out))
     if next(iter(train), None) is None:
-        raise ValueError(f"{path} has no story left to train on, since all are held out: give it other stories")
-    return train, held
+        raise ValueError(f"{path} has no story left to train on, since all are held out: "
+                         "give it other stories")
+    return train, held_out
 
 
-def cut(path: Path, text: str) -> tuple[list[str], list[str]]:
-    """A single text: all but its last twentieth, and that, parted at white space."""
+def split_text(path: Path, text: str) -> tuple[list[str], list[str]]:
+    """A single text, split at white space: all but its last twentieth, and the last twentieth."""
     end = len(text) - len(text) // HOLD_OUT
-    at = max(text.rfind(space, 0, end) for space in " \t\n")
-    if at < 0:
+    space = max(text.rfind(character, 0, end) for character in " \t\n")
+    if space < 0:
         raise ValueError(f"{path} is too short to hold a part of it out: give it stories, {EOT} between them")
-    return [text[:at].rstrip()], [text[at:].lstrip()]
+    return [text[:space].rstrip()], [text[space:].lstrip()]
 
 
-# 3. tokenise ----------------------------------------------------------------------------------------------------------
+# 3. tokenize --------------------------------------------------------------------------------------
+
 def fingerprint(path: Path, val_path: Path | None, vocabulary: str) -> str:
-    """12 hexadecimal digits that tell apart whatever makes other streams."""
+    """12 hexadecimal digits, a hash of everything that the streams depend on."""
     digest = hashlib.sha256(f"{LAYOUT} {vocabulary}".encode())
-    for file in filter(None, (path, val_path)):
-        digest.update(f" {file.stat().st_size} ".encode())  # where one file ends and the next begins
+    for file in (path, val_path):
+        if file is None:
+            continue
+        digest.update(f" {file.stat().st_size} ".encode())  # tells where one file ends and the next begins
         with open(file, "rb") as opened:
             while chunk := opened.read(CHUNK):
                 digest.update(chunk)
     return digest.hexdigest()[:12]
 
 
-def tokenise(home: Path, path: Path, val_path: Path | None, vocab_size: int, tok: Tokenizer | None) -> None:
-    """Makes the folder `home` of train.bin, val.bin and bpe.json, whole or not at all."""
-    train, held = divide(path, val_path)
-    tok = tok or train_bpe(first(train, BPE_CHARS), vocab_size)
-    home.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="unfinished-", dir=home.parent) as unfinished:
-        folder = Path(unfinished, home.name)  # inside, since the temporary folder itself is closed to other users
+def tokenize(corpus_folder: Path, path: Path, val_path: Path | None, vocab_size: int,
+             tok: Tokenizer | None) -> None:
+    """Write train.bin, val.bin and the tokenizer to `corpus_folder`, which appears only when complete."""
+    train, held_out = divide(path, val_path)
+    if tok is None:
+        tok = train_bpe(take_chars(train, BPE_CHARS), vocab_size)
+    parent = corpus_folder.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="unfinished-", dir=parent) as unfinished:
+        # a subfolder, since other users may not read the temporary folder itself
+        folder = Path(unfinished, corpus_folder.name)
         tok.save(folder)
         write_stream(folder / "train.bin", train, tok, path.stat().st_size)
-        write_stream(folder / "val.bin", held, tok, sum(map(len, held)))
+        write_stream(folder / "val.bin", held_out, tok, sum(map(len, held_out)))
         try:
-            folder.rename(home)
+            folder.rename(corpus_folder)
         except OSError:
-            if not home.is_dir():  # another process was quicker, with the same bytes
+            if not corpus_folder.is_dir():  # otherwise another process has written the same bytes
                 raise
 
 
 def write_stream(path: Path, texts: Iterable[str], tok: Tokenizer, chars: int) -> None:
-    """Writes the stream of `texts`; `chars`, about how many characters they have, is for the progress bar."""
+    """Write the stream of `texts`. `chars`, about how many characters they have, is for the progress bar."""
     texts = iter(texts)
-    with open(path, "wb") as file, tqdm(desc=path.stem, total=chars, unit="ch", unit_scale=True, disable=None) as bar:
-        np.array([tok.eot], dtype=id_type(tok)).tofile(file)
-        while batch := list(first(texts, CHUNK)):
-            ids = [i for story in tok.encode_batch(batch) for i in (*story, tok.eot)]
-            np.array(ids, dtype=id_type(tok)).tofile(file)
-            bar.update(sum(map(len, batch)))
+    dtype = id_type(tok)
+    progress = tqdm(desc=path.stem, total=chars, unit="ch", unit_scale=True, disable=None)
+    with open(path, "wb") as file, progress:
+        np.array([tok.eot], dtype=dtype).tofile(file)
+        while batch := list(take_chars(texts, CHUNK)):
+            ids = []
+            for story in tok.encode_batch(batch):
+                ids += story
+                ids.append(tok.eot)
+            np.array(ids, dtype=dtype).tofile(file)
+            progress.update(sum(map(len, batch)))
 
 
-def first(texts: Iterable[str], chars: int) -> Iterator[str]:
-    """The first texts, until they have `chars` characters."""
+def take_chars(texts: Iterable[str], chars: int) -> Iterator[str]:
+    """The first texts, until they have `chars` characters together."""
     for text in texts:
         yield text
         chars -= len(text)

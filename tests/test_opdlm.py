@@ -401,7 +401,7 @@ def test_noisy_logits_do_not_see_clean_tokens_of_their_block_or_later(tiny, layo
 
 
 def test_loss_weights_by_hand():
-    """A row with blocks of 4 and 2 positions, of which the last is not in the response; a row without masks."""
+    """A row of 4 + 2 positions, the last of them not in the response; and a row without masks."""
     masked = torch.tensor([[False, True, True, True, True, True], [False] * 6])
     response_mask = torch.tensor([[True] * 5 + [False], [True] * 6])
     mean, first, inverse_t = (weight(masked, response_mask, 4) for weight in opdlm.WEIGHTS.values())
