@@ -321,7 +321,7 @@ def resolve_options(config: Config, corpus: Corpus) -> Config:
     if config.init != "scratch":
         sizes = checkpoint.sizes_from_checkpoint(config.init, config.length, defaults["length"])
         config = replace(config, **sizes)
-        defaults["lr"] = LEARNING_RATES[config.optimizer] / 10            # large checkpoints need smaller rates
+        defaults["lr"] = LEARNING_RATES[config.optimizer] / 10   # large checkpoints need smaller rates
     missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     config = replace(config, **missing)
     config = replace(config, block=config.block or config.length)
@@ -419,8 +419,8 @@ def main(argv: list[str]) -> None:
     conversion = Conversion(student, teacher, corpus, config, optimizer, log, evaluator, save, sigterm)
     warm_steps = min(config.warm_steps, config.distill_steps)
     if warm_steps == config.distill_steps and config.source != "data":
-        dist.print0(f"--warm_steps={config.warm_steps}: all {warm_steps} updates learn from training text, none from "
-                    f"the {config.source}'s text")
+        dist.print0(f"--warm_steps={config.warm_steps}: all {warm_steps} updates learn from training text, none "
+                    f"from the {config.source}'s text")
     dist.print0(f"warm start: {warm_steps} updates on training text")
     conversion.run(warm_start(recipe), range(0, warm_steps))
 

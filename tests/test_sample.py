@@ -87,7 +87,7 @@ def test_the_last_line_counts_the_tokens(run, tmp_path, capsys, flags):
 
 
 def test_the_last_line_counts_all_forwards(run, capsys):
-    """AR: one forward pass per token, every position but the last token's once. Blocks of 4, one per step: at most
+    """AR: one pass per token, every position but the last token's once. Blocks of 4, one per step: at most
     one a token; at once: one a block."""
     tokens, per_forward, per_token, _ = numbers(
         said(capsys, run, "--mode=ar", "--length=8", "--prompt=One day")[1]
@@ -166,7 +166,7 @@ def test_a_verifier_that_cannot_be_is_one_sentence(run, tmp_path, capsys, flags,
 
 
 def test_a_second_model_takes_its_steps(run, tmp_path, capsys):
-    """At all steps: the light model's text; at none: the heavy one's; auto takes the steps that cost least."""
+    """At all steps the light model's text, at none the heavy one's; auto takes the cheapest steps."""
     checkpoint.save(tmp_path / "opdlm", network(2), TOK, LAYOUT, reveal="ancestral:8")
     (tmp_path / "opdlm" / "importance.json").write_text('{"t": [0.25, 0.75], "kl": [0.0, 1.0]}')
     how = ["--reveal=ancestral:8", f"--light={tmp_path}"]

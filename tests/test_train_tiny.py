@@ -80,7 +80,8 @@ def test_end_to_end(capsys):
     }
     numbers = json.loads(Path("run/summary.json").read_text())
     for name in ("ar", "before", "after"):
-        assert set(compare.TABLE_METRICS) <= set(numbers[name]) and all(map(math.isfinite, numbers[name].values()))
+        assert set(compare.TABLE_METRICS) <= set(numbers[name])
+        assert all(map(math.isfinite, numbers[name].values()))
         assert f"{numbers[name]['val_nats']:.3f}" in said and f"\n{name}: " in said
     assert numbers["ar"]["tok_per_fwd"] == 1.0
     header = json.loads(Path("run/log.jsonl").read_text().splitlines()[0])
