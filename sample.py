@@ -84,8 +84,8 @@ class Options:
         }
         for name in unused[self.mode]:
             if getattr(self, name):
-                raise ValueError(f"--{name}={getattr(self, name)} has no effect with --mode={self.mode}: leave it "
-                                 "out")
+                raise ValueError(f"--{name}={getattr(self, name)} has no effect with --mode={self.mode}: "
+                                 "leave it out")
         if not 0.1 <= self.fps <= 1000:
             raise ValueError(f"--fps={self.fps:g}: expected 0.1 to 1000")
         if self.picture is not None and Path(self.picture).suffix.lower() not in PICTURES:

@@ -419,8 +419,8 @@ def main(argv: list[str]) -> None:
     conversion = Conversion(student, teacher, corpus, config, optimizer, log, evaluator, save, sigterm)
     warm_steps = min(config.warm_steps, config.distill_steps)
     if warm_steps == config.distill_steps and config.source != "data":
-        dist.print0(f"--warm_steps={config.warm_steps}: all {warm_steps} updates learn from training text, none "
-                    f"from the {config.source}'s text")
+        dist.print0(f"--warm_steps={config.warm_steps}: all {warm_steps} updates learn from training text, "
+                    f"none from the {config.source}'s text")
     dist.print0(f"warm start: {warm_steps} updates on training text")
     conversion.run(warm_start(recipe), range(0, warm_steps))
 

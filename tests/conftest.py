@@ -45,7 +45,8 @@ def sentence_pieces(path: Path) -> Tokenizer:
               if piece[:k] in vocab and piece[k:] in vocab]
     tok = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tok.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+             decoders.Strip(" ", 1, 0)]
     tok.decoder = decoders.Sequence(steps)
     tok.add_special_tokens(["<unk>", "<s>", "</s>"])
     return tok
