@@ -42,7 +42,7 @@ HELPERS = {
     "digger": ("mole", "mouse", "rabbit", "fox"),
 }
 
-# every slot that a sentence can have, and the words that can stand there
+# every slot that a sentence can have, and the words that fit it
 SLOTS = {
     **PRONOUNS,
     **HELPERS,
