@@ -13,6 +13,8 @@ With x0 the finished text, x_t the state, M its masked positions and q the targe
 
     L = E[ mean over i in M of KL( q_i || p_student( . | x0 before the block, x_t ) ) ]
 
+The texts x0 are sampled at a temperature of choice: best at the one at which the student will decode.
+
 Shapes: B rows, T positions, P prompt, R = T - P response, K block size, V vocabulary, M masked positions,
 N positions in the loss, S random numbers per position.
 """
@@ -168,12 +170,14 @@ def find_response(tokens: Tensor, prompt_len: Tensor, end: Tensor, eot: int) -> 
 
 def student_text(student, teacher, texts: Tensor, P: int, R: int, u: Tensor, recipe: "Recipe") -> Rollout:
     """Written by the student itself: on-policy, as in the paper."""
-    return rollout(Denoiser(student, recipe.layout), texts[:, :P], R, recipe.rule, u, recipe.eot)
+    denoiser = Denoiser(student, recipe.layout)
+    return rollout(denoiser, texts[:, :P], R, recipe.rule, u, recipe.eot, recipe.sampling)
 
 
 def teacher_text(student, teacher, texts: Tensor, P: int, R: int, u: Tensor, recipe: "Recipe") -> Rollout:
     """Written by the frozen AR teacher, one token at a time."""
-    return rollout(Denoiser(teacher, masks.AR), texts[:, :P], R, reveal.parse("static:1"), u, recipe.eot)
+    denoiser = Denoiser(teacher, masks.AR)
+    return rollout(denoiser, texts[:, :P], R, reveal.parse("static:1"), u, recipe.eot, recipe.sampling)
 
 
 def data_text(student, teacher, texts: Tensor, P: int, R: int, u: Tensor, recipe: "Recipe") -> Rollout:
@@ -378,6 +382,7 @@ class Recipe:
     layout: Layout
     eot: int                                    # id of the end-of-text token
     rule: reveal.Rule = reveal.parse("leftmost:0.98")   # the reveal rule of rollouts
+    sampling: SamplingConfig = SamplingConfig()         # temperature, top-k and top-p of rollouts
     batch: int = 16                             # rows per update, summed over all processes
     shard_rows: Callable = lambda rows: rows  # the part of a range of rows that this process works on
     grad_accum: int = 1                         # gradient accumulation steps per update

@@ -27,6 +27,7 @@ import opdlm
 from data import tokenizer
 from data.corpus import Corpus, open_corpus, windows
 from decoding import reveal
+from decoding.sampling import SamplingConfig
 from model import checkpoint
 from model.gpt import GPT, GPTConfig, checkpointed
 from model.masks import AR, Layout
@@ -61,6 +62,9 @@ class Config:
     reveal: str = "leftmost:0.98"   # reveal rule, NAME:ARGUMENT (docs/decoding.md)
     confidence: Literal["largest", "drawn", "margin", "entropy"] | None = None  # default: the rule's own
     source: Literal["student", "teacher", "data"] = "student"       # who writes the text to learn from
+    temperature: float = 1.0    # of generated text; match the temperature at which you will decode
+    top_k: int | None = None    # generated text is sampled from the k most likely tokens
+    top_p: float | None = None  # generated text is sampled from the fewest tokens with this total probability
     states: Literal["visited", "random", "prefix"] = "visited"      # partially masked states to learn on
     target: Literal["teacher", "onehot"] = "teacher"    # the teacher's distributions, or the text itself
     weight: Literal["mean", "first", "1/t"] = "first"   # loss weight of a masked position (docs/method.md)
@@ -98,7 +102,8 @@ class Config:
 # models. docs/differences.md lists where the paper and its release differ.
 PAPER = {
     "block": 4, "align": "paper", "context": "block", "reveal": "threshold:0.9", "confidence": "drawn",
-    "source": "student", "states": "visited", "target": "teacher", "weight": "mean", "warm_steps": 0,
+    "source": "student", "temperature": 1.0, "states": "visited", "target": "teacher", "weight": "mean",
+    "warm_steps": 0,
     "updates_per_rollout": 16, "length_ramp": 160, "batch": 8, "optimizer": "adamw", "lr_schedule": "cosine",
 }
 # Masked diffusion of whole texts (arXiv 2406.07524).
@@ -212,6 +217,7 @@ def make_recipe(config: Config, eot: int, show: Callable = repr, vocab: int = 0)
         layout=Layout.of(config.block, config.align, config.context),
         eot=eot,
         rule=reveal.parse(config.reveal, config.confidence),
+        sampling=SamplingConfig(config.temperature, config.top_k, config.top_p),
         batch=config.batch,
         shard_rows=dist.shard_rows,
         grad_accum=config.grad_accum,

@@ -19,6 +19,7 @@ import train_tiny
 from data import corpus, tokenizer
 from data.corpus import story_world_corpus, windows
 from data.tinystories import NoNetwork, stories
+from decoding.sampling import SamplingConfig
 from model import checkpoint
 from model.masks import AR
 from report import compare, metrics, trace
@@ -253,7 +254,7 @@ def test_text_and_export_of_a_run(capsys, tmp_path):
         ["--block=3", "--context=block"],
         ["--block=80"],
         ["--source=data", "--states=random", "--target=onehot", "--weight=1/t", "--align=paper"],
-        ["--source=teacher", "--states=prefix"],
+        ["--source=teacher", "--states=prefix", "--temperature=0.5"],
         ["--reveal=static:2", "--block=1"],
     ],
 )
@@ -274,6 +275,7 @@ def test_the_dials_reach_the_method(flags, monkeypatch):
     assert recipe.weight is opdlm.WEIGHTS[given.get("weight", "first")]
     assert recipe.updates_per_rollout == int(given.get("updates_per_rollout", 1))
     assert recipe.max_prompt == int(given.get("max_prompt", 16))
+    assert recipe.sampling == SamplingConfig(float(given.get("temperature", 1)), top_k=given.get("top_k"))
 
 
 def test_what_saves_memory_changes_no_loss():
