@@ -42,6 +42,14 @@ def legend_below(figure, axes, columns: int = 4) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
 
 
+def plain_log_axis(axis) -> None:
+    """Ticks at 1, 2 and 5, written as 0.1 and 1, not as powers of ten."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
 def save_picture(plot: Callable, results: dict, path: Path) -> None:
     """Draws plot(results, figure) and writes it as a PNG."""
     import matplotlib

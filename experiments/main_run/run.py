@@ -48,8 +48,7 @@ def command(options: Options, seed: int) -> list[str]:
 
 
 def run(options: Options, seed: int) -> dict:
-    """A run's summary, the header of its log, its seconds, and the share of the machine's speed that it
-    used."""
+    """A run's summary, the header of its log, its seconds, and its share of the machine's speed."""
     folder = run_folder(options, seed)
     if not (folder / "summary.json").exists():
         began = time.perf_counter()
