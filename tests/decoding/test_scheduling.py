@@ -259,7 +259,7 @@ class ConstantNet:
 
 
 def test_the_costs_of_a_light_step_by_hand():
-    """The heavy model expects 3/4, 1/4, the light one 1/2, 1/2. KL is a mean over the heavy model's tokens."""
+    """The heavy model expects 3/4, 1/4, the light one 1/2, 1/2. KL is KL(heavy || light)."""
     heavy = ConstantNet(0.75, 0.25)
     light = ConstantNet(0.5, 0.5)
     tokens = torch.tensor([[0, 0, 1, 0], [0, 1, 0, 0]])

@@ -210,7 +210,7 @@ def test_learning_rate_schedules(shape, half, last):
     ("cosine", [0.1, 0.9821322, 0.9779754, 0.55, 0.2318019, 0.1002220]),
     ("constant", [0.1, 1.0, 1.0, 1.0, 1.0, 1.0])])
 def test_learning_rates_by_hand(shape, expected):
-    """At the first step, the last one of the warm-up, the one after it, halfway, at 3/4, and at the last step.
+    """At the first step, the last one of the warm-up, the next one, halfway, at 3/4, and at the last step.
 
     The first step is taken at a tenth of the peak: a rate of 0 would waste it.
     """
