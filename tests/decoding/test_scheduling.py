@@ -247,6 +247,31 @@ def test_the_mean_over_all_states_is_the_gap_of_the_bounds():
     assert mean == pytest.approx(any_order_nats(LIGHT) - any_order_nats(HEAVY), abs=1e-6)
 
 
+class ConstantNet:
+    """A network of two tokens that predicts the same distribution at every position."""
+    mask_id = 2
+
+    def __init__(self, *probs):
+        self.log_probs = torch.tensor(probs).log()
+
+    def __call__(self, tokens, mask, position, read):
+        return self.log_probs.expand(len(read), 2)
+
+
+def test_the_costs_of_a_light_step_by_hand():
+    """The heavy model expects 3/4, 1/4, the light one 1/2, 1/2. KL is KL(heavy || light)."""
+    heavy = ConstantNet(0.75, 0.25)
+    light = ConstantNet(0.5, 0.5)
+    tokens = torch.tensor([[0, 0, 1, 0], [0, 1, 0, 0]])
+    masked = torch.tensor([[True, True, True], [True, False, False]])
+    ce, kl = light_model_costs(heavy, light, tokens, masked)
+    of_token_0 = math.log(0.75 / 0.5)
+    of_token_1 = math.log(0.25 / 0.5)
+    heavy_light = 0.75 * of_token_0 + 0.25 * of_token_1          # 0.131; KL(light || heavy) is 0.144
+    assert kl.tolist() == pytest.approx([heavy_light, heavy_light], abs=1e-6)
+    assert ce.tolist() == pytest.approx([(2 * of_token_0 + of_token_1) / 3, of_token_1], abs=1e-6)
+
+
 def test_the_curves_and_the_gap_are_estimates_of_it():
     expected = any_order_nats(LIGHT) - any_order_nats(HEAVY)
     stories = [STORY] * 1500

@@ -155,6 +155,23 @@ def test_text_metrics_by_hand(tiny):
     assert twice == pytest.approx({**once, "distinct2": 3 / 8}, rel=1e-6)
 
 
+def test_gen_nats_is_a_mean_over_tokens(tiny):
+    """Of all texts together: a text of three tokens counts three times as much as one of a single token."""
+    net = tiny()
+    rollout, prompt_lens = example_batch()
+    rollout.response_mask[1] = torch.tensor([False, True, False, False, False])
+    long, short = metrics.nats_of(net, rollout).tolist()
+    assert abs(short - long / 3) > 0.1
+    together = metrics.text_metrics(net, [(rollout, prompt_lens)], 1.0, Letters(), None)
+    assert together["gen_nats"] == pytest.approx((short + long) / 4, rel=1e-6)
+    one_each = []
+    for row in (0, 1):
+        fields = {name: value[row:row + 1] for name, value in vars(rollout).items()}
+        one_each.append((opdlm.Rollout(**fields), prompt_lens[row:row + 1]))
+    in_two_batches = metrics.text_metrics(net, one_each, 1.0, Letters(), None)
+    assert in_two_batches == pytest.approx(together, rel=1e-6)
+
+
 @pytest.mark.parametrize("broken_law, share", [(None, 0.5), ("plot", 0.0)])
 def test_valid_is_a_share_of_all_texts_and_needs_an_end(tiny, broken_law, share):
     checked = []
