@@ -25,7 +25,7 @@ from torch import Tensor
 
 import opdlm
 from data import tokenizer
-from data.corpus import Corpus, open_corpus, windows
+from data.corpus import Corpus, open_corpus
 from decoding import reveal
 from decoding.sampling import SamplingConfig
 from model import checkpoint
@@ -202,7 +202,7 @@ def separate_texts(tokens: Tensor, eot: int) -> tuple[Tensor, Tensor]:
 def get_batch(corpus: Corpus, row_ids: range | list[int], length: int, seed: int, device) -> Tensor:
     """(B, length): the windows of training text that belong to these global row numbers."""
     u = opdlm.uniforms(seed, opdlm.DATA, row_ids, (1,))[:, 0]
-    return torch.from_numpy(windows(corpus.train, corpus.starts, u.numpy(), length)).to(device)
+    return torch.from_numpy(corpus.windows(length)(u.numpy())).to(device)
 
 
 # 2. conversion ------------------------------------------------------------------------------------------
@@ -392,6 +392,8 @@ def main(argv: list[str]) -> None:
         own_tokenizer = tokenizer.load(checkpoint.ar_folder(config.init))
     corpus = open_corpus(config.data, config.val_data, config.vocab, own_tokenizer)
     config = resolve_options(config, corpus)
+    if long_texts := corpus.windows(config.length).describe():
+        dist.print0(f"{config.data}: {long_texts}")
     tok = corpus.tokenizer
     prompt = sample_prompt_ids(config.sample_prompt, tok, config.length)
     out = check_out_dir(config)

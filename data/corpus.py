@@ -5,6 +5,7 @@ import numpy as np
 
 from data import story_world, tinystories, tokenizer
 from data.tinystories import Corpus
+from data.windows import Windows
 
 FOLDER = Path("out/data")       # tokenized texts are kept here
 FIRST_HELD_OUT = 10 ** 9        # seed of the first held-out story of the story world
@@ -55,17 +56,5 @@ def story_world_stream(seeds: range, tok: tokenizer.Tokenizer) -> np.ndarray:
 
 
 def windows(stream: np.ndarray, starts: np.ndarray, u: np.ndarray, length: int) -> np.ndarray:
-    """(B, length) int64: for each random number of `u` (B,) in [0, 1), a window that begins with a story.
-
-    `starts` are the indices in `stream` at which stories begin. A window that ends after the stream is padded
-    with end-of-text.
-    """
-    num_complete = np.searchsorted(starts, len(stream) - length, "right")
-    starts = starts[:max(1, num_complete)]
-    eot = stream[0]
-    rows = []
-    for x in u.astype(np.float64):
-        start = starts[int(x * len(starts))]
-        row = stream[start:][:length]
-        rows.append(np.pad(row, (0, length - len(row)), constant_values=eot))
-    return np.stack(rows).astype(np.int64)
+    """(B, length) int64: a window for each random number of `u` (B,) in [0, 1), as `Windows` says."""
+    return Windows(stream, starts, length)(u)

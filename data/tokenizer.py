@@ -22,12 +22,15 @@ import tokenizers
 EOT = "<|endoftext|>"
 BYTES = [bytes([value]) for value in range(256)]
 WORDS = r" ?\w+|[^\w\s]|\s+"  # a word with the space before it, a punctuation mark, white space
+LONGEST_BLANK = 1 << 18         # characters of white space in a row; tiktoken fails at about a million
 
 
 # 1. tokenizers ------------------------------------------------------------------------------------
 
 class Tokenizer:
     """A `tiktoken.Encoding` with the ids 0 .. vocab_size - 1. The last one is `eot`, the end of a text."""
+
+    text_prefix = b""           # what `encode` adds before a text
 
     def __init__(self, encoding: tiktoken.Encoding):
         self.encoding = encoding
@@ -36,10 +39,15 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, never `eot`: a literal `<|endoftext|>` in it is ordinary text."""
-        return self.encoding.encode_ordinary(text)
+        ids = []
+        for piece in split_blanks(text):
+            ids += self.encoding.encode_ordinary(piece)
+        return ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """`encode` of each text, in parallel."""
+        if any(len(text) > LONGEST_BLANK for text in texts):
+            return [self.encode(text) for text in texts]
         return self.encoding.encode_ordinary_batch(texts)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -75,8 +83,12 @@ class Tokenizer:
             unfinished.unlink(missing_ok=True)
 
     def _token_bytes(self, ids: Iterable[int]) -> list[bytes]:
-        """The bytes of each id; none for `eot`."""
-        return [b"" if i == self.eot else self.encoding.decode_single_token_bytes(i) for i in ids]
+        """The bytes of each id; none for `eot` and for ids without a token, which a network may have."""
+        parts = []
+        for i in ids:
+            is_token = 0 <= i < self.eot
+            parts.append(self.encoding.decode_single_token_bytes(i) if is_token else b"")
+        return parts
 
 
 class HubTokenizer(Tokenizer):
@@ -141,6 +153,34 @@ class HubTokenizer(Tokenizer):
             elif token:
                 prefix = b""
         return parts
+
+
+def split_blanks(text: str) -> list[str]:
+    """The text in pieces, cut within runs of more than LONGEST_BLANK white space characters."""
+    if len(text) <= LONGEST_BLANK:
+        return [text]
+    pieces = []
+    begin = 0
+    for run in re.finditer(rf"\s{{{LONGEST_BLANK},}}", text):
+        for cut in range(run.start() + LONGEST_BLANK, run.end(), LONGEST_BLANK):
+            pieces.append(text[begin:cut])
+            begin = cut
+    pieces.append(text[begin:])
+    return pieces
+
+
+def encode_parts(tok: Tokenizer, parts: list[str], is_first: list[bool]) -> list[list[int]]:
+    """The ids of each part of a text, in parallel. `is_first` says of each whether a text begins with it.
+
+    A tokenizer may add a space before a text. None is added before a part in the middle of a text.
+    """
+    if not tok.text_prefix:
+        return tok.encode_batch(parts)
+    before = "\n"                               # the space is added before this, which is then removed
+    strings = [part if first else before + part for part, first in zip(parts, is_first)]
+    num_before = len(tok.encode(before))
+    encoded = tok.encode_batch(strings)
+    return [ids if first else ids[num_before:] for ids, first in zip(encoded, is_first)]
 
 
 # 2. a token of tokenizer.json as bytes ------------------------------------------------------------

@@ -61,6 +61,17 @@ def texts_of(stream: np.ndarray, tok: tokenizer.Tokenizer) -> list[str]:
     return [tok.decode(stream[a + 1:b]) for a, b in zip(starts, [*starts[1:], len(stream) - 1], strict=True)]
 
 
+def read_stories(*paths: str) -> list[str]:
+    """The stories of some files, each joined from its parts."""
+    found = []
+    for part in tinystories.Stories([Path(path) for path in paths]):
+        if part.is_first:
+            found.append("")
+        assert part.text and part.story == len(found) - 1
+        found[-1] += part.text
+    return found
+
+
 def files_under(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -163,14 +174,14 @@ def test_a_single_text_with_a_held_out_file_is_not_split(write, out):
 
 # 3. reading -------------------------------------------------------------------------------------------
 def test_chunks_do_not_matter(write, out, monkeypatch):
-    without_end = list(tinystories.Stories(Path(write(f"a{EOT}b"))))
-    with_end = list(tinystories.Stories(Path(write(f"a{EOT}b{EOT}"))))
+    without_end = read_stories(write(f"a{EOT}b"))
+    with_end = read_stories(write(f"a{EOT}b{EOT}"))
     assert without_end == with_end
     expected = ["né 🦔\nü", "a", "<|endof", "text|>", "日本"]
-    path = Path(write(b"\xef\xbb\xbf" + joined(expected).replace("\n", "\r\n").encode("utf-8")))
+    path = write(b"\xef\xbb\xbf" + joined(expected).replace("\n", "\r\n").encode("utf-8"))
     for size in (*range(1, 20), 1 << 22):    # cuts characters, line ends, separators and the byte order mark
         monkeypatch.setattr(tinystories, "CHUNK", size)
-        assert list(tinystories.Stories(path)) == expected
+        assert read_stories(path) == expected
 
 
 def test_chunks_do_not_matter_to_the_stream(write, out, monkeypatch):
@@ -202,11 +213,13 @@ def test_the_first_byte_that_is_not_utf8_is_named(write, out, monkeypatch, conte
 
 def test_errors_say_what_to_do(write, out, tmp_path):
     good = write(joined(FIFTY))
+    (tmp_path / "empty").mkdir()
     cases = [
         (lambda: load(str(tmp_path / "no.txt"), None, 300, out),
          r"no\.txt does not exist: expected a UTF-8 text"),
         (lambda: load("tinystory", None, 300, out), r"one of toy, tinystories, tinystories-full"),
-        (lambda: load(str(tmp_path), None, 300, out), r"is a folder: expected a UTF-8 text file"),
+        (lambda: load(str(tmp_path / "empty"), None, 300, out),
+         r"empty is a folder without \*\.txt files: expected a UTF-8 text file"),
         (lambda: load(good, str(tmp_path / "val.txt"), 300, out), r"val\.txt does not exist"),
         (lambda: load(write("", "e.txt"), None, 300, out),
          r"e\.txt has no stories: expected text, with <\|endoftext"),
