@@ -8,6 +8,7 @@ A rule and a confidence are chosen independently of each other.
 
 Shapes: B rows, K block size, M masked positions, V vocabulary, S random numbers per position.
 """
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -153,21 +154,23 @@ class RuleType:
 
 
 INF = float("inf")
+MOST_TOKENS = 2 ** 31 - 1   # longer than any block
+MOST_STEPS = 2 ** 24        # there are as many different random numbers
 RULES = {
     "leftmost": RuleType(leftmost, float, 0, 1, "P", "0.98",
                          help="from the left as long as p > P, at least one"),
     "threshold": RuleType(threshold, float, 0, 1, "P", "0.9",
                           help="all positions with p > P, at least one"),
-    "static": RuleType(static, int, 1, INF, "COUNT", "1",
+    "static": RuleType(static, int, 1, MOST_TOKENS, "COUNT", "1",
                        help="the COUNT most confident positions"),
-    "random": RuleType(random_order, int, 1, INF, "COUNT", "1",
+    "random": RuleType(random_order, int, 1, MOST_TOKENS, "COUNT", "1",
                        help="COUNT random positions", rolls=1),
     "factor": RuleType(factor, float, 0, INF, "F", "1",
                        help="the most confident n positions with (n + 1) (1 - p_n) < F, at least one"),
     "eb": RuleType(entropy_bound, float, 0, INF, "G", "0.1",
                    help="the most confident positions, up to a joint entropy of about G nats",
                    confidence="entropy"),
-    "ancestral": RuleType(ancestral, int, 1, INF, "STEPS", "32",
+    "ancestral": RuleType(ancestral, int, 1, MOST_STEPS, "STEPS", "32",
                           help="random positions, all of them in STEPS steps", rolls=1),
 }
 
@@ -221,7 +224,7 @@ def parse(spec: str, confidence: str | None = None, default_confidence: str = "l
     """
     name, _, argument = spec.partition(":")
     if name in EXTERNAL:
-        return EXTERNAL[name](argument)
+        return EXTERNAL[name](os.path.expanduser(argument))  # it may be a folder
     if name not in RULES:
         known = ", ".join(f"{other}:{RULES[other].default}" for other in RULES)
         raise ValueError(f"there is no reveal rule {name!r}: use one of {known}")
@@ -235,7 +238,10 @@ def parse(spec: str, confidence: str | None = None, default_confidence: str = "l
     least = rule_type.least
     most = rule_type.most
     if not least <= value <= most:
-        allowed = f"from {least} to {most}" if most == 1 else f"of at least {least}"
+        if most == 1:
+            allowed = f"from {least} to {most}"
+        else:
+            allowed = f"of at most {most}" if value > most else f"of at least {least}"
         raise ValueError(f"--reveal={spec}: {name}:{rule_type.argument} takes a number {allowed}")
     confidence = confidence or rule_type.confidence or default_confidence
     return Rule(name, value, CONFIDENCE[confidence])

@@ -6,6 +6,8 @@
 gives --batch=32 and --batch 32. A type is int, float, bool, str, a Literal, or one of these | None; None is
 written `none`. Hyphens in the name of a flag count as underscores.
 
+Integers have 64 bits. The values of other flags may be limited: `ranges` of `parse`.
+
 A program calls `parse` in its main function and ends with `sys.exit(run(main))`. A mistake of the user then
 prints one line on stderr, and the exit code is 2.
 """
@@ -27,6 +29,7 @@ EXPECTED = {int: "an integer", float: "a number", bool: "true or false", str: "a
 METAVAR = {int: "INT", float: "NUMBER", bool: "true|false", str: "TEXT"}
 EXAMPLE = {int: 8, float: 0.5, bool: True, str: "TEXT"}
 BOOLEANS = {"true": True, "false": False}
+MAX_INT = 2 ** 63 - 1           # tensors hold no larger integer
 NO_VALUE = object()             # stands for the value of --name without one
 
 
@@ -51,6 +54,8 @@ class Flag:
             value = BOOLEANS[text] if self.kind is bool else self.kind(text)
         except (ValueError, KeyError):
             raise argparse.ArgumentTypeError(self.mistake(repr(text))) from None
+        if self.kind is int and abs(value) > MAX_INT:
+            raise argparse.ArgumentTypeError(f"expected an integer of at most {MAX_INT}, got {text!r}")
         is_choice = not self.choices or value in self.choices
         is_finite = self.kind is not float or math.isfinite(value)
         if not (is_choice and is_finite):
@@ -127,21 +132,25 @@ def read_hint(hint) -> tuple[type, tuple | None, bool]:
 
 # 2. from the command line to the dataclass --------------------------------------------------------
 
-def parse(cls, argv: list[str] | None, prog_doc: str | None, presets: dict | None = None):
+def parse(cls, argv: list[str] | None, prog_doc: str | None, presets: dict | None = None,
+          ranges: dict[str, tuple] | None = None):
     """An instance of the dataclass `cls` with the flags of argv set; --help exits with 0, a mistake with 2.
 
-    `presets[NAME]` has the fields that --preset=NAME sets; flags in argv override them. If argv is None,
-    sys.argv is used.
+    `presets[NAME]` has the fields that --preset=NAME sets; flags in argv override them. `ranges[NAME]` has
+    the least and the most that --NAME may be, None for no limit. If argv is None, sys.argv is used.
     """
     flags = flags_of(cls)
     words = list(sys.argv[1:] if argv is None else argv)
+    words = join_texts(flags, words)
     if "--help" in words or "-h" in words:
         print(help_text(flags, prog_doc))
         sys.exit(0)
     try:
         given = read_flags(flags, words)
         preset = (presets or {}).get(given.get("preset"), {})
-        return cls(**{**preset, **given})
+        values = {**preset, **given}
+        check_ranges(values, ranges or {})
+        return cls(**values)
     except ValueError as error:                                  # cls.__post_init__ may raise them too
         sys.exit(complain(error))
 
@@ -167,6 +176,65 @@ def read_flags(flags: dict[str, Flag], argv: list[str]) -> dict:
         typed = argv[words.index(unknown[0])]
         raise ValueError(explain_unknown(typed, flags))
     return given
+
+
+def join_texts(flags: dict[str, Flag], argv: list[str]) -> list[str]:
+    """argv with --name=value instead of --name value, if the value is a text.
+
+    A text may begin with hyphens (--prompt "--help me"). Only a flag of this program is not taken as one.
+    """
+    words = []
+    for word in argv:
+        last = words[-1] if words else ""
+        last_flag = flags.get(with_underscores(last)[2:]) if last.startswith("--") else None
+        takes_text = last_flag is not None and last_flag.kind is str
+        if takes_text and not is_flag(flags, word):
+            words[-1] = f"{last}={word}"
+        else:
+            words.append(word)
+    return words
+
+
+def is_flag(flags: dict[str, Flag], word: str) -> bool:
+    """Whether a word of the command line is --help or one of the flags, with a value or without."""
+    if word in ("--help", "-h"):
+        return True
+    name = with_underscores(word).partition("=")[0]
+    return name.startswith("--") and name[2:] in flags
+
+
+def check_ranges(values: dict, ranges: dict[str, tuple]) -> None:
+    """ValueError if a value is outside its range (least, most); None stands for no limit."""
+    for name, (least, most) in ranges.items():
+        value = values.get(name)
+        if value is None:
+            continue
+        is_too_small = least is not None and value < least
+        is_too_large = most is not None and value > most
+        if not (is_too_small or is_too_large):
+            continue
+        if most is None:
+            expected = f"must be at least {least}"
+        elif least is None:
+            expected = f"must be at most {most}"
+        else:
+            expected = f"expected {least} to {most}"
+        got = f"{value:g}" if isinstance(value, float) else value
+        raise ValueError(f"--{name}={got}: {expected}")
+
+
+def expand_home(options, *names: str) -> None:
+    """Replace ~ at the beginning of these flags, which name files or models. ValueError if one is empty.
+
+    A shell replaces it in --out ~/run, but not in --out=~/run.
+    """
+    for name in names:
+        value = getattr(options, name)
+        if value == "":
+            raise ValueError(f"--{name}=: expected a name, got an empty text; leave the flag out to have "
+                             "its default")
+        if value is not None:
+            setattr(options, name, os.path.expanduser(value))
 
 
 def with_underscores(word: str) -> str:
@@ -204,6 +272,9 @@ def help_text(flags: dict[str, Flag], prog_doc: str | None) -> str:
 
 def run(main, argv: list[str] | None = None) -> int:
     """The exit code of main(argv). ValueError and OSError are mistakes of the user: one line, and 2."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the program was started with a closed stream
+            setattr(sys, name, open(os.devnull, "w"))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # for characters that the terminal cannot show

@@ -201,7 +201,28 @@ def test_the_text_of_a_rule_is_the_rule(name):
     ("eb:-1", "at least 0"),
     ("ancestral:2.5", "expected an integer, got '2.5'"),
     ("leftmost:nan", "from 0 to 1"),
+    ("factor:nan", "at least 0"),
+    ("static:-1", "of at least 1"),
+    ("static:99999999999999999999", "of at most 2147483647"),
+    ("random:9223372036854775808", "of at most 2147483647"),
+    ("ancestral:16777217", "of at most 16777216"),
+    ("static:" + 5000 * "9", "static"),
 ])
 def test_rules_that_do_not_exist_are_refused(spec, message):
     with pytest.raises(ValueError, match=message):
         reveal.parse(spec)
+
+
+@pytest.mark.parametrize("spec", ["static:2147483647", "random:2147483647", "factor:1e300", "factor:inf",
+                                  "eb:inf"])
+def test_the_largest_argument_reveals_a_block_at_once(spec):
+    u = uniforms(0, 0, range(3), (4, 1))
+    assert reveal.parse(spec)(CONFIDENCE, ALL, at_step(0, 3), u).all()
+
+
+def test_an_external_rule_gets_its_argument_with_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("USERPROFILE", "/home/me")
+    monkeypatch.setitem(reveal.EXTERNAL, "echo", lambda argument: argument)
+    assert reveal.parse("echo:~/policy,2") == "/home/me/policy,2"
+    assert reveal.parse("echo:a:~/b") == "a:~/b" and reveal.parse("echo") == ""

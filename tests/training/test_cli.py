@@ -1,6 +1,7 @@
 """The command line: flags give the dataclass that they were written from; a mistake is one helpful line."""
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, fields
@@ -63,10 +64,10 @@ CASES = [
 ]
 
 
-def refused(argv, capsys, cls=Options) -> str:
+def refused(argv, capsys, cls=Options, presets=None, ranges=None) -> str:
     """The message of a mistake: exit code 2, nothing on stdout, exactly one line on stderr."""
     with pytest.raises(SystemExit) as exit:
-        cli.parse(cls, argv, "")
+        cli.parse(cls, argv, "", presets, ranges)
     out, err = capsys.readouterr()
     assert (exit.value.code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("error: ") and err.endswith("\n")
@@ -76,7 +77,7 @@ def refused(argv, capsys, cls=Options) -> str:
 def as_words(options, glue: str) -> list[str]:
     """The command line of these options: --name=value or --name value.
 
-    Like most programs, this one needs --name=value for values that start with a hyphen, except -3 and -1.0.
+    It needs --name=value for numbers like -1e-9 (-3 and -1.0 do not), and for texts like a flag of its own.
     """
     words = []
     for name, value in asdict(options).items():
@@ -122,6 +123,65 @@ def test_hyphens_and_underscores_in_a_name_are_the_same():
         for words in ([f"{name}=3"], [name, "3"]):
             assert cli.parse(Options, words, "") == Options(pretrain_steps=3)
     assert cli.parse(Options, ["--prompt=a-b_c"], "").prompt == "a-b_c"
+
+
+@pytest.mark.parametrize("text", ["--help me", "-x", "-", "-5", "--well-known story", "--sead=1", "-h!", "",
+                                  "--- a ---", "-- a", "--lr", "--help", "-h", "--batch=2"])
+def test_a_text_may_begin_with_hyphens(text, capsys):
+    """Only a flag of the program, and only without the equals sign, is a flag."""
+    assert cli.parse(Options, [f"--prompt={text}"], "") == Options(prompt=text)
+    assert cli.parse(Options, [f"--prompt={text}", "--resume"], "") == Options(prompt=text, resume=True)
+    if text in ("--help", "-h"):
+        assert "--prompt=TEXT" in help_of(Options, ["--prompt", text], "", capsys)
+    elif text in ("--lr", "--batch=2"):
+        assert "--prompt: expected a text, got no value" in refused(["--prompt", text], capsys)
+    else:
+        assert cli.parse(Options, ["--prompt", text], "") == Options(prompt=text)
+        assert cli.parse(Options, ["--prompt", text, "--lr", "2"], "") == Options(prompt=text, lr=2.0)
+        assert cli.parse(Options, ["--lr=2", "--tag", text], "") == Options(tag=text, lr=2.0)
+
+
+def test_the_last_of_two_texts_wins():
+    assert cli.parse(Options, ["--prompt", "-a", "--prompt", "--b c", "--prompt="], "") == Options(prompt="")
+
+
+def test_a_number_may_be_limited_to_a_range(capsys):
+    ranges = {"batch": (1, None), "lr": (1e-9, 1), "length": (2, None), "temperature": (None, 9)}
+    for words, options in [([], Options()), (["--batch=1", "--length=none"], Options(batch=1)),
+                           (["--lr=1", "--temperature=-3"], Options(lr=1.0, temperature=-3.0))]:
+        assert cli.parse(Options, words, "", ranges=ranges) == options
+    for flag, message in [("--batch=0", "--batch=0: must be at least 1"),
+                          ("--batch=-16", "--batch=-16: must be at least 1"),
+                          ("--lr=0", "--lr=0: expected 1e-09 to 1"),
+                          ("--lr=1e9", "--lr=1e+09: expected 1e-09 to 1"),
+                          ("--length=1", "--length=1: must be at least 2"),
+                          ("--temperature=9.5", "--temperature=9.5: must be at most 9")]:
+        assert refused([flag], capsys, ranges=ranges) == f"error: {message}\n"
+    presets = {"ours": {}, "paper": {"a": 10}}
+    message = refused(["--preset=paper"], capsys, WithPreset, presets, {"a": (1, 5)})
+    assert "--a=10: expected 1 to 5" in message
+
+
+@pytest.mark.parametrize("number", [2 ** 63, 2 ** 64, 99999999999999999999, -2 ** 63 - 1])
+def test_an_integer_has_64_bits(number, capsys):
+    for flag in ("--batch", "--length"):
+        message = refused([f"{flag}={number}"], capsys)
+        assert f"{flag}: expected an integer of at most 9223372036854775807, got '{number}'" in message
+    assert cli.parse(Options, [f"--batch={2 ** 63 - 1}"], "").batch == 2 ** 63 - 1
+
+
+def test_the_home_folder_is_known_after_an_equals_sign(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("USERPROFILE", "/home/me")
+    options = Options(prompt="~/x", tag="~", verifier=None)
+    cli.expand_home(options, "tag", "verifier")
+    assert options == Options(prompt="~/x", tag="/home/me", verifier=None)
+    for name in ("hf:a/b", "a~", "./~", "a/~/b"):
+        options = Options(tag=name)
+        cli.expand_home(options, "tag")
+        assert options.tag == name
+    with pytest.raises(ValueError, match="--tag=: expected a name, got an empty text"):
+        cli.expand_home(Options(tag=""), "tag")
 
 
 def test_flags_override_a_preset():
@@ -254,11 +314,15 @@ def test_run_distinguishes_mistakes_of_the_user_from_bugs(capsys):
     assert cli.run(lambda argv: None, []) == 0 and cli.run(lambda argv: len(argv), ["a", "b", "c"]) == 3
 
 
+def main_of(code: str) -> str:
+    """A program whose main function is `code`."""
+    return f"import sys\nfrom training import cli\ndef main(argv):\n    {code}\nsys.exit(cli.run(main))"
+
+
 def python(code: str, *flags: str, encoding: str = "", **options) -> subprocess.Popen:
     """A program of its own, whose main function is `code`, with a buffered stdout in this encoding."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "", "PYTHONIOENCODING": encoding}
-    main = f"import sys\nfrom training import cli\ndef main(argv):\n    {code}\nsys.exit(cli.run(main))"
-    words = [sys.executable, *flags, "-c", main]
+    words = [sys.executable, *flags, "-c", main_of(code)]
     return subprocess.Popen(words, cwd=Path(__file__).parents[2], env=environment, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
@@ -272,6 +336,20 @@ def test_a_reader_that_exits_is_no_error(code):
     program.stdin.close()
     assert (program.stderr.read(), program.wait(20)) == ("", 141)
     program.stderr.close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell of Unix")
+@pytest.mark.parametrize("closed, code, status", [
+    (">&-", "print('x')", 0), (">&-", "print(sys.stdout.isatty())", 0),
+    ("2>&-", "print('x', file=sys.stderr)", 0), (">&- 2>&-", "raise ValueError('x')", 2),
+    (">&-", "raise ValueError('x')", 2), (">&-", "return 3", 3)])
+def test_closed_streams_are_no_error(closed, code, status):
+    """A program that is started without a stdout or stderr does its work."""
+    words = [sys.executable, "-c", main_of(code)]
+    done = subprocess.run(f"{shlex.join(words)} {closed}", shell=True, cwd=Path(__file__).parents[2],
+                          capture_output=True, text=True)
+    said = "error: x\n" if status == 2 and closed == ">&-" else ""
+    assert (done.returncode, done.stderr) == (status, said)
 
 
 def test_a_terminal_without_a_character_and_a_developer_with_a_bug():
