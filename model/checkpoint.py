@@ -12,11 +12,10 @@ Three keys of config.json are this project's own. "student" is the layout of a s
 file with its [MASK] vector. If [MASK] is a token of the vocabulary instead, "mask_token_id" is its id.
 """
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -24,9 +23,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from model import config_check, files
 from model.gpt import GPT, GPTConfig
 from model.masks import Layout
 
@@ -36,12 +36,17 @@ if TYPE_CHECKING:       # otherwise imported where it is needed: GPT-2 runs with
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"      # names the files of weights that come in several
 MASK_FILE = "mask.safetensors"
-TOKENIZER_FILES = ("bpe.json", "tokenizer.json", "tokenizer_config.json")
+TOKENIZER_FILES = ("bpe.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                   "generation_config.json")
 FILES = ["config.json", WEIGHTS, "model-*-of-*.safetensors", INDEX, MASK_FILE, *TOKENIZER_FILES]
+OWN_FILES = (*FILES, "importance.json")     # what is replaced with a checkpoint; other files stay
 
 MASK = "mask_vector"        # the parameter that `transformers` does not know
 QWEN3_MASK = 151669         # first unused id of Qwen3: [MASK] in the checkpoints that OPDLM and dllm released
 BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")    # in old files; not parameters
+WRAPPERS = re.compile(r"^module\.|_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
+LAYER = re.compile(r"^(?:h|model\.layers)\.(\d+)\.")    # the number of a block, in the name of its tensors
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 RENAMED = {"clean_block": "context_block", "shift": "logit_shift"}  # keys of "student" in older checkpoints
 
 # The sizes: our names, and the keys of config.json.
@@ -89,6 +94,8 @@ def fetch(name: str | Path, **hub) -> Path:
     not downloaded again. `hub`: endpoint and cache_dir for `snapshot_download`.
     """
     if not str(name).startswith("hf:"):
+        with suppress(OSError):  # a folder that may be read only
+            files.finish_swap(Path(name))
         return Path(name)
     from huggingface_hub import snapshot_download
 
@@ -106,17 +113,17 @@ def read_config(name: str | Path) -> dict:
     """config.json of a checkpoint."""
     folder = fetch(name)
     try:
-        config = read_json(folder / "config.json")
-    except (OSError, ValueError):
-        config = None
-    if not isinstance(config, dict):
-        raise ValueError(f"{folder} is not a checkpoint: it has no readable config.json. Give a folder that "
-                         "has one (of a run: ar or opdlm), or hf:NAME, or train one with train_tiny.py")
+        config = files.read_json(folder / "config.json")
+        if not isinstance(config, dict):
+            raise ValueError(f"expected an object, got a {type(config).__name__}")
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder} is not a checkpoint: it has no readable config.json ({reason}). Give a "
+                         "folder that has one (of a run: ar or opdlm), or hf:NAME, or train one with "
+                         "train_tiny.py") from None
+    with one_sentence_errors(folder):
+        config_check.check_values(config, config_check.OWN_KEYS, missing_allowed=True)
     return config
-
-
-def read_json(path: Path):
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 @contextmanager
@@ -124,7 +131,8 @@ def one_sentence_errors(folder: Path) -> Iterator[None]:
     """Turn every error in a checkpoint's content into a ValueError of one line that names the folder."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError, OSError, SafetensorError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OSError, ArithmeticError, SafetensorError,
+            RuntimeError) as error:
         message = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         message = " ".join(message.split())
         raise ValueError(f"{folder} is not a readable checkpoint: {message}") from None
@@ -140,11 +148,14 @@ def read_layout_and_config(name: str | Path) -> tuple["GPTConfig | LlamaConfig",
         model_type = config.get("model_type")
         if model_type not in MODEL_TYPES:
             expected = ", ".join(MODEL_TYPES)
-            raise ValueError(f"model_type in config.json: expected one of {expected}, got {model_type!r}")
-        layout = read_layout(config)
+            got = config_check.shown(model_type)
+            raise ValueError(f"model_type in config.json: expected one of {expected}, got {got}")
+        config_check.check_unsupported(config)
         if model_type == "gpt2":
-            return gpt2_config(config), layout
-        return llama_config(config, read_mask_id(folder, config)), layout
+            sizes = gpt2_config(config)
+        else:
+            sizes = llama_config(config, read_mask_id(folder, config))
+        return sizes, read_layout(config, sizes.context)
 
 
 def is_a2d(config: dict) -> bool:
@@ -152,16 +163,16 @@ def is_a2d(config: dict) -> bool:
     return config["model_type"].startswith("a2d-")
 
 
-def read_layout(config: dict) -> Layout | None:
+def read_layout(config: dict, context: int) -> Layout | None:
     """The layout of a student, None for an AR model. A released student has blocks of 4 by default."""
     if "student" in config:
-        student = config["student"]
-        if not isinstance(student, dict):
-            raise ValueError(f'"student" in config.json: expected an object, got {student!r}')
-        layout = {RENAMED.get(key, key): value for key, value in student.items()}
+        layout = {RENAMED.get(key, key): value for key, value in config["student"].items()}
+        config_check.check_student(layout, context)
         return Layout(**layout)
     if is_a2d(config):
-        return Layout.of(config.get("block_size", 4), "paper", "block")
+        block = config.get("block_size", 4)
+        config_check.check_student({"block": block, "context_block": block}, context)
+        return Layout.of(block, "paper", "block")
     return None
 
 
@@ -180,9 +191,9 @@ def tokenizer_mask_id(folder: Path) -> int | None:
     settings = {}
     tokenizer = {}
     if (folder / "tokenizer_config.json").is_file():
-        settings = read_json(folder / "tokenizer_config.json")
+        settings = files.read_json(folder / "tokenizer_config.json")
     if (folder / "tokenizer.json").is_file():
-        tokenizer = read_json(folder / "tokenizer.json")
+        tokenizer = files.read_json(folder / "tokenizer.json")
 
     ids = {}
     for token in tokenizer.get("added_tokens", []):
@@ -198,6 +209,7 @@ def tokenizer_mask_id(folder: Path) -> int | None:
 
 def gpt2_config(config: dict) -> GPTConfig:
     """The sizes in a config.json of GPT-2."""
+    config_check.check_values(config, config_check.GPT2_KEYS)
     if config.get("n_inner") == 4 * config["n_embd"]:  # the default width of the MLP, written out
         config = {**config, "n_inner": None}
     check_fixed(config, GPT2_FIXED)
@@ -209,17 +221,18 @@ def llama_config(config: dict, mask_id: int | None = None) -> "LlamaConfig":
     from model.llama import LlamaConfig
 
     family = config["model_type"].removeprefix("a2d-")
+    config = {"block_size": 4, **config}
+    config_check.check_values(config, config_check.LLAMA_KEYS)
     heads = config["num_attention_heads"]
     check_fixed(config, FIXED[family])
     default_head_size = 128 if family == "qwen3" else config["hidden_size"] // heads
-    config = dict(config)
     config["head_dim"] = config.get("head_dim") or default_head_size
     config["num_key_value_heads"] = config.get("num_key_value_heads") or heads
     return LlamaConfig(
         **read_sizes(config, LLAMA_SIZES),
         family=family,
         theta=read_rope_theta(config),
-        eps=float(config.get("rms_norm_eps", 1e-6)),
+        eps=float(config.get("rms_norm_eps") or 1e-6),
         tied=bool(config.get("tie_word_embeddings")),
         mask=mask_id,
     )
@@ -227,18 +240,15 @@ def llama_config(config: dict, mask_id: int | None = None) -> "LlamaConfig":
 
 def read_rope_theta(config: dict) -> float:
     """The base of the RoPE wavelengths. ValueError for scaled or partial RoPE and for sliding windows."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default":
-        raise ValueError(f"rope_type in config.json: expected 'default', got {rope_type!r} (not supported)")
-    share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    if share != 1:
-        raise ValueError(f"partial_rotary_factor in config.json: expected 1.0, got {share!r} (not supported)")
+    config_check.check_rope(config)
     other_types = set(config.get("layer_types") or ()) - {"full_attention"}
     if other_types:
-        names = ", ".join(sorted(other_types))
+        names = ", ".join(sorted(map(str, other_types)))
         raise ValueError(f"layer_types in config.json: expected full_attention, got {names} (not supported)")
-    return float(rope.get("rope_theta", config.get("rope_theta", 1e4)))
+    for settings in (config, config.get("rope_parameters"), config.get("rope_scaling")):
+        if settings and settings.get("rope_theta") is not None:
+            return float(settings["rope_theta"])
+    return 1e4
 
 
 def check_fixed(config: dict, fixed: dict) -> None:
@@ -246,18 +256,13 @@ def check_fixed(config: dict, fixed: dict) -> None:
     for key, allowed in fixed.items():
         value = config.get(key, allowed[0])
         if value not in allowed:
-            raise ValueError(f"{key} in config.json: expected {allowed[0]!r}, got {value!r} (not supported)")
+            got = config_check.shown(value)
+            raise ValueError(f"{key} in config.json: expected {allowed[0]!r}, got {got} (not supported)")
 
 
 def read_sizes(config: dict, names: dict) -> dict:
     """The sizes in config.json, by our names."""
-    sizes = {}
-    for name, key in names.items():
-        value = config.get(key)
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{key} in config.json: expected a positive integer, got {value!r}")
-        sizes[name] = value
-    return sizes
+    return {name: config[key] for name, key in names.items()}
 
 
 def to_hf_config(config: "GPTConfig | LlamaConfig") -> dict:
@@ -309,13 +314,15 @@ def load(name: str | Path,
     config, layout = read_layout_and_config(name)
     folder = fetch(name)
     with one_sentence_errors(folder):
+        state = rename_tensors(read_tensors(folder), config)
+        check_layers(config, state)
         net = network_without_weights(config)
-        state = from_hf(net, read_tensors(folder))
+        state = from_hf(net, state)
         if MASK in net.state_dict():
             state[MASK] = torch.zeros(config.width)
             if layout:
                 mask_file = read_config(name).get("mask_file", MASK_FILE)
-                state[MASK] = load_file(folder / mask_file)[MASK]
+                state[MASK] = read_file(folder, mask_file, "config.json")[MASK]
         check_shapes(net, state)
         if dtype:
             state = {key: x.to(dtype) for key, x in state.items()}
@@ -336,27 +343,66 @@ def network_without_weights(config: "GPTConfig | LlamaConfig") -> "GPT | Llama":
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint, from one file or from several with an index."""
     if (folder / WEIGHTS).exists():
-        return load_file(folder / WEIGHTS)
+        return read_file(folder, WEIGHTS, "the folder")
     if not (folder / INDEX).exists():
         raise ValueError(f"it has no {WEIGHTS}, and other formats of weights are not supported")
-    weight_map = read_json(folder / INDEX)["weight_map"]
-    files = sorted(set(weight_map.values()))
-    for file in files:
-        if Path(file).name != file or not (folder / file).is_file():
-            raise ValueError(f"{INDEX} names {file}, which is not in the folder: download it again")
+    weight_map = files.read_json(folder / INDEX)["weight_map"]
     tensors = {}
-    for file in files:
-        tensors.update(load_file(folder / file))
+    for file in sorted(set(weight_map.values())):
+        for key, x in read_file(folder, file, INDEX).items():
+            if key in tensors:
+                raise ValueError(f"{key} is in two of the files that {INDEX} names")
+            tensors[key] = x
+    missing = sorted(set(weight_map) - set(tensors))
+    if missing:
+        raise ValueError(f"{INDEX} says that {weight_map[missing[0]]} has {missing[0]}, but it does not")
     return tensors
 
 
-def from_hf(net, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint as a state dict of this network."""
+def read_file(folder: Path, file: str, named_by: str) -> dict[str, Tensor]:
+    """The tensors in a file of the folder. ValueError if it leads out of the folder or was not downloaded."""
+    path = folder / file
+    if Path(file).name != file or not path.is_file() or not is_within(path, folder):
+        raise ValueError(f"{named_by} names {file}, which is not in the folder: download it again")
+    files.refuse_lfs_pointer(path)
+    return load_file(path)
+
+
+def is_within(path: Path, folder: Path) -> bool:
+    """Whether a file is in this folder, or a link into the blobs of the Hugging Face cache that it is in."""
+    folder = folder.resolve()
+    blobs = folder.parent.parent / "blobs"
+    file = path.resolve()
+    return path.name == WEIGHTS or file.is_relative_to(folder) or file.is_relative_to(blobs)
+
+
+def rename_tensors(tensors: dict[str, Tensor], config: "GPTConfig | LlamaConfig") -> dict[str, Tensor]:
+    """The tensors by our names: without prefixes of wrappers; those of a base model get their prefix."""
     state = {}
     for key, x in tensors.items():
-        if not BUFFERS.search(key):
-            state[key.removeprefix("transformer.")] = x
+        if BUFFERS.search(key):
+            continue
+        name = WRAPPERS.sub("", key).removeprefix("transformer.")
+        if config.family != "gpt2" and not name.startswith(("model.", "lm_head.")):
+            name = f"model.{name}"
+        if name in state:
+            raise ValueError(f"{name} is there twice, once as {key}")
+        state[name] = x
+    return state
 
+
+def check_layers(config: "GPTConfig | LlamaConfig", state: dict[str, Tensor]) -> None:
+    """ValueError if the weights have another number of layers: before a network of that size is made."""
+    matches = [LAYER.match(name) for name in state]
+    found = len({match[1] for match in matches if match})
+    if found != config.layers:
+        key = (GPT2_SIZES if config.family == "gpt2" else LLAMA_SIZES)["layers"]
+        raise ValueError(f"{key} in config.json: expected {found}, as many as the weights have, got "
+                         f"{config.layers}")
+
+
+def from_hf(net, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, by our names, as a state dict of this network."""
     head = state.get("lm_head.weight")
     table = state.get("wte.weight", state.get("model.embed_tokens.weight"))
     is_tied = "lm_head.weight" not in net.state_dict()
@@ -399,7 +445,17 @@ def check_shapes(net, state: dict[str, Tensor]) -> None:
             raise ValueError(f"{name} is missing: expected a tensor of shape {expected_shape}")
         if state[key].shape != expected[key].shape:
             shape = shape_in_file(config, key, state[key])
-            raise ValueError(f"{name}: expected shape {expected_shape}, got {shape}")
+            raise ValueError(f"{name}: expected shape {expected_shape}, got {shape}; config.json has "
+                             f"{describe_sizes(config)}")
+        if state[key].dtype not in DTYPES:
+            raise ValueError(f"{name}: expected floating point numbers, got {state[key].dtype} (quantized "
+                             "weights are not supported)")
+
+
+def describe_sizes(config: "GPTConfig | LlamaConfig") -> str:
+    """The sizes as config.json has them: n_embd=192, n_layer=3, ..."""
+    names = GPT2_SIZES if config.family == "gpt2" else LLAMA_SIZES
+    return ", ".join(f"{key}={getattr(config, name)}" for name, key in names.items())
 
 
 def shape_in_file(config: "GPTConfig | LlamaConfig", key: str, x: Tensor) -> tuple[int, ...]:
@@ -419,7 +475,7 @@ def save(folder: str | Path, net: "GPT | Llama", tokenizer, layout: Layout | Non
     if state is None:
         state = {name: p.detach().cpu().contiguous() for name, p in net.state_dict().items()}
     special_ids = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
-    with replace_folder(Path(folder)) as new_folder:
+    with files.replace_folder(Path(folder), OWN_FILES) as new_folder:
         write_files(new_folder, net.config, state, layout, {**special_ids, **extra})
         tokenizer.save(new_folder)
 
@@ -436,32 +492,11 @@ def export(name: str | Path, folder: str | Path, dtype: torch.dtype | None = Non
     net, layout = load(name, dtype)
     config = dict(read_config(name))
     config.pop("auto_map", None)  # names code that is not exported
-    with replace_folder(folder) as new_folder:
+    with files.replace_folder(folder, OWN_FILES, may_exist=False) as new_folder:
         write_files(new_folder, net.config, net.state_dict(), layout, config)
         for file in TOKENIZER_FILES:
             if (source / file).is_file():
                 shutil.copyfile(source / file, new_folder / file)
-
-
-@contextmanager
-def replace_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to write to, which takes the place of `folder` at the end if there was no error."""
-    new = folder.with_name(folder.name + ".new")
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    try:
-        yield new
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(new, ignore_errors=True)
-        raise ValueError(f"{folder} cannot be written ({error}): free some space. Its previous content is "
-                         "unchanged") from None
-    if folder.exists():
-        # only now: if an earlier run was killed between the two renames below, `old` is the only copy
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)
-    os.replace(new, folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_files(folder: Path, config: "GPTConfig | LlamaConfig", state: dict[str, Tensor],
@@ -472,13 +507,13 @@ def write_files(folder: Path, config: "GPTConfig | LlamaConfig", state: dict[str
         if key != MASK:
             x = x.T if is_transposed(config, key) else x
             tensors[to_hf_name(config, key)] = x.contiguous()
-    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    files.write_tensors(folder / WEIGHTS, tensors)
 
     own_keys = {}
     if layout:
         own_keys["student"] = asdict(layout)
         if MASK in state:
-            save_file({MASK: state[MASK]}, folder / MASK_FILE, {"format": "pt"})
+            files.write_tensors(folder / MASK_FILE, {MASK: state[MASK]})
             own_keys["mask_file"] = MASK_FILE
         else:
             own_keys["mask_token_id"] = config.mask

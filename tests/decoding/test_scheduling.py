@@ -1,4 +1,5 @@
 import itertools
+import json
 import math
 
 import pytest
@@ -310,3 +311,23 @@ def test_states_have_their_share_masked_and_all_positions_equally_often():
 def test_texts_are_padded_and_cut():
     assert pad_to_length([STORY, STORY[:2]], 4, END).tolist() == [[END, 1, 3, 0], [END, 1, END, END]]
     assert pad_to_length([STORY], 7, END).tolist() == [[END, 1, 3, 0, END, END, END]]
+
+
+CURVES = {"t": [0.25, 0.5, 1.0], "kl": [0.1, 0.2, 0.3]}
+BAD_CURVES = ["", "[", "[" * 200_000, "[]", "5", "{}", json.dumps({**CURVES, "t": 5}),
+              json.dumps({**CURVES, "t": [1, 0.5, 0.25]}), json.dumps({**CURVES, "t": [0.25, 0.5]}),
+              json.dumps({**CURVES, "kl": [0.1, float("nan"), 0.3]}),
+              json.dumps({**CURVES, "kl": ["a", 1, 2]}),
+              json.dumps({"t": [1], "kl": [1]}), json.dumps({**CURVES, "kl": [0.1, 10 ** 400, 0.3]}),
+              json.dumps({**CURVES, "kl": [[0.1], 0.2, 0.3]}), '{"t": [0, 1], "t": [0, 0.5], "kl": [1, 2]}']
+
+
+@pytest.mark.parametrize("content", BAD_CURVES, ids=range(len(BAD_CURVES)))
+def test_measured_costs_that_cannot_be_used_are_one_sentence(tmp_path, content):
+    rule = reveal.parse("ancestral:4")
+    (tmp_path / scheduling.IMPORTANCE_FILE).write_text(json.dumps(CURVES), encoding="utf-8-sig")
+    assert scheduling.load_schedule("auto:0.5", tmp_path, rule).names == ["H", "L"]
+    (tmp_path / scheduling.IMPORTANCE_FILE).write_text(content)
+    with pytest.raises(ValueError, match="importance.json.*measure them again") as caught:
+        scheduling.load_schedule("auto:0.5", tmp_path, rule)
+    assert "\n" not in str(caught.value)

@@ -1,5 +1,7 @@
 """The unmasking policy, the reveal rules made of it, and its training: invariants."""
 import itertools
+import json
+import os
 
 import pytest
 import torch
@@ -509,3 +511,41 @@ def test_where_the_best_order_is_known_it_is_found(chain):
     found = reward(quality(text), recorder.trajectory().nfe, 8, 0.2).mean().item()
     best = reward(torch.ones(1), torch.tensor([8 if chain else 2]), 8, 0.2).item()
     assert found >= 0.95 * best
+
+
+ABSURD = [None, True, 0, -1, 1.5, 10 ** 12, float("nan"), float("inf"), "4", "", [], [4], {}, "x" * 10_000]
+
+
+@pytest.mark.parametrize("key", ["block", "width", "heads", "theta", "model_type", "other"])
+def test_an_absurd_size_is_one_sentence(tmp_path, key):
+    save_policy(tmp_path, Policy(PolicyConfig(4)))
+    config = json.loads((tmp_path / "config.json").read_text())
+    for value in ABSURD:
+        (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
+        if key == "model_type" or (key, value) in (("theta", 1.5), ("theta", True), ("theta", 10 ** 12)):
+            continue
+        with pytest.raises(ValueError, match="is not an unmasking policy") as caught:
+            load_policy(tmp_path)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_the_files_of_a_policy_are_one_s_own(tmp_path):
+    (tmp_path / "policy.safetensors.new").write_text("dear")
+    umask = os.umask(0o022)
+    save_policy(tmp_path, Policy(PolicyConfig(4)))
+    os.umask(umask)
+    assert (tmp_path / "policy.safetensors.new").read_text() == "dear"
+    names = {"config.json", "policy.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == names | {"policy.safetensors.new"}
+    assert {oct((tmp_path / name).stat().st_mode & 0o777) for name in names} == {"0o644"}
+
+
+def test_a_policy_that_is_not_downloaded_or_is_damaged_is_one_sentence(tmp_path):
+    save_policy(tmp_path, Policy(PolicyConfig(4)))
+    for content in (b"version https://git-lfs.github.com/spec/v1\n", b"", b"\xff" * 100):
+        (tmp_path / "policy.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match="is not an unmasking policy"):
+            load_policy(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 200_000)
+    with pytest.raises(ValueError, match="nested too deeply"):
+        load_policy(tmp_path)
