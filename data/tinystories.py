@@ -39,11 +39,11 @@ HUB = {                                     # name: training file, held-out file
 STORY_WORLD = "toy"         # the name of the story world (data/corpus.py), of no corpus of files
 
 HOLD_OUT = 20               # every 20th story is held out if there is no held-out file
-HELD_SHARE = (1 / 40, 1 / 10)   # if these are outside this share of the characters, ends of long texts are
-LONG_TEXT = 6000            # characters of a text whose end can be held out
+HELD_SHARE = (1 / 40, 1 / 10)   # if they have less or more of the characters, ends of long texts are held out
+LONG_TEXT = 5000            # visible characters of a text whose end can be held out
 HELD_CHARS = 1000           # characters of such an end, at least: about a window of 256 tokens
-CHUNK = 1 << 20             # bytes read at a time, and characters tokenized at a time
-PART = 1 << 17              # characters of a part, about; longer texts are read and tokenized in parts
+CHUNK = 1 << 18             # bytes read at a time, and characters tokenized at a time
+PART = 1 << 16              # characters of a part, about; longer texts are read and tokenized in parts
 BPE_CHARS = 64_000_000      # characters that a BPE is learned from; more hardly change a small vocabulary
 HUB_SECONDS = 3             # timeout for each address of the hub
 LAYOUT = "2"                # version of the stream format, part of the name of a corpus folder
@@ -321,7 +321,8 @@ class Survey:
     """What is known about stories after reading them once."""
     num_stories: int = 0
     chars: int = 0
-    held_chars: int = 0                 # of every 20th story
+    visible: int = 0                    # characters that are not white space
+    held_visible: int = 0               # the same of every 20th story
     held: set[bytes] = field(default_factory=set)               # digests of the held-out stories
     sizes: dict[int, int] = field(default_factory=dict)         # characters of each long story
     digests: dict[int, bytes] = field(default_factory=dict)     # of each story of several parts
@@ -333,17 +334,20 @@ def survey(stories: Stories, hold_out: int) -> Survey:
     for number, parts in groupby(stories, key=lambda part: part.story):
         digest = hashlib.blake2b(digest_size=16)
         chars = 0
+        visible = 0
         num_parts = 0
         for part in parts:
             digest.update(part.text.encode())
             chars += len(part.text)
+            visible += sum(map(len, part.text.split()))
             num_parts += 1
         found.num_stories += 1
         found.chars += chars
+        found.visible += visible
         if number % hold_out == 0:
-            found.held_chars += chars
+            found.held_visible += visible
             found.held.add(digest.digest())
-        if chars >= LONG_TEXT:
+        if visible >= LONG_TEXT:
             found.sizes[number] = chars
         if num_parts > 1:
             found.digests[number] = digest.digest()
@@ -374,7 +378,7 @@ def divide(files: list[Path], val_files: list[Path] | None) -> tuple[Iterable[Pa
         digests = survey(stories, HOLD_OUT).digests
     else:
         found = survey(stories, HOLD_OUT)
-        share = found.held_chars / found.chars
+        share = found.held_visible / found.visible
         least, most = HELD_SHARE
         sizes = found.sizes
         if found.num_stories == 1:

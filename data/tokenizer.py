@@ -104,15 +104,16 @@ class HubTokenizer(Tokenizer):
         tok.encode_special_tokens = True            # "<s>" in a text is three characters
         self.tok = tok
         self.eot = eot
-        self.table = bytes_by_id(tok)
+        self.table = {**bytes_by_id(tok), eot: b""}
+        self.special = special_ids(tok) | {eot}
         self.vocab_size = max(self.table) + 1
 
     def encode(self, text: str) -> list[int]:
-        return self.tok.encode(text, add_special_tokens=False).ids
+        return spell_out(self, self.tok.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         encodings = self.tok.encode_batch(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        return [spell_out(self, encoding.ids) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
         parts = self._token_bytes([self.eot, *ids])
@@ -181,6 +182,36 @@ def encode_parts(tok: Tokenizer, parts: list[str], is_first: list[bool]) -> list
     num_before = len(tok.encode(before))
     encoded = tok.encode_batch(strings)
     return [ids if first else ids[num_before:] for ids, first in zip(encoded, is_first)]
+
+
+def special_ids(tok: tokenizers.Tokenizer) -> set[int]:
+    """The ids of special tokens, but not of the one that stands for unknown characters."""
+    model = json.loads(tok.to_str())["model"]
+    unknown = model.get("unk_id")
+    if model.get("unk_token") is not None:
+        unknown = tok.token_to_id(model["unk_token"])
+    added = tok.get_added_tokens_decoder().items()
+    return {i for i, token in added if token.special and i != unknown}
+
+
+def spell_out(tok: HubTokenizer, ids: list[int]) -> list[int]:
+    """The ids of a text without special tokens: "</s>" in a text becomes four characters.
+
+    The package already does this with special tokens that are not also in the vocabulary of the model.
+    """
+    if tok.special.isdisjoint(ids):
+        return ids
+    before = "\n"                               # so that no space is added before the character
+    num_before = len(tok.tok.encode(before, add_special_tokens=False).ids)
+    spelled = []
+    for i in ids:
+        if i not in tok.special:
+            spelled.append(i)
+            continue
+        for character in tok.tok.id_to_token(i):
+            encoded = tok.tok.encode(before + character, add_special_tokens=False).ids[num_before:]
+            spelled += [token for token in encoded if token not in tok.special]
+    return spelled
 
 
 # 2. a token of tokenizer.json as bytes ------------------------------------------------------------
@@ -323,7 +354,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         raise ValueError(f"a vocabulary of {vocab_size} ids is too small: "
                          "256 bytes and the end of text need 257")
     trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(iter(texts), vocab_size=vocab_size - 1)
+    pieces = (piece for text in texts for piece in split_blanks(text))
+    trainer.train_from_iterator(pieces, vocab_size=vocab_size - 1, buffer_size=512)
     by_rank = sorted(trainer.get_mergeable_ranks(), key=lambda token_and_rank: token_and_rank[1])
     tokens = [bytes(token) for token, _ in by_rank]
     # if two merges give the same bytes, the first one counts: tiktoken has one rank for them

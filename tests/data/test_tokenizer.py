@@ -72,6 +72,14 @@ def test_end_of_text_is_the_last_id_and_has_no_text(tok):
     assert tok.pieces([tok.eot, *ids, tok.eot])[::len(ids) + 1] == ["", ""]
 
 
+def test_an_id_without_a_token_shows_as_nothing(tok):
+    """A network's table of vectors may be longer than its vocabulary, for speed."""
+    ids = tok.encode("One day")
+    assert tok.decode([tok.vocab_size, *ids, tok.vocab_size + 61]) == "One day"
+    pieces = tok.pieces([tok.vocab_size, *ids, tok.vocab_size + 61])
+    assert pieces[0] == pieces[-1] == "" and "".join(pieces) == "One day"
+
+
 def test_pieces_join_to_the_text_of_any_ids(tok):
     draw = random.Random(1)
     sequences = [tok.encode(text) for text in ODD + random_texts(200)]
