@@ -431,11 +431,11 @@ def train_step(student, teacher, text: Rollout, P: int, u: Tensor, recipe: Recip
     text_probs = target.gather(1, tokens[rows, position][:, None])  # (N, 1) of the text, under the target
     return {
         "loss": loss.item(),
-        "kl": kl.mean().item(),
-        "text_nats": -text_probs.log().mean().item(),
+        "kl": kl.mean().item() if len(rows) else 0.0,  # there may be no masked position in the response
+        "text_nats": -text_probs.log().mean().item() if len(rows) else 0.0,
         "tokens": num_tokens,
         "loss_positions": len(rows) + num_clean,
-        "masked": len(rows) / num_tokens,
+        "masked": len(rows) / max(num_tokens, 1),
         "len": num_tokens / len(tokens),
     }
 
@@ -478,7 +478,7 @@ def train(student, teacher, data: Callable, recipe: Recipe, optimizer, length: C
 
 def take_rows(text: Rollout, part: slice, P: int, block: int) -> Rollout:
     """These rows, cut after the block in which the longest of them ends."""
-    longest = int(text.response_mask[part, P:].sum(1).max())
+    longest = max(1, int(text.response_mask[part, P:].sum(1).max()))
     T = P + longest + -longest % block  # may exceed the text: slicing stops at its end
     return Rollout(
         tokens=text.tokens[part, :T],
