@@ -10,6 +10,7 @@
 
 The last line is the cost: tokens, tokens per forward pass (all passes counted), positions per token, speed.
 """
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -23,17 +24,19 @@ import opdlm
 from data import tokenizer
 from decoding import reveal, scheduling
 from decoding.denoiser import Denoiser
-from decoding.sampling import SamplingConfig
+from decoding.sampling import NotFiniteError, SamplingConfig
 from model import checkpoint
 from model.masks import AR, Layout
 from report import generate, html, terminal, trace
 from training import cli
 from training.dist import find_device
-from unmasking import policy  # noqa: F401  (registers --reveal=policy:FOLDER)
+from unmasking import policy  # registers --reveal=policy:FOLDER
 
 LAST_RUN = Path("out/tiny")
 PRETRAINED = Path(__file__).parent / "model/pretrained"
 MAX_TOKENS = 1024           # of a response, unless --length is given
+MAX_SELF_BLOCK = 64         # of --verifier=self, whose forward passes have block * block masks
+RANGES = {"length": (1, None), "n": (1, None), "seed": (0, None), "block": (1, None), "fps": (0.1, 1000)}
 PICTURES = {".png": trace.picture, ".html": html.save}
 
 
@@ -47,9 +50,9 @@ class Options:
     # Text
     prompt: str = ""            # text to continue
     length: int | None = None   # longest response, tokens; default: what the context allows, at most 1024
-    n: int = 1                  # number of texts
+    n: int = 1                  # number of texts; many are generated in batches of about 32,768 tokens
     seed: int = 0               # random seed; text i of a seed is the same for every --n
-    temperature: float = 1.0    # 0: always the most likely token
+    temperature: float = 1.0    # 0, or less than 1e-6: always the most likely token
     top_k: int | None = None    # sample from the k most likely tokens
     top_p: float | None = None  # sample from the fewest tokens with this total probability
     # Diffusion
@@ -68,10 +71,6 @@ class Options:
     def __post_init__(self):
         if self.mode == "verified":
             self.mode = "speculative"
-        for name in ("n", "length", "block"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name}={value}: must be at least 1")
         SamplingConfig(self.temperature, self.top_k, self.top_p)     # refuses values out of range
         if self.dtype and not self.export:
             raise ValueError("--dtype is the number format of --export: give --export=FOLDER too")
@@ -83,14 +82,16 @@ class Options:
             "speculative": ("reveal", "confidence", "schedule"),
         }
         for name in unused[self.mode]:
-            if getattr(self, name):
-                raise ValueError(f"--{name}={getattr(self, name)} has no effect with --mode={self.mode}: "
-                                 "leave it out")
-        if not 0.1 <= self.fps <= 1000:
-            raise ValueError(f"--fps={self.fps:g}: expected 0.1 to 1000")
+            value = getattr(self, name)
+            if value:
+                raise ValueError(f"--{name}={value} has no effect with --mode={self.mode}: leave it out")
         if self.picture is not None and Path(self.picture).suffix.lower() not in PICTURES:
             endings = " or ".join(PICTURES)
             raise ValueError(f"--picture={self.picture}: expected a file name that ends in {endings}")
+        cli.expand_home(self, "ckpt", "verifier", "reveal", "light", "schedule", "picture", "export")
+        if any(0xD800 <= ord(character) < 0xE000 for character in self.prompt):
+            raise ValueError(f"--prompt={self.prompt!r}: expected text in UTF-8, got other bytes; set the "
+                             "terminal to UTF-8")
 
 
 def find_checkpoint(name: str | None, mode: str) -> Path:
@@ -111,8 +112,7 @@ def load_generator(options: Options) -> tuple[generate.TextGenerator, tokenizer.
     """A way to generate text, as --mode says, and the tokenizer."""
     folder = find_checkpoint(options.ckpt, options.mode)
     device = find_device(options.device)
-    net, layout = checkpoint.load(folder)
-    net = net.to(device)
+    net, layout = load_network(folder, device)
     tok = tokenizer.load(folder)
     sampling = SamplingConfig(options.temperature, options.top_k, options.top_p)
     if options.mode == "ar":
@@ -121,14 +121,27 @@ def load_generator(options: Options) -> tuple[generate.TextGenerator, tokenizer.
         raise ValueError(f"{folder} is an AR model: use --mode=ar, or a checkpoint that train_tiny.py has "
                          "converted")
     if options.block:
+        if options.block > net.config.context:
+            raise ValueError(f"--block={options.block} exceeds the model's context of {net.config.context}")
         context_block = options.block if layout.context_block > 1 else 1
         layout = Layout(options.block, context_block, layout.logit_shift)
     if options.mode == "speculative":
+        if options.verifier == "self" and layout.block > MAX_SELF_BLOCK:
+            raise ValueError(f"blocks of {layout.block} tokens are too long for --verifier=self, whose "
+                             "forward passes have block * block masks: use --block=N of at most "
+                             f"{MAX_SELF_BLOCK}")
         verifier = load_verifier(options, folder, net, tok, device)
         return generate.speculative_generator(net, layout, verifier, sampling), tok
     rule = load_rule(options, folder)
     make_denoiser = load_denoiser(options, tok, layout, rule, device)
     return generate.diffusion_generator(net, layout, rule, sampling, make_denoiser), tok
+
+
+def load_network(folder: Path, device) -> tuple[torch.nn.Module, Layout | None]:
+    """The network of a checkpoint, on a device, and its layout if it is a student. Its weights are finite."""
+    net, layout = checkpoint.load(folder)
+    generate.check_weights(net, folder)
+    return net.to(device), layout
 
 
 def load_rule(options: Options, folder: Path) -> reveal.Rule:
@@ -139,7 +152,10 @@ def load_rule(options: Options, folder: Path) -> reveal.Rule:
         known = " or ".join(reveal.CONFIDENCE)
         raise ValueError(f"{folder}/config.json: expected confidence {known}, got {confidence!r}")
     spec = options.reveal or config.get("reveal", "static:1")
-    return reveal.parse(spec, options.confidence, confidence)
+    rule = reveal.parse(spec, options.confidence, confidence)
+    if isinstance(rule, policy.PolicyRule):
+        generate.check_weights(rule.policy, rule.folder)
+    return rule
 
 
 def load_denoiser(options: Options, tok, layout: Layout, rule: reveal.Rule, device) -> Callable:
@@ -147,7 +163,7 @@ def load_denoiser(options: Options, tok, layout: Layout, rule: reveal.Rule, devi
     if options.light is None:
         return Denoiser
     folder = find_checkpoint(options.light, "opdlm")
-    light, light_layout = checkpoint.load(folder)
+    light, light_layout = load_network(folder, device)
     if light_layout is None or not same_attention(light_layout, layout):
         raise ValueError(f"--light={options.light} has another attention pattern than --ckpt: train both "
                          "with the same --align and --context")
@@ -155,10 +171,10 @@ def load_denoiser(options: Options, tok, layout: Layout, rule: reveal.Rule, devi
         raise ValueError(f"--light={options.light} has another tokenizer: train both models on the same text")
     schedule = scheduling.load_schedule(options.schedule, folder, rule)
     max_steps = rule.steps(layout.block)
-    if schedule.by == "step" and len(schedule.steps()) != max_steps:
-        raise ValueError(f"--schedule={options.schedule} has {len(schedule.steps())} steps, but "
+    _, num_steps = schedule.parts[-1]
+    if schedule.by == "step" and num_steps != max_steps:
+        raise ValueError(f"--schedule={options.schedule} has {num_steps} steps, but "
                          f"--reveal={rule} takes up to {max_steps} in a block of {layout.block}")
-    light = light.to(device)
     return lambda heavy, layout: scheduling.ScheduledDenoiser({"H": heavy, "L": light}, layout, schedule)
 
 
@@ -178,12 +194,12 @@ def load_verifier(options: Options, folder: Path, student, tok, device):
                              "--verifier=self")
     else:
         teacher_folder = checkpoint.fetch(options.verifier)
-    net, layout = checkpoint.load(teacher_folder)
+    net, layout = load_network(teacher_folder, device)
     same_tokens = (net.config.vocab == student.config.vocab
                    and tokenizer.load(teacher_folder).to_json() == tok.to_json())
     if layout is not None or not same_tokens:
         raise ValueError(f"--verifier={options.verifier}: expected an AR model with the student's tokenizer")
-    return net.to(device)
+    return net
 
 
 def response_length(options: Options, prompt_len: int, context: int) -> int:
@@ -198,39 +214,102 @@ def response_length(options: Options, prompt_len: int, context: int) -> int:
     return options.length or min(room, MAX_TOKENS)
 
 
+def encode_prompt(text: str, net, tok) -> list[int]:
+    """The ids of a text's beginning. A text starts after an end-of-text token, as in training."""
+    ids = tok.encode(text)
+    if tok.eot in ids or net.mask_id in ids:
+        raise ValueError(f"--prompt={text!r}: this model's tokenizer reads a part of it as the end of a text "
+                         "or as [MASK]; leave that part out")
+    return [tok.eot, *ids]
+
+
 @torch.inference_mode()
-def write_texts(options: Options, generator: generate.TextGenerator, tok) -> tuple[opdlm.Rollout, float]:
-    """The texts, and the seconds they took. A text starts after an end-of-text token, as in training."""
-    ids = [tok.eot, *tok.encode(options.prompt)]
-    length = response_length(options, len(ids), generator.net.config.context)
-    prompt = torch.tensor([ids] * options.n, device=generator.net.wte.weight.device)
+def write_texts(generator: generate.TextGenerator, prompt_ids: list[int], length: int, seed: int,
+                row_ids: range, eot: int) -> tuple[opdlm.Rollout, float]:
+    """The texts with these numbers, and the seconds they took."""
+    prompt = torch.tensor([prompt_ids] * len(row_ids), device=generator.net.wte.weight.device)
     began = time.perf_counter()
-    text = generator(prompt, length, options.seed, range(options.n), tok.eot)
+    text = generator(prompt, length, seed, row_ids, eot)
     return text, time.perf_counter() - began
 
 
+def used_models(options: Options) -> str:
+    """The checkpoints that the texts are generated with, for messages."""
+    names = [str(find_checkpoint(options.ckpt, options.mode))]
+    if options.light is not None:
+        names.append(options.light)
+    if options.mode == "speculative" and options.verifier != "self":
+        names.append(f"its verifier ({options.verifier})")
+    return " or ".join(names)
+
+
+def export(options: Options) -> None:
+    """Write the checkpoint to the new folder --export."""
+    folder = find_checkpoint(options.ckpt, options.mode)
+    new_folder = Path(options.export)
+    if options.export.startswith("hf:"):
+        raise ValueError(f"--export={options.export}: expected a folder of this computer")
+    if os.path.lexists(new_folder):
+        raise ValueError(f"--export={options.export} is there already: name a new folder")
+    if new_folder.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"--export={options.export} is inside the checkpoint {folder}, which a training "
+                         "replaces as a whole: name a folder outside")
+    checkpoint.read_config(folder)
+    check_writable("export", new_folder)
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    checkpoint.export(folder, options.export, dtype)
+    print(f"{folder} is now in {options.export}")
+
+
+def check_writable(flag: str, path: Path) -> None:
+    """ValueError if --flag=path cannot be made: now, not after the work. Its folder is made if needed."""
+    trial = path.with_name(f"{path.name}.{os.getpid()}.try")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trial.write_text("")
+        trial.unlink()
+        if path.is_dir():
+            raise IsADirectoryError(None, "it is a folder")
+    except OSError as error:
+        reason = error.strerror
+        raise ValueError(f"--{flag}={path} cannot be written ({reason}): name another place") from None
+
+
 def main(argv: list[str]) -> None:
-    options = cli.parse(Options, argv, __doc__)
+    options = cli.parse(Options, argv, __doc__, ranges=RANGES)
     if options.export:
-        folder = find_checkpoint(options.ckpt, options.mode)
-        dtype = getattr(torch, options.dtype) if options.dtype else None
-        checkpoint.export(folder, options.export, dtype)
-        print(f"{folder} is now in {options.export}")
+        export(options)
         return
+    if options.picture is not None:
+        check_writable("picture", Path(options.picture))
     generator, tok = load_generator(options)
-    text, seconds = write_texts(options, generator, tok)
-    traces = generator.traces(text, options.prompt, tok)
+    prompt_ids = encode_prompt(options.prompt, generator.net, tok)
+    length = response_length(options, len(prompt_ids), generator.net.config.context)
+    rows = generator.max_rows(len(prompt_ids) + length)
     colour = trace.wants_colour(sys.stdout) and options.mode != "ar"
-    for one in traces:
-        if options.watch:
-            terminal.play(one, sys.stdout, options.fps, colour)
-        print(trace.coloured(one, colour), end="\n\n")
+    cost = generate.Cost()
+    first_trace = None
+    max_steps = 0
+    for first in range(0, options.n, rows):
+        row_ids = range(first, min(first + rows, options.n))
+        try:
+            text, seconds = write_texts(generator, prompt_ids, length, options.seed, row_ids, tok.eot)
+        except NotFiniteError as error:
+            raise ValueError(f"{used_models(options)}: {error}") from None
+        cost.add(text, seconds)
+        traces = generator.traces(text, options.prompt, tok)
+        first_trace = first_trace or traces[0]
+        for one in traces:
+            max_steps = max(max_steps, one.num_steps)
+            if options.watch:
+                terminal.play(one, sys.stdout, options.fps, colour)
+            print(trace.coloured(one, colour), end="\n\n")
     if colour:
-        print(trace.legend(max(one.num_steps for one in traces), traces[0].colour_meaning))
+        print(trace.legend(max_steps, first_trace.colour_meaning))
     if options.picture is not None:
         write_picture = PICTURES[Path(options.picture).suffix.lower()]
-        write_picture(traces[0], options.picture)
-    print(generate.cost(text, seconds, generator.net))
+        write_picture(first_trace, options.picture)
+    print(cost.describe(generator.net))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from decoding.sampling import SamplingConfig
 from model.masks import Layout
 from report import metrics, trace
 
+MAX_POSITIONS = 2 ** 15     # of the texts that are generated together, which bounds the memory
 PROMPT_LENGTHS = 8      # generate_texts uses this many different prompt lengths in turn
 
 
@@ -24,6 +25,7 @@ class TextGenerator:
     num_random: int         # uniform random numbers per position
     generate: Callable      # (prompt, length, u, eot, prompt_len) -> Rollout
     make_trace: Callable    # (prompt, pieces, order) -> Trace
+    num_masks: int = 0      # masks of a forward pass that are not positions of the text
 
     def __call__(self, prompt: Tensor, length: int, seed: int, row_ids: range, eot: int,
                  prompt_len: Tensor | None = None) -> opdlm.Rollout:
@@ -31,6 +33,10 @@ class TextGenerator:
         shape = (prompt.size(1) + length, self.num_random)
         u = opdlm.uniforms(seed, 0, row_ids, shape).to(prompt.device)
         return self.generate(prompt, length, u, eot, prompt_len)
+
+    def max_rows(self, num_tokens: int) -> int:
+        """How many texts of `num_tokens`, prompt included, are to be generated together: at least one."""
+        return max(1, MAX_POSITIONS // (num_tokens + self.num_masks))
 
     def traces(self, rollout: opdlm.Rollout, prompt: str, tokenizer) -> list[trace.Trace]:
         """One trace per row: its response, and when each token was revealed."""
@@ -67,7 +73,8 @@ def speculative_generator(student, layout: Layout, teacher=None,
         return opdlm.Rollout(text.tokens, text.accepted_in, response_mask, text.forwards, text.positions)
 
     make_trace = partial(trace.from_iterations, block=layout.block)
-    return TextGenerator(student, 3, generate, make_trace)
+    num_masks = layout.block ** 2 if teacher is None else 0     # a block for each number of accepted drafts
+    return TextGenerator(student, 3, generate, make_trace, num_masks)
 
 
 def generate_texts(generator: TextGenerator, stories: list[Tensor], eot: int, length: int, seed: int,
@@ -92,16 +99,40 @@ def generate_texts(generator: TextGenerator, stories: list[Tensor], eot: int, le
     return texts, time.perf_counter() - began
 
 
-def cost(rollout: opdlm.Rollout, seconds: float, net) -> str:
-    """What a rollout took, as one line."""
-    tokens = int(rollout.response_mask.sum())
-    forwards = int(rollout.forwards.sum())
-    positions = int(rollout.positions.sum())
-    device = net.wte.weight.device.type
-    threads = torch.get_num_threads()
-    return (f"{tokens} tokens | {tokens / forwards:.2f} tokens/forward | "
-            f"{positions / tokens:.2f} positions/token | {tokens / seconds:.0f} tokens/s "
-            f"(batch {len(rollout.tokens)}, {device}, {threads} threads)")
+@dataclass
+class Cost:
+    """What texts took, added up over batches."""
+    tokens: int = 0
+    forwards: int = 0
+    positions: int = 0
+    seconds: float = 0.0
+    batch: int = 0          # texts generated together, of the largest batch
+
+    def add(self, rollout: opdlm.Rollout, seconds: float) -> None:
+        self.tokens += int(rollout.response_mask.sum())
+        self.forwards += int(rollout.forwards.sum())
+        self.positions += int(rollout.positions.sum())
+        self.seconds += seconds
+        self.batch = max(self.batch, len(rollout.tokens))
+
+    def describe(self, net) -> str:
+        """One line."""
+        device = net.wte.weight.device.type
+        threads = torch.get_num_threads()
+        return (f"{self.tokens} tokens | {self.tokens / self.forwards:.2f} tokens/forward | "
+                f"{self.positions / self.tokens:.2f} positions/token | "
+                f"{self.tokens / self.seconds:.0f} tokens/s "
+                f"(batch {self.batch}, {device}, {threads} threads)")
+
+
+def check_weights(net: torch.nn.Module, name) -> None:
+    """ValueError if a weight of `net`, the model `name`, is NaN or infinity."""
+    for key, tensor in net.state_dict().items():
+        num_bad = int((~tensor.isfinite()).sum())
+        if num_bad:
+            raise ValueError(f"{name}: the tensor {key} has {num_bad} numbers that are not finite (NaN or "
+                             "infinity), so the file is damaged or the training has diverged; use another "
+                             "checkpoint")
 
 
 def continue_prompt(net, prompt: Tensor, length: int, layout: Layout, rule: Rule, tokenizer,

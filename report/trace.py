@@ -364,5 +364,9 @@ def write_atomically(path, write: Callable[[Path], object]) -> None:
     try:
         write(unfinished)
         os.replace(unfinished, path)
+    except OSError as error:
+        if error.strerror:
+            error.filename = str(path)                           # not the name of the unfinished file
+        raise
     finally:
         unfinished.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 import opdlm
 import sample
@@ -15,7 +16,9 @@ from decoding.denoiser import Denoiser
 from model import checkpoint
 from model.gpt import GPT, GPTConfig
 from model.masks import AR, Layout
+from report import generate
 from training import cli
+from unmasking import policy
 
 TOK = tokenizer.word_level(["One", " day", " a", " ball", "."])
 CONTEXT, LAYOUT = 24, Layout(4, 1, 1)
@@ -254,14 +257,284 @@ REFUSED = {
     "--picture=text.pdf": "--picture=text.pdf: expected a file name that ends in .png or .html",
     "--picture=html": "--picture=html: expected a file name that ends in",
     "--picture=": "--picture=: expected a file name that ends in",
+    "--picture={run}/ar/config.json/x.png": "config.json/x.png cannot be written (",
+    "--picture={run}/folder.png": "folder.png cannot be written (it is a folder)",
+    "--picture=/dev/null/x.html": "--picture=/dev/null/x.html cannot be written (",
+    "--export={run}/ar/config.json": "is there already: name a new folder",
+    "--export={run}/ar/config.json/x": "--export={run}/ar/config.json/x cannot be written (",
+    "--export={run}/opdlm": "is there already: name a new folder",
+    "--export={run}/opdlm/new": "is inside the checkpoint",
+    "--export={run}/opdlm/../opdlm/a/new": "is inside the checkpoint",
+    "--export={run}/link": "is there already: name a new folder",
+    "--export=hf:me/model": "expected a folder of this computer",
+    "--export=": "--export=: expected a name, got an empty text",
+    "--ckpt=": "--ckpt=: expected a name, got an empty text",
+    "--reveal=": "--reveal=: expected a name, got an empty text",
+    "--verifier=": "--verifier=: expected a name, got an empty text",
+    "--ckpt=~/nowhere": "{home}/nowhere is no checkpoint",
+    "--seed=-1": "--seed=-1: must be at least 0",
+    "--seed=9223372036854775808": "--seed: expected an integer of at most 9223372036854775807",
+    "--seed=18446744073709551616": "--seed: expected an integer of at most 9223372036854775807",
+    "--seed=1e3": "--seed: expected an integer, got '1e3'",
+    "--top_k=99999999999999999999": "--top_k: expected an integer of at most 9223372036854775807",
+    "--top_k=0": "a top_k of at least 1, got 0",
+    "--top_k=-5": "a top_k of at least 1, got -5",
+    "--top_p=0": "a top_p above 0 and at most 1, got 0.0",
+    "--top_p=nan": "--top_p: expected a number or none, got 'nan'",
+    "--n=99999999999999999999": "--n: expected an integer of at most 9223372036854775807",
+    "--n=-3": "--n=-3: must be at least 1",
+    "--length=9223372036854775807": "exceed the model's context",
+    "--length=99999999999999999999": "--length: expected an integer of at most 9223372036854775807",
+    "--block=25": "--block=25 exceeds the model's context of 24",
+    "--block=9223372036854775807": "--block=9223372036854775807 exceeds the model's context of 24",
+    "--reveal=static:99999999999999999999": "static:COUNT takes a number of at most 2147483647",
+    "--reveal=ancestral:99999999999999999999": "ancestral:STEPS takes a number of at most 16777216",
+    "--temperature=inf": "--temperature: expected a number, got 'inf'",
+    "--temperature=nan": "--temperature: expected a number, got 'nan'",
+    "--temperature=1e400": "--temperature: expected a number, got '1e400'",
+    "--temperature=1e39": "expected a temperature of at most 1e+30",
+    "--prompt=caf\udce9": "--prompt='caf\\udce9': expected text in UTF-8, got other bytes",
 }
 
 
 @pytest.mark.parametrize("flag", REFUSED)
 def test_a_mistake_is_one_sentence(run, capsys, flag):
+    (run / "folder.png").mkdir(exist_ok=True)
+    (run / "link").unlink(missing_ok=True)
+    (run / "link").symlink_to(run / "nowhere")
+    before = sorted(run.rglob("*"))
     code = left([f"--ckpt={run}", "--device=cpu", flag.format(run=run)])
     out, err = capsys.readouterr()
-    assert code == 2 and not out and REFUSED[flag] in err and err.count("\n") == 1
+    message = REFUSED[flag].format(run=run, home=Path.home())
+    assert code == 2 and not out and message in err and err.count("\n") == 1
+    assert sorted(run.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "flag, wrong",
+    [
+        (f"--block={sample.MAX_SELF_BLOCK + 1}", "are too long for --verifier=self"),
+        ("--block=300", "are too long for --verifier=self"),
+        ("--block=513", "--block=513 exceeds the model's context of 512"),
+    ],
+)
+def test_a_block_that_cannot_be_verified_is_refused(tmp_path, capsys, flag, wrong):
+    """Its forward passes would have the square of as many masks."""
+    net = GPT(GPTConfig(TOK.vocab_size, 512, 1, 2, 16)).init_weights(torch.Generator().manual_seed(0))
+    checkpoint.save(tmp_path, net, TOK, LAYOUT)
+    flags = [f"--ckpt={tmp_path}", "--device=cpu", "--mode=speculative", "--verifier=self", "--length=2"]
+    assert left([*flags, flag]) == 2
+    out, err = capsys.readouterr()
+    assert not out and wrong in err and err.count("\n") == 1
+    assert left([*flags, f"--block={sample.MAX_SELF_BLOCK}"]) == 0
+
+
+def test_the_largest_numbers_mean_no_limit(run, capsys):
+    flags = ["--length=6", "--seed=9223372036854775807"]
+    plain = said(capsys, run, *flags)[0]
+    assert said(capsys, run, *flags, "--top_k=9223372036854775807")[0] == plain
+    once = numbers(said(capsys, run, *flags, "--reveal=static:2147483647")[1])
+    assert once == numbers(said(capsys, run, *flags, "--reveal=static:4")[1])
+
+
+def test_a_temperature_too_small_for_float32_is_zero(run, capsys):
+    for mode in ("diffusion", "ar", "speculative"):
+        cold = said(capsys, run, f"--mode={mode}", "--temperature=0", "--length=9")[0]
+        for temperature in ("1e-7", "1e-38", "1e-40", "1e-300"):
+            found = said(capsys, run, f"--mode={mode}", f"--temperature={temperature}", "--length=9")[0]
+            assert found == cold
+        assert said(capsys, run, f"--mode={mode}", "--temperature=1e-5", "--length=9")[0] == cold
+
+
+# numbers that are not finite -------------------------------------------------------------------------
+
+
+def spoil(folder, name, value, source):
+    """A copy of the run in which one tensor of the model `source` has this value somewhere, or is scaled."""
+    checkpoint.save(folder / "ar", network(0), TOK)
+    checkpoint.save(folder / "opdlm", network(1), TOK, LAYOUT, reveal="leftmost:0.9")
+    net, layout = checkpoint.load(folder / source)
+    with torch.no_grad():
+        tensor = net.state_dict()[name]
+        if value > 1e30 and value != float("inf"):
+            tensor.mul_(value)
+        else:
+            tensor.view(-1)[3] = value
+    checkpoint.save(folder / source, net, TOK, layout)
+    return folder
+
+
+MODES = {
+    "ar": ["--mode=ar"],
+    "opdlm": ["--reveal=leftmost:0.9"],
+    "self": ["--mode=speculative", "--verifier=self"],
+    "teacher": ["--mode=speculative"],
+    "verifier": ["--mode=speculative"],
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "name, value", [("h.0.ln_1.weight", "nan"), ("wte.weight", "inf"), ("ln_f.bias", "-inf")]
+)
+def test_a_weight_that_is_not_finite_is_named(tmp_path, capsys, mode, name, value):
+    source = "ar" if mode in ("ar", "verifier") else "opdlm"
+    folder = spoil(tmp_path, name, float(value), source)
+    assert left([f"--ckpt={folder}", "--device=cpu", *MODES[mode]]) == 2
+    out, err = capsys.readouterr()
+    assert f"{folder / source}: the tensor {name} has 1 numbers that are not finite" in err
+    assert not out and err.count("\n") == 1
+
+
+def test_a_mask_vector_or_a_light_model_that_is_not_finite_is_named(run, tmp_path, capsys):
+    folder = spoil(tmp_path, "mask_vector", float("nan"), "opdlm")
+    for flags in ([f"--ckpt={folder}"], [f"--ckpt={run}", f"--light={folder}", "--schedule=L4"]):
+        assert left([*flags, "--device=cpu"]) == 2
+        out, err = capsys.readouterr()
+        assert not out and f"{folder / 'opdlm'}: the tensor mask_vector has" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("temperature", ["0", "1"])
+@pytest.mark.parametrize("mode", MODES)
+def test_activations_that_overflow_are_no_text(tmp_path, capsys, mode, temperature):
+    """All weights are finite."""
+    source = "ar" if mode in ("ar", "verifier") else "opdlm"
+    folder = spoil(tmp_path, "h.0.attn.c_attn.weight", 1e38, source)
+    flags = [f"--ckpt={folder}", "--device=cpu", f"--temperature={temperature}", *MODES[mode]]
+    assert left(flags) == 2
+    out, err = capsys.readouterr()
+    assert "the model's numbers are not finite" in err and str(folder) in err
+    assert not out and err.count("\n") == 1
+
+
+def test_a_policy_that_is_not_finite_is_named(run, tmp_path, capsys):
+    net = policy.Policy(policy.PolicyConfig(4)).init_weights(torch.Generator().manual_seed(0))
+    policy.save_policy(tmp_path, net)
+    assert left([f"--ckpt={run}", "--device=cpu", f"--reveal=policy:{tmp_path}"]) == 0
+    capsys.readouterr()
+    with torch.no_grad():
+        net.head.bias.fill_(float("nan"))
+    policy.save_policy(tmp_path, net)
+    assert left([f"--ckpt={run}", "--device=cpu", f"--reveal=policy:{tmp_path}"]) == 2
+    out, err = capsys.readouterr()
+    assert not out and f"{tmp_path}: the tensor head.bias has 1 numbers that are not finite" in err
+
+
+# many texts, prompts, files --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["ar", "diffusion", "speculative"])
+def test_many_texts_are_generated_in_batches(run, capsys, monkeypatch, mode):
+    """They are the same texts, and the last line counts all of them."""
+    flags = ["--n=7", "--length=9", f"--mode={mode}", "--prompt=One day", "--verifier=self"]
+    together, last = said(capsys, run, *flags)
+    assert numbers(last)[3] == 7
+    sizes = []
+    real_uniforms = opdlm.uniforms
+
+    def noting(seed, stream, rows, shape):
+        sizes.append(len(rows))
+        return real_uniforms(seed, stream, rows, shape)
+
+    monkeypatch.setattr(opdlm, "uniforms", noting)
+    for most, expected in [(3, [3, 3, 1]), (1, [1] * 7), (7, [7])]:
+        num_masks = 16 if mode == "speculative" else 0
+        monkeypatch.setattr(generate, "MAX_POSITIONS", most * (3 + 9 + num_masks))
+        text, batched_last = said(capsys, run, *flags)
+        assert text == together
+        assert numbers(batched_last) == (*numbers(last)[:3], most)
+        assert sizes == expected
+        sizes.clear()
+    monkeypatch.setattr(generate, "MAX_POSITIONS", 1)
+    assert said(capsys, run, *flags)[0] == together
+
+
+def test_a_million_texts_begin_at_once(run, monkeypatch):
+    """Memory and time up to the first text do not depend on --n."""
+    printed = []
+
+    def stop(text, **_):
+        printed.append(text)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample, "print", stop, raising=False)
+    for n in (10 ** 6, 2 ** 63 - 1):
+        assert left([f"--ckpt={run}", "--device=cpu", "--mode=ar", "--length=2", f"--n={n}"]) == 130
+    assert len(printed) == 2 and printed[0] == printed[1]
+
+
+@pytest.mark.parametrize("prompt", ["--help me", "-x", "--well-known day", "-1", "-- a"])
+def test_a_prompt_may_begin_with_hyphens(run, capsys, prompt):
+    text = said(capsys, run, f"--prompt={prompt}", "--length=4")[0]
+    assert text.startswith(prompt) and said(capsys, run, "--prompt", prompt, "--length=4")[0] == text
+
+
+def test_the_last_of_two_prompts_wins(run, capsys):
+    text = said(capsys, run, "--prompt=One", "--prompt", "-a", "--prompt=One day", "--length=4")[0]
+    assert text == said(capsys, run, "--prompt=One day", "--length=4")[0]
+
+
+def test_a_prompt_never_becomes_a_special_id(run, capsys):
+    """<|endoftext|> in it is ordinary text, of several tokens."""
+    for prompt in (tokenizer.EOT, f"One{tokenizer.EOT} day", "<mask>", "[MASK]"):
+        ids = TOK.encode(prompt)
+        assert TOK.eot not in ids and len(ids) > 1 and TOK.decode(ids) == prompt
+        text, last = said(capsys, run, f"--prompt={prompt}", "--mode=ar", "--length=1")
+        assert text.startswith(prompt) and float(numbers(last)[2]) == 1 + len(ids)
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_a_prompt_never_becomes_a_special_id_of_a_hub_tokenizer(tmp_path, capsys, special):
+    """If the file does not mark its end of text as special, such a prompt is refused."""
+    tok = Tokenizer(models.BPE({chr(33 + i): i for i in range(90)}, []))
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    tok.add_tokens([AddedToken("<end>", special=special)])
+    net = GPT(GPTConfig(91, CONTEXT, 1, 2, 16)).init_weights(torch.Generator().manual_seed(0))
+    checkpoint.save(tmp_path, net, tokenizer.HubTokenizer(tok, 90))
+    flags = [f"--ckpt={tmp_path}", "--device=cpu", "--mode=ar", "--length=2"]
+    assert left([*flags, "--prompt=a<end>b"]) == (0 if special else 2)
+    out, err = capsys.readouterr()
+    if special:
+        assert out.startswith("a<end>b")
+    else:
+        assert not out and "reads a part of it as the end of a text" in err and err.count("\n") == 1
+    assert left([*flags, "--prompt=a<eb"]) == 0
+
+
+def test_the_home_folder_is_known_after_an_equals_sign(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "link").symlink_to(run)
+    text = said(capsys, run)[0]
+    assert said(capsys, "~/link", "--picture=~/new/x.html")[0] == text
+    assert (tmp_path / "new/x.html").is_file()
+    assert left(["--ckpt=~/link/opdlm", "--export=~/copy"]) == 0
+    assert (tmp_path / "copy/config.json").is_file()
+    capsys.readouterr()
+    assert said(capsys, "~/copy")[0] == said(capsys, run / "opdlm")[0]
+    for verifier in ("~/link/ar", "self"):
+        said(capsys, "~/link", "--mode=speculative", f"--verifier={verifier}")
+    assert said(capsys, "~/link", "--prompt=~/x")[0].startswith("~/x")
+
+
+def test_an_export_is_not_inside_its_checkpoint_but_may_be_beside_it(run, capsys):
+    assert left([f"--ckpt={run}", f"--export={run}/opdlm-2"]) == 0
+    assert sorted(path.name for path in (run / "opdlm-2").iterdir())
+    capsys.readouterr()
+    assert said(capsys, run / "opdlm-2")[0] == said(capsys, run)[0]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell of Unix")
+@pytest.mark.parametrize(
+    "flags, status", [("", 0), ("--help", 0), ("--n=0", 2), ("--watch --picture=x.png", 0)]
+)
+def test_as_a_command_with_a_closed_stdout(run, tmp_path, flags, status):
+    program = Path(sample.__file__).resolve()
+    command = f"{sys.executable} {program} --ckpt={run} --device=cpu --length=4 {flags} >&-"
+    done = subprocess.run(command, shell=True, capture_output=True, encoding="utf-8", cwd=tmp_path)
+    assert done.returncode == status and done.stderr.count("\n") == (status == 2)
+    assert (tmp_path / "x.png").is_file() == ("picture" in flags)
 
 
 def test_a_rule_means_nothing_to_the_ar_model(run, capsys):
