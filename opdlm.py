@@ -13,6 +13,8 @@ With x0 the finished text, x_t the state, M its masked positions and q the targe
 
     L = E[ mean over i in M of KL( q_i || p_student( . | x0 before the block, x_t ) ) ]
 
+The texts x0 are sampled at a temperature of choice: best at the one at which the student will decode.
+
 Shapes: B rows, T positions, P prompt, R = T - P response, K block size, V vocabulary, M masked positions,
 N positions in the loss, S random numbers per position.
 """
@@ -168,12 +170,14 @@ def find_response(tokens: Tensor, prompt_len: Tensor, end: Tensor, eot: int) -> 
 
 def student_text(student, teacher, texts: Tensor, P: int, R: int, u: Tensor, recipe: "Recipe") -> Rollout:
     """Written by the student itself: on-policy, as in the paper."""
-    return rollout(Denoiser(student, recipe.layout), texts[:, :P], R, recipe.rule, u, recipe.eot)
+    denoiser = Denoiser(student, recipe.layout)
+    return rollout(denoiser, texts[:, :P], R, recipe.rule, u, recipe.eot, recipe.sampling)
 
 
 def teacher_text(student, teacher, texts: Tensor, P: int, R: int, u: Tensor, recipe: "Recipe") -> Rollout:
     """Written by the frozen AR teacher, one token at a time."""
-    return rollout(Denoiser(teacher, masks.AR), texts[:, :P], R, reveal.parse("static:1"), u, recipe.eot)
+    denoiser = Denoiser(teacher, masks.AR)
+    return rollout(denoiser, texts[:, :P], R, reveal.parse("static:1"), u, recipe.eot, recipe.sampling)
 
 
 def data_text(student, teacher, texts: Tensor, P: int, R: int, u: Tensor, recipe: "Recipe") -> Rollout:
@@ -345,7 +349,8 @@ def clean_loss(student, teacher, tokens: Tensor, response_mask: Tensor, P: int,
     position = slots + P
     read = rows * tokens.size(1) + position - 1
     target = recipe.target(teacher, tokens, rows, position)                  # (N, V)
-    logits = student(tokens, read=read, head=recipe.head)
+    causal = masks.context_mask(tokens.size(1), P, 1, tokens.device)         # block 1: the AR model's mask
+    logits = student(tokens, causal, read=read, head=recipe.head)
     weight = normalize_rows(response_mask.float())[response_mask]
     loss = (recipe.divergence(target, logits) * weight).sum()
     return loss, len(rows)
@@ -377,6 +382,7 @@ class Recipe:
     layout: Layout
     eot: int                                    # id of the end-of-text token
     rule: reveal.Rule = reveal.parse("leftmost:0.98")   # the reveal rule of rollouts
+    sampling: SamplingConfig = SamplingConfig()         # temperature, top-k and top-p of rollouts
     batch: int = 16                             # rows per update, summed over all processes
     shard_rows: Callable = lambda rows: rows  # the part of a range of rows that this process works on
     grad_accum: int = 1                         # gradient accumulation steps per update
@@ -425,11 +431,11 @@ def train_step(student, teacher, text: Rollout, P: int, u: Tensor, recipe: Recip
     text_probs = target.gather(1, tokens[rows, position][:, None])  # (N, 1) of the text, under the target
     return {
         "loss": loss.item(),
-        "kl": kl.mean().item(),
-        "text_nats": -text_probs.log().mean().item(),
+        "kl": kl.mean().item() if len(rows) else 0.0,  # there may be no masked position in the response
+        "text_nats": -text_probs.log().mean().item() if len(rows) else 0.0,
         "tokens": num_tokens,
         "loss_positions": len(rows) + num_clean,
-        "masked": len(rows) / num_tokens,
+        "masked": len(rows) / max(num_tokens, 1),
         "len": num_tokens / len(tokens),
     }
 
@@ -472,7 +478,7 @@ def train(student, teacher, data: Callable, recipe: Recipe, optimizer, length: C
 
 def take_rows(text: Rollout, part: slice, P: int, block: int) -> Rollout:
     """These rows, cut after the block in which the longest of them ends."""
-    longest = int(text.response_mask[part, P:].sum(1).max())
+    longest = max(1, int(text.response_mask[part, P:].sum(1).max()))
     T = P + longest + -longest % block  # may exceed the text: slicing stops at its end
     return Rollout(
         tokens=text.tokens[part, :T],

@@ -11,6 +11,7 @@ evaluation, report.
 Results in --out: ar/, opdlm/, best/ (checkpoints), log.jsonl, summary.json, curves.png, states.png.
 """
 import copy
+import os
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -25,20 +26,26 @@ from torch import Tensor
 
 import opdlm
 from data import tokenizer
-from data.corpus import Corpus, open_corpus, windows
+from data.corpus import Corpus, open_corpus
 from decoding import reveal
+from decoding.sampling import SamplingConfig
 from model import checkpoint
 from model.gpt import GPT, GPTConfig, checkpointed
 from model.masks import AR, Layout
 from report import metrics, trace
 from report.compare import Evaluator, sample_prompt_ids
+from report.generate import PROMPT_LENGTHS
 from training import cli, dist
 from training.chunked_kl import chunked_kl
+from training.lock import FolderLock
 from training.log import Log
 from training.optim import LEARNING_RATES, Muon, SkipNonFinite, length_schedule, lr_schedule, make_optimizer
-from training.resume import SigtermFlag, check_writable, latest_state, load_state, save_state, start_progress
+from training.ranges import Range, check_ranges
+from training.resume import RunState, SigtermFlag, Terminated, check_results, latest_state
 
 STATE = "state.safetensors"     # in --out: everything that --resume needs
+CHECKPOINTS = ("ar", "opdlm", "best")       # the other results in --out
+FILES = ("log.jsonl", "summary.json", "curves.png", "states.png", STATE)
 
 
 Preset = Literal["paper", "mdlm", "opdlm", "opdlm-off", "kd", "sft", "sdar"]
@@ -61,6 +68,9 @@ class Config:
     reveal: str = "leftmost:0.98"   # reveal rule, NAME:ARGUMENT (docs/decoding.md)
     confidence: Literal["largest", "drawn", "margin", "entropy"] | None = None  # default: the rule's own
     source: Literal["student", "teacher", "data"] = "student"       # who writes the text to learn from
+    temperature: float = 1.0    # of generated text; match the temperature at which you will decode
+    top_k: int | None = None    # generated text is sampled from the k most likely tokens
+    top_p: float | None = None  # generated text is sampled from the fewest tokens with this total probability
     states: Literal["visited", "random", "prefix"] = "visited"      # partially masked states to learn on
     target: Literal["teacher", "onehot"] = "teacher"    # the teacher's distributions, or the text itself
     weight: Literal["mean", "first", "1/t"] = "first"   # loss weight of a masked position (docs/method.md)
@@ -98,7 +108,8 @@ class Config:
 # models. docs/differences.md lists where the paper and its release differ.
 PAPER = {
     "block": 4, "align": "paper", "context": "block", "reveal": "threshold:0.9", "confidence": "drawn",
-    "source": "student", "states": "visited", "target": "teacher", "weight": "mean", "warm_steps": 0,
+    "source": "student", "temperature": 1.0, "states": "visited", "target": "teacher", "weight": "mean",
+    "warm_steps": 0,
     "updates_per_rollout": 16, "length_ramp": 160, "batch": 8, "optimizer": "adamw", "lr_schedule": "cosine",
 }
 # Masked diffusion of whole texts (arXiv 2406.07524).
@@ -119,22 +130,52 @@ SIZES = {       # defaults that depend on the data
              "width": 192, "length": 256},
 }
 
+STEPS = 10**9           # far above any run
+ROWS = 10**6
+RANGES = {      # values allowed; --block depends on the length, and --width is a multiple of 64
+    "vocab": Range(257, 10**6),         # 256 bytes and the end-of-text
+    "clean_weight": Range(0.0),
+    "warm_steps": Range(0, STEPS),
+    "updates_per_rollout": Range(1, ROWS),
+    "max_prompt": Range(1, ROWS),
+    "pretrain_steps": Range(0, STEPS),
+    "pretrain_batch": Range(1, ROWS),
+    "distill_steps": Range(1, STEPS),
+    "batch": Range(1, ROWS),
+    "grad_accum": Range(1, ROWS),
+    "lr": Range(0.0, above=True),
+    "length_ramp": Range(0, STEPS),
+    "layers": Range(1, 1000),
+    "width": Range(64, 64 * 1000),
+    "length": Range(PROMPT_LENGTHS + 1, 10**6),     # evaluation: its longest prompt, and a token
+    "seed": Range(0, 2**63 - 1),
+    "eval_every": Range(1, STEPS),
+}
+PATHS = ("data", "val_data", "init", "out")         # flags in which ~ is the home folder
+
 
 # 1. the AR model ----------------------------------------------------------------------------------------
 
-def ar_model(config: Config, corpus: Corpus, device) -> tuple[GPT, bool]:
-    """The teacher, and whether it is trained: the model of --init, that of a former run, or a new network."""
+def ar_model(config: Config, corpus: Corpus, device, saved_phase: str | None = None) -> tuple[GPT, bool]:
+    """The teacher, and whether it is trained: the model of --init, that of a former run, or a new network.
+
+    `saved_phase` is that of a run to resume: in pretrain the AR model is continued, in distil it must exist.
+    """
     if config.init != "scratch":
         net, _ = checkpoint.load(config.init)
         return net.to(device), True
     folder = Path(config.out, "ar")
+    changes = ["it does not exist"]
     if (folder / "config.json").exists():
         trained = checkpoint.read_config(folder).get("trained") or {}
-        trained = {RENAMED.get(name, name): value for name, value in trained.items()}
-        if trained == pretrain_settings(config, corpus):
-            print(f"using the AR model in {folder}, which was trained with these settings")
-            net, _ = checkpoint.load(folder)
-            return net.to(device), True
+        changes = changed_pretraining(trained, pretrain_settings(config, corpus))
+    if not changes and saved_phase != "pretrain":
+        print(f"using the AR model in {folder}, which was trained with these settings")
+        net, _ = checkpoint.load(folder)
+        return net.to(device), True
+    if saved_phase == "distil":
+        raise ValueError(f"cannot resume without {folder}, the AR model of the run: {', '.join(changes)}. "
+                         "Restore it from a copy, or start without --resume")
     heads = config.width // 64
     sizes = GPTConfig(corpus.tokenizer.vocab_size, config.length, config.layers, heads, config.width)
     generator = torch.Generator().manual_seed(config.seed)
@@ -142,25 +183,46 @@ def ar_model(config: Config, corpus: Corpus, device) -> tuple[GPT, bool]:
 
 
 RENAMED = {"rows": "pretrain_batch"}    # in the config.json of older checkpoints
+PRETRAIN_FLAGS = ("pretrain_steps", "pretrain_batch", "layers", "width", "length", "seed")
 
 
 def pretrain_settings(config: Config, corpus: Corpus) -> dict:
     """Everything that a pretrained AR model depends on: saved with it, compared before it is used again."""
-    names = ("data", "pretrain_steps", "pretrain_batch", "layers", "width", "length", "seed")
-    settings = {name: getattr(config, name) for name in names}
+    settings = {name: getattr(config, name) for name in ("data", *PRETRAIN_FLAGS)}
     settings["tokens"] = len(corpus.train)
+    settings["corpus"] = zlib.crc32(corpus.train)
     settings["tokenizer"] = zlib.crc32(corpus.tokenizer.to_json().encode())
     return settings
 
 
-def pretrain(net: GPT, corpus: Corpus, config: Config, log: Log) -> None:
-    """Next-token prediction. A window holds several texts; each attends to itself alone, from position 0."""
+def changed_pretraining(trained: dict, settings: dict) -> list[str]:
+    """What differs between the settings of a trained AR model and `settings`, in words."""
+    trained = {RENAMED.get(name, name): value for name, value in trained.items()}
+    # Older checkpoints have no checksum of the corpus. With one, the name of the file does not matter.
+    not_compared = "data" if "corpus" in trained else "corpus"
+    changes = []
+    for name, value in settings.items():
+        if name != not_compared and trained.get(name) != value:
+            changes.append(f"{name} was {trained.get(name)} and is {value}")
+    return changes
+
+
+def pretrain(net: GPT, corpus: Corpus, config: Config, log: Log, state: RunState | None = None,
+             sigterm: SigtermFlag | None = None) -> None:
+    """Next-token prediction. A window holds several texts; each attends to itself alone, from position 0.
+
+    `state`: saved every --eval_every updates, and after SIGTERM; continued if the run is resumed.
+    """
     T = config.length
     B = config.pretrain_batch
     device = net.wte.weight.device
     optimizer = SkipNonFinite(Muon(net))
     set_lr = lr_schedule(optimizer, "trapezoid", config.pretrain_steps)
-    for step in range(config.pretrain_steps):
+    first = 0
+    if state:
+        state.start_phase("pretrain", net, optimizer)
+        first = state.progress["pretrain_step"]
+    for step in range(first, config.pretrain_steps):
         began = time.perf_counter()
         set_lr(step)
         row_ids = dist.shard_rows(range(step * B, (step + 1) * B))
@@ -183,6 +245,19 @@ def pretrain(net: GPT, corpus: Corpus, config: Config, log: Log) -> None:
         speed = B * T / seconds / 1000
         line = f"loss {total_loss:.3f} nats | {speed:.1f}k tok/s | {seconds * 1000:.0f} ms"
         log.step(record, config.pretrain_steps, line)
+        if state:
+            state.progress["pretrain_step"] = step + 1
+            save_pretraining(net, optimizer, config, state, sigterm)
+
+
+def save_pretraining(net, optimizer, config: Config, state: RunState, sigterm: SigtermFlag) -> None:
+    """Save at the last update, every --eval_every updates and after SIGTERM, which then ends the run."""
+    step = state.progress["pretrain_step"]
+    stop = bool(sigterm)
+    if stop or step % config.eval_every == 0 or step == config.pretrain_steps:
+        state.save(net, optimizer)
+    if stop:
+        raise Terminated
 
 
 def separate_texts(tokens: Tensor, eot: int) -> tuple[Tensor, Tensor]:
@@ -197,7 +272,7 @@ def separate_texts(tokens: Tensor, eot: int) -> tuple[Tensor, Tensor]:
 def get_batch(corpus: Corpus, row_ids: range | list[int], length: int, seed: int, device) -> Tensor:
     """(B, length): the windows of training text that belong to these global row numbers."""
     u = opdlm.uniforms(seed, opdlm.DATA, row_ids, (1,))[:, 0]
-    return torch.from_numpy(windows(corpus.train, corpus.starts, u.numpy(), length)).to(device)
+    return torch.from_numpy(corpus.windows(length)(u.numpy())).to(device)
 
 
 # 2. conversion ------------------------------------------------------------------------------------------
@@ -212,6 +287,7 @@ def make_recipe(config: Config, eot: int, show: Callable = repr, vocab: int = 0)
         layout=Layout.of(config.block, config.align, config.context),
         eot=eot,
         rule=reveal.parse(config.reveal, config.confidence),
+        sampling=SamplingConfig(config.temperature, config.top_k, config.top_p),
         batch=config.batch,
         shard_rows=dist.shard_rows,
         grad_accum=config.grad_accum,
@@ -233,7 +309,7 @@ class Conversion:
     """Runs the two phases of distillation: data, learning rate, log, evaluation, saving and resumption."""
 
     def __init__(self, student, teacher, corpus: Corpus, config: Config, optimizer, log: Log,
-                 evaluator: Evaluator, save: Callable, sigterm: SigtermFlag):
+                 evaluator: Evaluator, save: Callable, state: RunState, sigterm: SigtermFlag):
         self.student = student
         self.teacher = teacher
         self.config = config
@@ -246,12 +322,9 @@ class Conversion:
         self.data = partial(get_batch, corpus, length=config.length, seed=config.seed, device=device)
         self.set_lr = lr_schedule(optimizer, config.lr_schedule, config.distill_steps)
         self.length = length_schedule(config.block, config.length, config.length_ramp)
-        self.state_file = Path(config.out, STATE)
-        settings = {**asdict(config), "resume": None, "processes": dist.count()}
-        if config.resume:
-            self.progress = load_state(self.state_file, student, optimizer, settings)
-        else:
-            self.progress = start_progress(self.state_file, settings)
+        self.state = state
+        state.start_phase("distil", student, optimizer)
+        self.progress = state.progress
         self.set_lr(self.progress["step"])
 
     def run(self, recipe: opdlm.Recipe, steps: range) -> None:
@@ -299,9 +372,9 @@ class Conversion:
             if nats < self.progress["best"]:
                 self.progress["best"] = nats
                 self.save("best")
-        save_state(self.state_file, self.student, self.optimizer, self.progress)
+        self.state.save(self.student, self.optimizer)
         if stop:
-            dist.end(143)
+            raise Terminated
 
 
 def describe(record: dict) -> str:
@@ -314,22 +387,20 @@ def describe(record: dict) -> str:
 # 3. everything together ---------------------------------------------------------------------------------
 
 def resolve_options(config: Config, corpus: Corpus) -> Config:
-    """The configuration with every default filled in, its values checked against each other."""
+    """The configuration with every default filled in, its values checked."""
+    check_ranges(config, RANGES)
     defaults = dict(SIZES["toy" if corpus.name == "toy" else "text"])
     defaults["data"] = corpus.name
     defaults["lr"] = LEARNING_RATES[config.optimizer]
     if config.init != "scratch":
         sizes = checkpoint.sizes_from_checkpoint(config.init, config.length, defaults["length"])
         config = replace(config, **sizes)
-        defaults["lr"] = LEARNING_RATES[config.optimizer] / 10            # large checkpoints need smaller rates
+        defaults["lr"] = LEARNING_RATES[config.optimizer] / 10          # large checkpoints need smaller rates
     missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     config = replace(config, **missing)
     config = replace(config, block=config.block or config.length)
 
-    for name in ("max_prompt", "layers", "batch", "grad_accum", "updates_per_rollout", "eval_every",
-                 "distill_steps"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"--{name}={getattr(config, name)}: must be at least 1")
+    check_ranges(config, {"length": RANGES["length"]})           # it may be that of --init
     if config.init == "scratch" and config.width % 64:
         raise ValueError(f"--width={config.width}: must be a multiple of 64")
     room = config.length - config.max_prompt
@@ -346,16 +417,41 @@ def resolve_options(config: Config, corpus: Corpus) -> Config:
     return config
 
 
+def expand_home(config: Config) -> Config:
+    """The configuration with ~ replaced by the home folder: a shell does that only at the start of a word."""
+    paths = {name: getattr(config, name) for name in PATHS}
+    paths = {name: os.path.expanduser(path) for name, path in paths.items() if path is not None}
+    return replace(config, **paths)
+
+
 def check_out_dir(config: Config) -> Path:
     """The folder --out. ValueError if it holds another AR model than --init, or nothing to resume from."""
-    ar = Path(config.out, "ar")
+    out = Path(config.out)
+    ar = out / "ar"
     if config.init != "scratch" and ar.is_dir() and checkpoint.fetch(config.init).resolve() != ar.resolve():
         raise ValueError(f"{ar} is not the AR model of --init={config.init}, but would be taken for the "
                          "teacher of this student: use another --out")
-    out = check_writable(Path(config.out))
+    check_results(out, CHECKPOINTS, FILES)
     if config.resume and not latest_state(out / STATE):
         raise ValueError(f"nothing to resume in {out}: it has no {STATE}; run without --resume")
     return out
+
+
+def open_state(config: Config, corpus: Corpus, out: Path) -> RunState:
+    """The state of the run, saved or new. ValueError if a saved one is of another corpus or pretraining."""
+    settings = {**asdict(config), "resume": None, "processes": dist.count()}
+    state = RunState(out / STATE, settings, config.resume)
+    fixed = ["optimizer"]
+    if config.init == "scratch":
+        fixed += PRETRAIN_FLAGS
+    if state.saved_phase == "pretrain":
+        fixed.append("init")
+    state.check_unchanged(fixed, {
+        "data": zlib.crc32(corpus.train),
+        "val_data": zlib.crc32(corpus.val),
+        "tokenizer": zlib.crc32(corpus.tokenizer.to_json().encode()),
+    })
+    return state
 
 
 def header(config: Config, net, device) -> dict:
@@ -375,65 +471,77 @@ def save_student(student, tok, recipe: opdlm.Recipe, out: Path, name: str) -> No
                          reveal=str(rule), confidence=rule.confidence.__name__)
 
 
-def main(argv: list[str]) -> None:
-    config = cli.parse(Config, argv, __doc__, PRESETS)
+def main(argv: list[str]) -> int:
+    config = expand_home(cli.parse(Config, argv, __doc__, PRESETS))
+    check_ranges(config, RANGES)
     make_recipe(config, eot=0)                                   # refuses settings that do not go together
     device = dist.start(config.device)
 
-    # 1. data
-    own_tokenizer = None
-    if config.init != "scratch":
-        own_tokenizer = tokenizer.load(checkpoint.ar_folder(config.init))
-    corpus = open_corpus(config.data, config.val_data, config.vocab, own_tokenizer)
-    config = resolve_options(config, corpus)
-    tok = corpus.tokenizer
-    prompt = sample_prompt_ids(config.sample_prompt, tok, config.length)
-    out = check_out_dir(config)
-    recipe = make_recipe(config, tok.eot, partial(trace.show, tok), tok.vocab_size)
+    with SigtermFlag() as sigterm, FolderLock(config.out):
+        # 1. data
+        own_tokenizer = None
+        if config.init != "scratch":
+            own_tokenizer = tokenizer.load(checkpoint.ar_folder(config.init))
+        corpus = open_corpus(config.data, config.val_data, config.vocab, own_tokenizer)
+        config = resolve_options(config, corpus)
+        if long_texts := corpus.windows(config.length).describe():
+            dist.print0(f"{config.data}: {long_texts}")
+        tok = corpus.tokenizer
+        prompt = sample_prompt_ids(config.sample_prompt, tok, config.length)
+        out = check_out_dir(config)
+        state = open_state(config, corpus, out)
+        recipe = make_recipe(config, tok.eot, partial(trace.show, tok), tok.vocab_size)
 
-    # 2. pretrain the AR model, the teacher
-    teacher, is_trained = ar_model(config, corpus, device)
-    checkpointed(teacher, config.checkpointing)                  # also holds for copies of it
-    log = Log(out / "log.jsonl", header(config, teacher, device), config.resume)
-    if not is_trained:
-        net = dist.shard_and_compile(copy.deepcopy(teacher), config.compile)
-        pretrain(net, corpus, config, log)
-        teacher.load_state_dict(dist.full_state(net))
-        dist.save_checkpoint(out / "ar", teacher, tok, trained=pretrain_settings(config, corpus))
+        # 2. pretrain the AR model, the teacher
+        teacher, is_trained = ar_model(config, corpus, device, state.saved_phase)
+        if is_trained:
+            state.check_teacher(teacher)
+        checkpointed(teacher, config.checkpointing)              # also holds for copies of it
+        log = Log(out / "log.jsonl", header(config, teacher, device), config.resume)
+        state.start()
+        sigterm.saves_first = True
+        if not is_trained:
+            net = dist.shard_and_compile(copy.deepcopy(teacher), config.compile)
+            pretrain(net, corpus, config, log, state, sigterm)
+            teacher.load_state_dict(dist.full_state(net))
+            dist.save_checkpoint(out / "ar", teacher, tok, trained=pretrain_settings(config, corpus))
+            state.check_teacher(teacher)
 
-    # 3. convert: the student is a copy of the teacher under another attention mask
-    student = dist.shard_and_compile(copy.deepcopy(teacher).init_mask(), config.compile)
-    optimizer = SkipNonFinite(make_optimizer(config.optimizer, student, config.lr), config.grad_accum)
-    teacher = teacher.requires_grad_(False).to(getattr(torch, config.teacher_dtype))
-    teacher = dist.compile_blocks(teacher, config.compile)
+        # 3. convert: the student is a copy of the teacher under another attention mask
+        student = dist.shard_and_compile(copy.deepcopy(teacher).init_mask(), config.compile)
+        optimizer = SkipNonFinite(make_optimizer(config.optimizer, student, config.lr), config.grad_accum)
+        teacher = teacher.requires_grad_(False).to(getattr(torch, config.teacher_dtype))
+        teacher = dist.compile_blocks(teacher, config.compile)
 
-    # 4. evaluate both before distillation
-    evaluator = Evaluator(teacher, corpus, config.length, config.seed, log, prompt)
-    pretrain_tokens = config.pretrain_steps * config.pretrain_batch * config.length
-    evaluator.evaluate("ar", teacher, AR, reveal.parse("static:1"), pretrain_tokens)
-    evaluator.evaluate("before", student, recipe.layout, recipe.rule, 0)
+        # 4. evaluate both before distillation
+        evaluator = Evaluator(teacher, corpus, config.length, config.seed, log, prompt)
+        pretrain_tokens = config.pretrain_steps * config.pretrain_batch * config.length
+        evaluator.evaluate("ar", teacher, AR, reveal.parse("static:1"), pretrain_tokens)
+        evaluator.evaluate("before", student, recipe.layout, recipe.rule, 0)
 
-    # 5a. warm start: off-policy, on training text
-    save = partial(save_student, student, tok, recipe, out)
-    sigterm = SigtermFlag()
-    conversion = Conversion(student, teacher, corpus, config, optimizer, log, evaluator, save, sigterm)
-    warm_steps = min(config.warm_steps, config.distill_steps)
-    if warm_steps == config.distill_steps and config.source != "data":
-        dist.print0(f"--warm_steps={config.warm_steps}: all {warm_steps} updates learn from training text, none from "
-                    f"the {config.source}'s text")
-    dist.print0(f"warm start: {warm_steps} updates on training text")
-    conversion.run(warm_start(recipe), range(0, warm_steps))
+        # 5a. warm start: off-policy, on training text
+        save = partial(save_student, student, tok, recipe, out)
+        conversion = Conversion(student, teacher, corpus, config, optimizer, log, evaluator, save, state,
+                                sigterm)
+        warm_steps = min(config.warm_steps, config.distill_steps)
+        if warm_steps == config.distill_steps and config.source != "data":
+            dist.print0(f"--warm_steps={config.warm_steps}: all {warm_steps} updates learn from training "
+                        f"text, none from the {config.source}'s text")
+        dist.print0(f"warm start: {warm_steps} updates on training text")
+        conversion.run(warm_start(recipe), range(0, warm_steps))
 
-    # 5b. on-policy distillation: on text that the student writes itself
-    dist.print0(f"distillation: {config.distill_steps - warm_steps} updates on text of the {config.source}")
-    conversion.run(recipe, range(warm_steps, config.distill_steps))
-    sigterm.restore()
-    save("opdlm")
+        # 5b. on-policy distillation: on text that the student writes itself
+        steps = config.distill_steps - warm_steps
+        dist.print0(f"distillation: {steps} updates on text of the {config.source}")
+        conversion.run(recipe, range(warm_steps, config.distill_steps))
+        save("opdlm")
+        sigterm.saves_first = False
 
-    # 6. evaluate and report
-    evaluator.evaluate("after", student, recipe.layout, recipe.rule, conversion.progress["tokens"])
-    if dist.is_first():
-        evaluator.publish(out)
+        # 6. evaluate and report
+        evaluator.evaluate("after", student, recipe.layout, recipe.rule, conversion.progress["tokens"])
+        if dist.is_first():
+            evaluator.publish(out)
+    return sigterm.exit_code
 
 
 if __name__ == "__main__":

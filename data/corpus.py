@@ -1,18 +1,22 @@
-"""One corpus, whatever it is made of: TinyStories, a text file, or the embedded story world."""
+"""One corpus from any source: TinyStories, a text file, or the synthetic story world."""
 from pathlib import Path
 
 import numpy as np
 
 from data import story_world, tinystories, tokenizer
 from data.tinystories import Corpus
+from data.windows import Windows
 
-FOLDER = Path("out/data")       # where texts lie tokenised
+FOLDER = Path("out/data")       # tokenized texts are kept here
+FIRST_HELD_OUT = 10 ** 9        # seed of the first held-out story of the story world
 
 
-def open_corpus(data: str | None, val_data: str | None, vocab: int, own: tokenizer.Tokenizer | None = None) -> Corpus:
-    """The corpus of --data; without a name the real text, or, where there is no network, the story world.
+def open_corpus(data: str | None, val_data: str | None, vocab: int,
+                own: tokenizer.Tokenizer | None = None) -> Corpus:
+    """The corpus of --data. Without a name it is TinyStories, or the story world if there is no network.
 
-    `own` is the tokenizer of a checkpoint, which is then used as it is.
+    `vocab` is the number of ids of the BPE learned from a text. `own` is the tokenizer of a checkpoint; if
+    given, it is used instead of a new one.
     """
     if data == "toy":
         return story_world_corpus(own)
@@ -21,27 +25,36 @@ def open_corpus(data: str | None, val_data: str | None, vocab: int, own: tokeniz
     except tinystories.NoNetwork:
         if data:
             raise
-        print("no network, so no TinyStories: taking the embedded story world (--data=toy)")
+        print("no network, so no TinyStories: using the synthetic story world (--data=toy)")
         return story_world_corpus(own)
 
 
-def story_world_corpus(own: tokenizer.Tokenizer | None = None, stories: int = 30_000, held_out: int = 1000) -> Corpus:
-    """Stories 0, 1, 2, ... of the world to train on, and others to be judged by; a word is a token."""
-    bare = [word for word in story_world.words() if not word.isalpha() or word[0].isupper()]      # what may begin a story
-    forms = bare + [" " + word for word in story_world.words() if word.isalpha()]
-    tok = own or tokenizer.word_level(forms)
+def story_world_corpus(own: tokenizer.Tokenizer | None = None, stories: int = 30_000,
+                       held_out: int = 1000) -> Corpus:
+    """Stories 0, 1, 2, ... of the story world for training, others as held-out stories. A word is a token."""
+    tok = own or tokenizer.word_level(story_world_tokens())
+    train = story_world_stream(range(stories), tok)
+    val = story_world_stream(range(FIRST_HELD_OUT, FIRST_HELD_OUT + held_out), tok)
+    return Corpus(train, val, tok, "toy")
 
-    def stream(seeds):
-        ids = tok.encode_batch([story_world.story(seed) for seed in seeds])
-        return np.array([i for story in ids for i in (tok.eot, *story)] + [tok.eot], dtype=tinystories.id_type(tok))
-    return Corpus(stream(range(stories)), stream(range(10 ** 9, 10 ** 9 + held_out)), tok, "toy")
+
+def story_world_tokens() -> list[str]:
+    """The tokens of the story world: words with a space before them; without one, what can begin a story."""
+    words = story_world.words()
+    without_space = [word for word in words if not word.isalpha() or word[0].isupper()]
+    with_space = [" " + word for word in words if word.isalpha()]
+    return without_space + with_space
+
+
+def story_world_stream(seeds: range, tok: tokenizer.Tokenizer) -> np.ndarray:
+    """The stories of these seeds as a stream of ids: an end-of-text before each story and after the last."""
+    ids = [tok.eot]
+    for story in tok.encode_batch([story_world.story(seed) for seed in seeds]):
+        ids += story
+        ids.append(tok.eot)
+    return np.array(ids, dtype=tinystories.id_type(tok))
 
 
 def windows(stream: np.ndarray, starts: np.ndarray, u: np.ndarray, length: int) -> np.ndarray:
-    """(B, length) int64: for each number of `u` in [0, 1), a window of the stream that begins with a story.
-
-    `starts` are the stories' indices in the stream; a window that hangs over its end is filled up with end-of-text.
-    """
-    whole = starts[:max(1, np.searchsorted(starts, len(stream) - length, "right"))]
-    rows = [stream[whole[int(x * len(whole))]:][:length] for x in u.astype(np.float64)]
-    return np.stack([np.pad(row, (0, length - len(row)), constant_values=stream[0]) for row in rows]).astype(np.int64)
+    """(B, length) int64: a window for each random number of `u` (B,) in [0, 1), as `Windows` says."""
+    return Windows(stream, starts, length)(u)

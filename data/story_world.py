@@ -1,30 +1,30 @@
-"""The story world: short English stories that can be checked word by word, so that quality has an exact measure.
+"""The story world: short English stories that a program can check, so that quality has an exact measure.
 
-A child brings a thing to a place and loses it; an animal that can reach it brings it back; the last sentence tells what
-becomes of child and place. A story is seven sentences, 60 to 75 tokens, every word and punctuation mark being one. Its
-laws, in the order in which `check` looks for a break:
+A child brings a thing to a place and loses it; an animal that can reach it brings it back; the last sentence
+tells what becomes of child and place. A story has seven sentences and 60 to 75 tokens; every word and every
+punctuation mark is a token. Its laws, in the order in which `check` tests them:
 
     grammar   every sentence is one of the world's sentences
-    plot      the events come in order, none is left out, and the thing is brought back from where it went
-    name      one child and one animal; nobody else turns up
+    plot      the events are in order, none is missing, and the thing is brought back from where it went
+    name      there is one child and one animal, and no other
     pronoun   he, she, his, her, him, boy and girl agree with the child's name
-    object    the thing has a colour, feel or shine that such a thing can have, and what is found is what was lost
+    object    the thing has a property that such a thing can have, and what is found is what was lost
     place     the place of the last sentence is the place of the first
 
-Read downwards: the words, the sentences, the plots; `story` and `tell`, which write; `check` and `parse`, which read;
-`words`. Both sides share the table of sentences and one idea: the first mention of a thing decides what it is, and
-every later mention must agree. The writer draws at a first mention and repeats it afterwards; the checker, who has
-only the text, remembers the first mention and compares.
+The order of the file: the words, the sentences, the plots; `story` and `tell`, which write; `check` and
+`parse`, which read; `words`. Both sides share the table of sentences and one idea: the first mention of a
+thing decides what it is, and every later mention must agree. The writer chooses a word at the first mention
+and repeats it afterwards. The checker, which has only the text, remembers the first mention and compares.
 """
 import random
 import re
 
-# 1. the words ---------------------------------------------------------------------------------------------------------
+# 1. the words -------------------------------------------------------------------------------------
 
 BOYS = ("Tom", "Ben", "Max", "Sam", "Jack", "Leo")
 GIRLS = ("Lily", "Mia", "Sue", "Anna", "Lucy", "Emma")
 
-# the slot of a pronoun is called by the boy's word; the second word is the girl's
+# the slot of a pronoun is named after the boy's word; the second word is the girl's
 PRONOUNS = {"He": ("He", "She"), "he": ("he", "she"), "his": ("his", "her"), "him": ("him", "her"),
             "boy": ("boy", "girl")}
 
@@ -42,7 +42,7 @@ HELPERS = {
     "digger": ("mole", "mouse", "rabbit", "fox"),
 }
 
-# every slot that a sentence can have, and the words that can stand there
+# every slot that a sentence can have, and the words that fit it
 SLOTS = {
     **PRONOUNS,
     **HELPERS,
@@ -57,7 +57,7 @@ SLOTS = {
     "treat": ("cookie", "carrot", "nut", "flower"),
 }
 
-# the law that a wrong word in a slot breaks; the slots that are missing here are said once and bind nobody
+# the law that a wrong word in a slot breaks; the other slots occur once, and any of their words is right
 LAW_OF = {
     **dict.fromkeys(["name", "animal", *HELPERS], "name"),
     **dict.fromkeys(PRONOUNS, "pronoun"),
@@ -65,7 +65,7 @@ LAW_OF = {
     "place": "place",
 }
 
-# 2. the sentences: each event can be told in several ways -------------------------------------------------------------
+# 2. the sentences: each event can be told in several ways -----------------------------------------
 
 SENTENCES = {
     "have": ["One {weather} day, {name} took {his} {colour} {object} to the {place}.",
@@ -97,13 +97,19 @@ SENTENCES = {
             "After that, {name} loved the {place} even more."],
 }
 
-# 3. the plots: what went into the water is found by a diver, and so on ------------------------------------------------
+# 3. the plots: what went into the water is found by a diver, and so on ----------------------------
 
-PLOTS = {helper: ["have", f"lose {helper}", "cry", "meet", f"find {helper}", "thank", "end"] for helper in HELPERS}
+PLOTS = {
+    helper: ["have", f"lose {helper}", "cry", "meet", f"find {helper}", "thank", "end"]
+    for helper in HELPERS
+}
 
-# 4. writing -----------------------------------------------------------------------------------------------------------
+# 4. writing ---------------------------------------------------------------------------------------
 
-PIECES = {sentence: re.findall(r"\{\w+\}|\w+|[.,]", sentence) for told in SENTENCES.values() for sentence in told}
+PIECES = {
+    sentence: re.findall(r"\{\w+\}|\w+|[.,]", sentence)
+    for told in SENTENCES.values() for sentence in told
+}
 
 
 def story(seed: int) -> str:
@@ -117,11 +123,11 @@ def story(seed: int) -> str:
 def tell(rng: random.Random):
     """Yield a story's tokens as (word, slot); the slot of a fixed word is None.
 
-    All chance is in `rng.choice` over distinct options, and every choice shows in the text: a story's probability is
-    the product of 1 / (number of options).
+    Every random choice is an `rng.choice` between distinct options and can be seen in the text. So the
+    probability of a story is the product of 1 / (number of options).
     """
     helper = rng.choice(list(HELPERS))
-    world = {}                                                # what the story has said so far: slot -> word
+    world = {}  # what the story has said so far: slot -> word
     for event in PLOTS[helper]:
         for piece in PIECES[rng.choice(SENTENCES[event])]:
             slot = piece[1:-1] if piece[0] == "{" else None
@@ -129,7 +135,7 @@ def tell(rng: random.Random):
 
 
 def fill(slot, world, helper, rng):
-    """The word for a slot: drawn at its first mention (and put into `world`), repeated at every later one."""
+    """The word for a slot: chosen at its first mention (and put into `world`), repeated at later ones."""
     if slot in PRONOUNS:
         return PRONOUNS[slot][fill("name", world, helper, rng) in GIRLS]
     if slot in HELPERS:
@@ -140,7 +146,7 @@ def fill(slot, world, helper, rng):
 
 
 def options(slot, world, helper):
-    """The words possible at a first mention. In every sentence a colour stands before its object."""
+    """The words possible at a first mention. In every sentence a colour precedes its object."""
     if slot == "animal":
         return HELPERS[helper]
     if slot == "object":
@@ -148,19 +154,22 @@ def options(slot, world, helper):
     return SLOTS[slot]
 
 
-# 5. reading -----------------------------------------------------------------------------------------------------------
+# 5. reading ---------------------------------------------------------------------------------------
 
 def pattern(sentence: str) -> re.Pattern:
-    """A sentence as a regular expression with one group a slot: "{name} sat." becomes "(Tom|Ben|...) sat\\."."""
-    return re.compile(re.sub(r"\{(\w+)\}", lambda slot: f"({'|'.join(SLOTS[slot[1]])})", sentence.replace(".", r"\.")))
+    """A sentence as a regular expression, a group per slot: "{name} sat." becomes "(Tom|Ben|...) sat\\."."""
+    escaped = sentence.replace(".", r"\.")
+    return re.compile(re.sub(r"\{(\w+)\}", lambda slot: f"({'|'.join(SLOTS[slot[1]])})", escaped))
 
 
-GRAMMAR = [(event, re.findall(r"\{(\w+)\}", sentence), pattern(sentence))
-           for event, told in SENTENCES.items() for sentence in told]
+GRAMMAR = [
+    (event, re.findall(r"\{(\w+)\}", sentence), pattern(sentence))
+    for event, told in SENTENCES.items() for sentence in told
+]
 
 
 def parse(sentence: str):
-    """(event, mentions as a list of (slot, word)) of a sentence of this world, None of any other."""
+    """(event, mentions as a list of (slot, word)) of a sentence of this world; None for any other."""
     for event, slots, expected in GRAMMAR:
         if match := expected.fullmatch(sentence):
             return event, list(zip(slots, match.groups()))
@@ -168,20 +177,23 @@ def parse(sentence: str):
 
 
 def check(text: str) -> str | None:
-    """The first law that a text breaks, None for a story of this world; any string has an answer."""
+    """The first law that a text breaks, None for a story of this world. It accepts any string."""
     sentences = [parse(sentence) for sentence in re.split(r"(?<=\.) ", text)]
     if None in sentences:
         return "grammar"
     if [event for event, _ in sentences] not in PLOTS.values():
         return "plot"
-    mentions = [("animal" if slot in HELPERS else slot, word) for _, said in sentences for slot, word in said]
-    world = dict(reversed(mentions))                          # reversed, so that the first mention of a slot stays
+    mentions = []
+    for _, mentioned in sentences:
+        for slot, word in mentioned:
+            mentions.append(("animal" if slot in HELPERS else slot, word))
+    world = dict(reversed(mentions))  # reversed, so that the first mention of a slot stays
     broken = {LAW_OF.get(slot) for slot, word in mentions if not agrees(slot, word, world)}
     return next((law for law in ("name", "pronoun", "object", "place") if law in broken), None)
 
 
 def agrees(slot, word, world):
-    """Whether a mention fits what the story said first."""
+    """Whether a mention agrees with the first mention of its slot."""
     if slot in PRONOUNS:
         return word == PRONOUNS[slot][world["name"] in GIRLS]
     if slot == "object":
@@ -189,9 +201,9 @@ def agrees(slot, word, world):
     return word == world[slot]
 
 
-# 6. the vocabulary ----------------------------------------------------------------------------------------------------
+# 6. the vocabulary --------------------------------------------------------------------------------
 
 def words() -> list[str]:
-    """Every word and punctuation mark of the world, sorted, without the space that stands before a word."""
+    """Every word and punctuation mark of the world, sorted, without the space before a word."""
     fixed = {piece for pieces in PIECES.values() for piece in pieces if piece[0] != "{"}
     return sorted(fixed.union(*SLOTS.values()))

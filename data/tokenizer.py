@@ -1,13 +1,12 @@
-"""Text to token ids and back: a byte-level BPE, so every text has ids and every id has bytes.
+"""Text to token ids and back. Every text has ids and every id has bytes: the vocabularies are byte-level.
 
-    train_bpe    learns a vocabulary from texts
-    word_level   takes a vocabulary as given, each of its tokens one id
-    gpt2         GPT-2's own, for checkpoints that were trained with it
-    load         a folder's: what `save` wrote, or the `tokenizer.json` of a checkpoint of others
+    train_bpe    a BPE learned from texts
+    word_level   a given list of tokens, one id each
+    gpt2         GPT-2's vocabulary, for checkpoints that were trained with it
+    load         the tokenizer of a checkpoint folder: one that `save` wrote, or a `tokenizer.json`
 
-The end of a text is one special token, `<|endoftext|>`. It enters a sequence as the id `eot`, never by way of text.
+The end of a text is one special token, `<|endoftext|>`. It enters a sequence as the id `eot`, never as text.
 """
-
 import base64
 import codecs
 import json
@@ -23,10 +22,15 @@ import tokenizers
 EOT = "<|endoftext|>"
 BYTES = [bytes([value]) for value in range(256)]
 WORDS = r" ?\w+|[^\w\s]|\s+"  # a word with the space before it, a punctuation mark, white space
+LONGEST_BLANK = 1 << 18         # characters of white space in a row; tiktoken fails at about a million
 
+
+# 1. tokenizers ------------------------------------------------------------------------------------
 
 class Tokenizer:
-    """A `tiktoken.Encoding` with ids 0 to `vocab_size` - 1, the last of them `eot`, the end of a text."""
+    """A `tiktoken.Encoding` with the ids 0 .. vocab_size - 1. The last one is `eot`, the end of a text."""
+
+    text_prefix = b""           # what `encode` adds before a text
 
     def __init__(self, encoding: tiktoken.Encoding):
         self.encoding = encoding
@@ -35,30 +39,41 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, never `eot`: a literal `<|endoftext|>` in it is ordinary text."""
-        return self.encoding.encode_ordinary(text)
+        ids = []
+        for piece in split_blanks(text):
+            ids += self.encoding.encode_ordinary(piece)
+        return ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """`encode` of each text, in parallel."""
+        if any(len(text) > LONGEST_BLANK for text in texts):
+            return [self.encode(text) for text in texts]
         return self.encoding.encode_ordinary_batch(texts)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`: `eot` shows as nothing, bytes that are no UTF-8 as the replacement character."""
+        """The text of `ids`. `eot` has no text; bytes that are not UTF-8 become the replacement character."""
         return b"".join(self._token_bytes(ids)).decode("utf-8", "replace")
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
-        """One string per id, together `decode(ids)`; a character split over tokens stands at the last of them."""
+        """One string per id; joined they are `decode(ids)`. A character of several tokens is in the last."""
         parts = self._token_bytes(ids)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        return [decoder.decode(part, final=at == len(parts)) for at, part in enumerate(parts, start=1)]
+        strings = []
+        for n, part in enumerate(parts, start=1):
+            strings.append(decoder.decode(part, final=n == len(parts)))
+        return strings
 
     def to_json(self) -> str:
-        """All that makes this tokenizer: the pattern that parts a text, and each token's bytes in base64, by id."""
-        tokens = [self.encoding.decode_single_token_bytes(i) for i in range(self.eot)]
-        tokens = [base64.b64encode(token).decode("ascii") for token in tokens]
-        return json.dumps({"pattern": self.encoding._pat_str, "eot": self.eot, "tokens": tokens}, indent=0)
+        """Everything that defines this tokenizer: the pattern that splits a text, each token in base64."""
+        tokens = []
+        for i in range(self.eot):
+            token = self.encoding.decode_single_token_bytes(i)
+            tokens.append(base64.b64encode(token).decode("ascii"))
+        content = {"pattern": self.encoding._pat_str, "eot": self.eot, "tokens": tokens}
+        return json.dumps(content, indent=0)
 
     def save(self, folder: str | Path) -> None:
-        """Writes `folder`/bpe.json, whole or not at all."""
+        """Write `folder`/bpe.json, completely or not at all."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         unfinished = Path(folder, f"bpe.json.{os.getpid()}")
         try:
@@ -68,134 +83,204 @@ class Tokenizer:
             unfinished.unlink(missing_ok=True)
 
     def _token_bytes(self, ids: Iterable[int]) -> list[bytes]:
-        return [b"" if i == self.eot else self.encoding.decode_single_token_bytes(i) for i in ids]
+        """The bytes of each id; none for `eot` and for ids without a token, which a network may have."""
+        parts = []
+        for i in ids:
+            is_token = 0 <= i < self.eot
+            parts.append(self.encoding.decode_single_token_bytes(i) if is_token else b"")
+        return parts
 
 
 class HubTokenizer(Tokenizer):
-    """A `tokenizer.json` for raw text: no template, nothing added; `eot`, which a text begins and ends with, is given.
+    """The tokenizer of a `tokenizer.json`, for raw text: no template, and no token is added.
 
-    Byte-level BPE and SentencePiece's kinds. Those of SentencePiece put a space before a text; it is taken off again.
+    Byte-level BPE and the kinds of SentencePiece are supported. The latter encode a text with a space before
+    it, which decoding removes. `eot` is given, since `tokenizer.json` does not say which token it is.
     """
 
     def __init__(self, tok: tokenizers.Tokenizer, eot: int):
         tok.no_padding()
         tok.no_truncation()
         tok.encode_special_tokens = True            # "<s>" in a text is three characters
-        self.tok, self.eot, self.table = tok, eot, bytes_by_id(tok)
+        self.tok = tok
+        self.eot = eot
+        self.table = {**bytes_by_id(tok), eot: b""}
+        self.special = special_ids(tok) | {eot}
         self.vocab_size = max(self.table) + 1
 
     def encode(self, text: str) -> list[int]:
-        return self.tok.encode(text, add_special_tokens=False).ids
+        return spell_out(self, self.tok.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [made.ids for made in self.tok.encode_batch(texts, add_special_tokens=False)]
+        encodings = self.tok.encode_batch(texts, add_special_tokens=False)
+        return [spell_out(self, encoding.ids) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return b"".join(self._token_bytes([self.eot, *ids])).decode("utf-8", "replace")
+        parts = self._token_bytes([self.eot, *ids])
+        return b"".join(parts).decode("utf-8", "replace")
 
     def to_json(self) -> str:
-        """tokenizer.json, and the end of text, which is not in it."""
+        """The content of tokenizer.json, and `eot`."""
         return json.dumps({"eot": self.eot, **json.loads(self.tok.to_str())})
 
     def save(self, folder: str | Path) -> None:
-        """Writes `folder`/tokenizer.json, and a tokenizer_config.json that names the end of text."""
+        """Write `folder`/tokenizer.json, and a tokenizer_config.json that names the end-of-text token."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         eot = self.tok.id_to_token(self.eot)
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": eot, "eos_token": eot}
-        Path(folder, "tokenizer_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+        config_json = json.dumps(config, indent=1)
+        Path(folder, "tokenizer_config.json").write_text(config_json, encoding="utf-8")
         Path(folder, "tokenizer.json").write_text(self.tok.to_str(), encoding="utf-8")
 
     @cached_property
-    def opens(self) -> bytes:
-        """What `encode` puts before a text: nothing, or a space."""
-        return b" " if b"".join(self.table[i] for i in self.encode("a")) == b" a" else b""
+    def text_prefix(self) -> bytes:
+        """What `encode` adds before a text: a space, or nothing."""
+        encoded = b"".join(self.table[i] for i in self.encode("a"))
+        return b" " if encoded == b" a" else b""
 
     def _token_bytes(self, ids: Iterable[int]) -> list[bytes]:
-        """Of ids in the midst of a text, until an `eot` begins another; a table of vectors may have ids to spare."""
-        found, opens = [], b""
+        """The bytes of each id; none for `eot` and for ids without a token, which a network may have.
+
+        `text_prefix` is removed from the first token with bytes after each `eot`. The first of `ids` is taken
+        for the middle of a text.
+        """
+        parts = []
+        prefix = b""  # what to remove from the next token with bytes
         for i in ids:
             token = self.table.get(int(i), b"")
-            found.append(token.removeprefix(opens))
-            opens = self.opens if i == self.eot else opens if not token else b""
-        return found
+            parts.append(token.removeprefix(prefix))
+            if i == self.eot:
+                prefix = self.text_prefix
+            elif token:
+                prefix = b""
+        return parts
 
+
+def split_blanks(text: str) -> list[str]:
+    """The text in pieces, cut within runs of more than LONGEST_BLANK white space characters."""
+    if len(text) <= LONGEST_BLANK:
+        return [text]
+    pieces = []
+    begin = 0
+    for run in re.finditer(rf"\s{{{LONGEST_BLANK},}}", text):
+        for cut in range(run.start() + LONGEST_BLANK, run.end(), LONGEST_BLANK):
+            pieces.append(text[begin:cut])
+            begin = cut
+    pieces.append(text[begin:])
+    return pieces
+
+
+def encode_parts(tok: Tokenizer, parts: list[str], is_first: list[bool]) -> list[list[int]]:
+    """The ids of each part of a text, in parallel. `is_first` says of each whether a text begins with it.
+
+    A tokenizer may add a space before a text. None is added before a part in the middle of a text.
+    """
+    if not tok.text_prefix:
+        return tok.encode_batch(parts)
+    before = "\n"                               # the space is added before this, which is then removed
+    strings = [part if first else before + part for part, first in zip(parts, is_first)]
+    num_before = len(tok.encode(before))
+    encoded = tok.encode_batch(strings)
+    return [ids if first else ids[num_before:] for ids, first in zip(encoded, is_first)]
+
+
+def special_ids(tok: tokenizers.Tokenizer) -> set[int]:
+    """The ids of special tokens, but not of the one that stands for unknown characters."""
+    model = json.loads(tok.to_str())["model"]
+    unknown = model.get("unk_id")
+    if model.get("unk_token") is not None:
+        unknown = tok.token_to_id(model["unk_token"])
+    added = tok.get_added_tokens_decoder().items()
+    return {i for i, token in added if token.special and i != unknown}
+
+
+def spell_out(tok: HubTokenizer, ids: list[int]) -> list[int]:
+    """The ids of a text without special tokens: "</s>" in a text becomes four characters.
+
+    The package already does this with special tokens that are not also in the vocabulary of the model.
+    """
+    if tok.special.isdisjoint(ids):
+        return ids
+    before = "\n"                               # so that no space is added before the character
+    num_before = len(tok.tok.encode(before, add_special_tokens=False).ids)
+    spelled = []
+    for i in ids:
+        if i not in tok.special:
+            spelled.append(i)
+            continue
+        for character in tok.tok.id_to_token(i):
+            encoded = tok.tok.encode(before + character, add_special_tokens=False).ids[num_before:]
+            spelled += [token for token in encoded if token not in tok.special]
+    return spelled
+
+
+# 2. a token of tokenizer.json as bytes ------------------------------------------------------------
 
 def bytes_by_id(tok: tokenizers.Tokenizer) -> dict[int, bytes]:
-    """The bytes of each id; special tokens show as nothing."""
+    """The bytes of each id; special tokens have none. ValueError for an unsupported kind of tokenizer."""
     decoder = json.dumps(json.loads(tok.to_str())["decoder"])
-    known = {"ByteLevel": byte_level, "ByteFallback": sentence_piece, "Metaspace": sentence_piece}
-    read = next((read for kind, read in known.items() if f'"{kind}"' in decoder), None)
-    if read is None:
-        raise ValueError(f"a tokenizer.json with the decoder {decoder}: one of {', '.join(known)} was wanted")
-    added = tok.get_added_tokens_decoder().items()
-    return {i: read(token) for token, i in tok.get_vocab().items()} | {
-        i: b"" if token.special else token.content.encode() for i, token in added}
+    kinds = {"ByteLevel": byte_level, "ByteFallback": sentence_piece, "Metaspace": sentence_piece}
+    found = [kind for kind in kinds if f'"{kind}"' in decoder]
+    if not found:
+        raise ValueError(f"tokenizer.json has the decoder {decoder}: expected one of {', '.join(kinds)}")
+    to_bytes = kinds[found[0]]
+    table = {}
+    for token, i in tok.get_vocab().items():
+        table[i] = to_bytes(token)
+    for i, added in tok.get_added_tokens_decoder().items():
+        table[i] = b"" if added.special else added.content.encode()
+    return table
 
 
 def byte_level(token: str) -> bytes:
-    """The bytes of a token of GPT-2's alphabet, in which a byte that can't be seen is a character from 256 on."""
-    return b"".join(BYTES[ALPHABET[c]] if c in ALPHABET else c.encode() for c in token)
+    """The bytes of a token in GPT-2's alphabet, where each byte is a character (see ALPHABET)."""
+    parts = []
+    for character in token:
+        known = character in ALPHABET
+        parts.append(BYTES[ALPHABET[character]] if known else character.encode())
+    return b"".join(parts)
 
 
-SEEN = [*range(33, 127), *range(161, 173), *range(174, 256)]
-ALPHABET = {chr(c): c for c in SEEN} | {chr(256 + n): c for n, c in enumerate(sorted({*range(256)} - {*SEEN}))}
+# GPT-2's alphabet: visible bytes are the character of the same number, the others are characters from 256 on.
+VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+INVISIBLE = [value for value in range(256) if value not in VISIBLE]
+ALPHABET = {chr(value): value for value in VISIBLE}
+for _n, _value in enumerate(INVISIBLE):
+    ALPHABET[chr(256 + _n)] = _value
 
 
 def sentence_piece(token: str) -> bytes:
-    """A space is the character U+2581, and a byte without a token of its own is written <0x0A>."""
-    lone = re.fullmatch("<0x([0-9A-F]{2})>", token)
-    return bytes.fromhex(lone[1]) if lone else token.replace("\u2581", " ").encode()
+    """The bytes of a SentencePiece token: a space is the character U+2581; <0x0A> is a single byte."""
+    single_byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
+    if single_byte:
+        return bytes.fromhex(single_byte[1])
+    return token.replace("\u2581", " ").encode()
 
+
+# 3. the tokenizer of a folder ---------------------------------------------------------------------
 
 def load(folder: str | Path) -> Tokenizer:
-    """A folder's tokenizer: its bpe.json or tokenizer.json, or GPT-2's if its config.json has GPT-2's 50,257 ids."""
+    """The tokenizer of a folder: its bpe.json, else its tokenizer.json, else GPT-2's.
+
+    GPT-2's is taken if config.json has GPT-2's type and 50,257 ids. ValueError if there is none, or if it has
+    more ids than the network in the folder.
+    """
     folder = Path(folder)
     config = read_json(folder / "config.json")
-    most = config.get("vocab_size")
+    network_ids = config.get("vocab_size")
     if (folder / "bpe.json").is_file():
         tok = load_bpe(folder / "bpe.json")
     elif (folder / "tokenizer.json").is_file():
         tok = load_hub(folder, config)
-    elif (config.get("model_type"), most) == ("gpt2", 50257):
+    elif config.get("model_type") == "gpt2" and network_ids == 50257:
         tok = gpt2()
     else:
-        raise ValueError(f"{folder / 'bpe.json'} is missing, and so is tokenizer.json: without one ids are no text; "
-                         "copy it from where the model was trained")
-    if isinstance(most, int) and tok.vocab_size > most:
-        raise ValueError(f"the tokenizer in {folder} has {tok.vocab_size} ids and the network there {most}: give it "
-                         "its own")
+        raise ValueError(f"{folder / 'bpe.json'} is missing, and so is tokenizer.json: ids cannot be turned "
+                         "into text; copy it from where the model was trained")
+    if isinstance(network_ids, int) and tok.vocab_size > network_ids:
+        raise ValueError(f"the tokenizer in {folder} has {tok.vocab_size} ids and the network there "
+                         f"{network_ids}: give it its own")
     return tok
-
-
-def load_hub(folder: Path, config: dict) -> HubTokenizer:
-    path = folder / "tokenizer.json"
-    try:
-        tok = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # the package has no class of its own for them
-        raise ValueError(f"{path} is no tokenizer file ({error}): copy it again") from error
-    return HubTokenizer(tok, end_of_text(tok, config, folder))
-
-
-def end_of_text(tok: tokenizers.Tokenizer, config: dict, folder: Path) -> int:
-    """The token that a text begins with, or if none is named, that it ends with: then all begin with it here."""
-    said = read_json(folder / "tokenizer_config.json")
-    for value in (config.get("bos_token_id"), said.get("bos_token"),
-                  config.get("eos_token_id"), said.get("eos_token"), EOT):
-        value = value[0] if isinstance(value, list) and value else value
-        value = value.get("content") if isinstance(value, dict) else value
-        found = tok.token_to_id(value) if isinstance(value, str) else value
-        if isinstance(found, int) and tok.id_to_token(found) is not None:
-            return found
-    raise ValueError(f"{folder} names no token that texts begin or end with: write bos_token_id to its config.json")
-
-
-def read_json(path: Path) -> dict:
-    """A file of JSON; nothing if there is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return found if isinstance(found, dict) else {}
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}): copy it again") from error
 
 
 def load_bpe(path: Path) -> Tokenizer:
@@ -203,47 +288,109 @@ def load_bpe(path: Path) -> Tokenizer:
     try:
         stored = json.loads(path.read_bytes())
         tokens = [base64.b64decode(token, validate=True) for token in stored["tokens"]]
-        if not len(tokens) == len(set(tokens)) == stored["eot"] or not set(BYTES) <= set(tokens):
-            raise ValueError("a token is missing or stands twice")
-        return _build(stored["pattern"], tokens)
+        is_complete = len(tokens) == stored["eot"] and set(BYTES) <= set(tokens)
+        if not is_complete or len(set(tokens)) < len(tokens):
+            raise ValueError("a token is missing or occurs twice")
+        return build(stored["pattern"], tokens)
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no tokenizer file ({type(error).__name__}: {error}): copy it again") from error
+        raise ValueError(f"{path} is not a tokenizer file ({type(error).__name__}: {error}): copy it again"
+                         ) from error
 
+
+def load_hub(folder: Path, config: dict) -> HubTokenizer:
+    """The tokenizer of the folder's tokenizer.json; `config` is the content of its config.json."""
+    path = folder / "tokenizer.json"
+    try:
+        tok = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # the package raises plain Exceptions
+        raise ValueError(f"{path} is not a tokenizer file ({error}): copy it again") from error
+    return HubTokenizer(tok, end_of_text(tok, config, folder))
+
+
+def end_of_text(tok: tokenizers.Tokenizer, config: dict, folder: Path) -> int:
+    """The id of the token with which texts begin, or if none is named, of the one with which they end.
+
+    This project begins every text with it.
+    """
+    tokenizer_config = read_json(folder / "tokenizer_config.json")
+    candidates = [
+        config.get("bos_token_id"),
+        tokenizer_config.get("bos_token"),
+        config.get("eos_token_id"),
+        tokenizer_config.get("eos_token"),
+        EOT,
+    ]
+    for candidate in candidates:
+        if isinstance(candidate, list) and candidate:
+            candidate = candidate[0]
+        if isinstance(candidate, dict):
+            candidate = candidate.get("content")
+        if isinstance(candidate, str):
+            candidate = tok.token_to_id(candidate)
+        if isinstance(candidate, int) and tok.id_to_token(candidate) is not None:
+            return candidate
+    raise ValueError(f"{folder} does not say with which token texts begin or end: "
+                     "write bos_token_id to its config.json")
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; an empty one if the file does not exist."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): copy it again") from error
+    return content if isinstance(content, dict) else {}
+
+
+# 4. new tokenizers --------------------------------------------------------------------------------
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A BPE of `vocab_size` ids, `eot` included; of fewer where the texts have no more pairs to merge."""
-    import rustbpe  # here, so that sampling needs no trainer
+    """A BPE of `vocab_size` ids, `eot` included; of fewer if the texts have no more pairs to merge."""
+    import rustbpe  # here, since only training needs it
 
     if vocab_size < 257:
-        raise ValueError(f"a vocabulary of {vocab_size} ids is too small: 256 bytes and the end of text need 257")
+        raise ValueError(f"a vocabulary of {vocab_size} ids is too small: "
+                         "256 bytes and the end of text need 257")
     trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(iter(texts), vocab_size=vocab_size - 1)
+    pieces = (piece for text in texts for piece in split_blanks(text))
+    trainer.train_from_iterator(pieces, vocab_size=vocab_size - 1, buffer_size=512)
     by_rank = sorted(trainer.get_mergeable_ranks(), key=lambda token_and_rank: token_and_rank[1])
-    # should two merges spell the same bytes, the first is the token: in tiktoken bytes have one rank
-    return _build(trainer.get_pattern(), list(dict.fromkeys(bytes(token) for token, _ in by_rank)))
+    tokens = [bytes(token) for token, _ in by_rank]
+    # if two merges give the same bytes, the first one counts: tiktoken has one rank for them
+    tokens = list(dict.fromkeys(tokens))
+    return build(trainer.get_pattern(), tokens)
 
 
 def word_level(tokens: list[str]) -> Tokenizer:
-    """256 bytes and each of `tokens` ("One", " ball", "."): those are one id each, any other word goes by its bytes."""
-    # tiktoken looks a whole piece of the pattern up before it merges, so no merges need to lead to a word
-    made = _build(WORDS, list(dict.fromkeys([*BYTES, *(token.encode("utf-8") for token in tokens)])))
+    """The 256 bytes and `tokens` ("One", " ball", "."), one id each. Other words are encoded as bytes.
+
+    ValueError if a token is not a word, alone or after one space, a punctuation mark or white space.
+    """
+    # no merges are needed: tiktoken looks up a whole piece of the pattern before it merges
+    given = [token.encode("utf-8") for token in tokens]
+    tok = build(WORDS, list(dict.fromkeys([*BYTES, *given])))
     for token in tokens:
-        if len(made.encode(token)) != 1:
-            raise ValueError(f"{token!r} can't be one token: wanted is a word, alone or after one space, a punctuation "
-                             "mark or white space; split it")
-    return made
+        if len(tok.encode(token)) != 1:
+            raise ValueError(f"{token!r} cannot be one token: expected a word, alone or after one space, a "
+                             "punctuation mark or white space; split it")
+    return tok
 
 
 def gpt2() -> Tokenizer:
-    """GPT-2's 50,257 ids, which tiktoken fetches once."""
+    """GPT-2's 50,257 ids, which tiktoken downloads once."""
     try:
         return Tokenizer(tiktoken.get_encoding("gpt2"))
     except OSError as error:
-        raise ValueError(f"GPT-2's vocabulary is not on this machine and can't be fetched ({type(error).__name__}): "
-                         "connect once, or point TIKTOKEN_CACHE_DIR to a folder that has it") from error
+        raise ValueError("GPT-2's vocabulary is not on this machine and cannot be downloaded "
+                         f"({type(error).__name__}): connect once, or point TIKTOKEN_CACHE_DIR to a folder "
+                         "that has it") from error
 
 
-def _build(pattern: str, tokens: list[bytes]) -> Tokenizer:
+def build(pattern: str, tokens: list[bytes]) -> Tokenizer:
+    """A tokenizer that splits texts by `pattern`. The ids are the indices of `tokens`, then `eot`."""
     ranks = {token: rank for rank, token in enumerate(tokens)}
     special = {EOT: len(tokens)}
-    return Tokenizer(tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))
+    encoding = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    return Tokenizer(encoding)

@@ -141,7 +141,7 @@ class Denoiser:
         num_slots = int(position.max()) + 1                  # S
         mask = sampler_mask(position, in_block, self.prompt_len[r], self.end[r], self.layout, num_slots)
         cache_slot = position.where(used, self.padding_slot)
-        cache_index = self.cache[0].place(cache_slot)
+        cache_index = self.cache[0].flat_index(cache_slot)
 
         # The logits of a slot are read `logit_shift` columns before its own. Those of a first slot may be
         # read in the row's last column of finished text; in some rows padding is between it and the block.
@@ -180,5 +180,5 @@ class Denoiser:
         finished = finished[self.rows]                       # (n,)
         if finished.sum() * 4 >= len(finished):
             for cache in self.cache:
-                cache.keep(~finished)
+                cache.keep_rows(~finished)
             self.rows = self.rows[~finished]

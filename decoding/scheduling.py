@@ -15,7 +15,6 @@ Section 3 measures how much a light step costs.
 Shapes: B rows, T positions, R = T - 1 response, K block size, V vocabulary, M masked positions.
 """
 import itertools
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from decoding.denoiser import Denoiser
 from decoding.reveal import Rule
 from decoding.sampling import uniforms
 from model import masks
+from model.files import read_json
 from model.masks import Layout
 
 IMPORTANCE_FILE = "importance.json"     # in a light model's folder: importance_curves, as measured
@@ -85,8 +85,24 @@ def load_schedule(spec: str, folder: Path, rule: Rule) -> Schedule:
         raise ValueError(f"--schedule={spec} needs the measured costs of the light model in {folder}, but "
                          f"it has no {IMPORTANCE_FILE}: measure them as experiments/scheduling does, or list "
                          "the steps (e.g. --schedule=L32,H64,L32)")
-    curves = json.loads(file.read_text())
+    curves = read_curves(file)
     return derive_schedule(curves, rule.argument, share)
+
+
+def read_curves(file: Path) -> dict:
+    """The measured costs that importance_curves has made. ValueError if they cannot be used."""
+    try:
+        curves = read_json(file)
+        t = [float(x) for x in curves["t"]]
+        kl = [float(x) for x in curves["kl"]]
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        raise ValueError(f"{file} has no measured costs ({type(error).__name__}: {error}): measure them "
+                         "again as experiments/scheduling does") from None
+    is_ascending = all(x < y for x, y in zip(t, t[1:]))
+    if len(t) != len(kl) or len(t) < 2 or not is_ascending or not all(map(math.isfinite, t + kl)):
+        raise ValueError(f"{file}: expected at least two masked shares in ascending order as \"t\", and as "
+                         "many finite numbers as \"kl\": measure them again as experiments/scheduling does")
+    return {"t": t, "kl": kl}
 
 
 def parse_schedule(spec: str, known: tuple[str, ...] = ("H", "L")) -> Schedule:

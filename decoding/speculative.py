@@ -358,7 +358,7 @@ class DraftStream:
         used = used & active[:, None]
         cache_slot = torch.where(layout.is_mask, layout.mask_slot, self.num_mask_slots + position)
         dump = self.cache[0].slots                               # the cache's extra slot, for padding
-        cache_index = self.cache[0].place(torch.where(used, cache_slot, dump))
+        cache_index = self.cache[0].flat_index(torch.where(used, cache_slot, dump))
         position = torch.where(used, position, 0)
         inputs = tokens.gather(1, position)
         inputs = inputs.masked_fill(layout.is_mask, self.net.mask_id)

@@ -1,263 +1,521 @@
-"""Checkpoints, in and out, in Hugging Face's layouts: config.json and safetensors, which hold numbers and no code.
+"""Load and save checkpoints in Hugging Face's format: a folder with config.json, safetensors and a tokenizer.
 
-    fetch     hf:NAME or hf:NAME@REVISION as a folder of the hub's cache
-    load      the network of a folder, and how it is wired if it is a student
-    fitted    the sizes that a conversion takes from one
-    save      a network as a folder, which `transformers` reads too
-    export    any checkpoint as `save` would write it, not a byte of a tensor changed unless another dtype is asked for
+    fetch                  the folder of hf:NAME or hf:NAME@REVISION, downloaded if necessary
+    load                   the network in a folder, and its layout if it is a student
+    sizes_from_checkpoint  the sizes that a conversion takes from a checkpoint
+    save                   write a network to a folder, which `transformers` loads too
+    export                 write any checkpoint as `save` does; tensors change only if another dtype is given
 
-What `transformers` does not know stands beside what it does: how a student is wired under "student" of config.json, its
-[MASK] vector in the file that "mask_file" names, or, where [MASK] is a token of the vocabulary, "mask_token_id".
+Safetensors contain numbers only, so loading a checkpoint never runs code from it.
+
+Three keys of config.json are this project's own. "student" is the layout of a student. "mask_file" names the
+file with its [MASK] vector. If [MASK] is a token of the vocabulary instead, "mask_token_id" is its id.
 """
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from model import gpt, llama
+from model import config_check, files
 from model.gpt import GPT, GPTConfig
-from model.llama import Llama, LlamaConfig
 from model.masks import Layout
 
-MASK, MASK_FILE, WEIGHTS = "mask_vector", "mask.safetensors", "model.safetensors"
-TEXT_FILES = ("bpe.json", "tokenizer.json", "tokenizer_config.json")           # what makes ids of text, and text of ids
-FILES = ["config.json", WEIGHTS, "model-*-of-*.safetensors", f"{WEIGHTS}.index.json", MASK_FILE, *TEXT_FILES]
-QWEN3_MASK = 151669         # the first unused row of Qwen3's table, [MASK] of the released OPDLM and dllm checkpoints
-RENAMED = {"clean_block": "context_block", "shift": "logit_shift"}   # in the config.json of older checkpoints
-BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")       # in old files; no parameters
+if TYPE_CHECKING:       # otherwise imported where it is needed: GPT-2 runs without it
+    from model.llama import Llama, LlamaConfig
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"      # names the files of weights that come in several
+MASK_FILE = "mask.safetensors"
+TOKENIZER_FILES = ("bpe.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                   "generation_config.json")
+FILES = ["config.json", WEIGHTS, "model-*-of-*.safetensors", INDEX, MASK_FILE, *TOKENIZER_FILES]
+OWN_FILES = (*FILES, "importance.json")     # what is replaced with a checkpoint; other files stay
+
+MASK = "mask_vector"        # the parameter that `transformers` does not know
+QWEN3_MASK = 151669         # first unused id of Qwen3: [MASK] in the checkpoints that OPDLM and dllm released
+BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")    # in old files; not parameters
+WRAPPERS = re.compile(r"^module\.|_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
+LAYER = re.compile(r"^(?:h|model\.layers)\.(\d+)\.")    # the number of a block, in the name of its tensors
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+RENAMED = {"clean_block": "context_block", "shift": "logit_shift"}  # keys of "student" in older checkpoints
+
+# The sizes: our names, and the keys of config.json.
+GPT2_SIZES = {
+    "vocab": "vocab_size", "context": "n_positions", "layers": "n_layer", "heads": "n_head",
+    "width": "n_embd",
+}
+LLAMA_SIZES = {
+    "vocab": "vocab_size", "context": "max_position_embeddings", "layers": "num_hidden_layers",
+    "heads": "num_attention_heads", "width": "hidden_size", "kv_heads": "num_key_value_heads",
+    "head_size": "head_dim", "hidden": "intermediate_size",
+}
+# What the networks cannot vary: keys of config.json and the values allowed. The first one is the default.
+GPT2_FIXED = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "n_inner": (None,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+}
+QWEN_FIXED = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False, None),
+    "use_sliding_window": (False, None),
+}
+LLAMA_FIXED = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "sliding_window": (None,),
+}
+FIXED = {"gpt2": GPT2_FIXED, "qwen2": QWEN_FIXED, "qwen3": QWEN_FIXED, "llama": LLAMA_FIXED}   # by family
+MODEL_TYPES = (*FIXED, "a2d-qwen2", "a2d-qwen3", "a2d-llama")   # a2d: students that OPDLM and dllm released
 
 
-# 1. where it lies -----------------------------------------------------------------------------------------------------
+# 1. the folder of a checkpoint --------------------------------------------------------------------------
 
 @cache
 def fetch(name: str | Path, **hub) -> Path:
-    """The folder of a checkpoint: `name` itself, or of hf:NAME the hub's cache, which is brought up to date where there
-    is a network: a transfer that breaks off is resumed, files once whole are kept. `hub`: `endpoint`, `cache_dir`."""
+    """The folder of a checkpoint: `name` itself, or for hf:NAME its folder in the Hugging Face cache.
+
+    If the hub can be reached, the cache is updated: an interrupted download is resumed, complete files are
+    not downloaded again. `hub`: endpoint and cache_dir for `snapshot_download`.
+    """
     if not str(name).startswith("hf:"):
+        with suppress(OSError):  # a folder that may be read only
+            files.finish_swap(Path(name))
         return Path(name)
     from huggingface_hub import snapshot_download
 
     repo, _, revision = str(name)[3:].partition("@")
     try:
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=FILES, **hub))
-    except Exception as error:  # their classes differ from one version of the hub to the next
+        folder = snapshot_download(repo, revision=revision or None, allow_patterns=FILES, **hub)
+    except Exception as error:  # versions of the hub raise different classes
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"{name} can't be fetched ({reason}): wanted is hf:OWNER/NAME or hf:OWNER/NAME@REVISION, and "
-                         "a network the first time") from error
+        raise ValueError(f"{name} cannot be fetched ({reason}): expected hf:OWNER/NAME or "
+                         "hf:OWNER/NAME@REVISION, and a network connection the first time") from error
+    return Path(folder)
 
 
 def read_config(name: str | Path) -> dict:
-    """config.json as a dictionary."""
+    """config.json of a checkpoint."""
     folder = fetch(name)
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if isinstance(config, dict):
-            return config
-    except (OSError, ValueError):
-        pass
-    raise ValueError(f"{folder} is no checkpoint: it has no readable config.json; give a folder that has one (of a run "
-                     "its ar or opdlm), or hf:NAME, or train one with train_tiny.py")
+        config = files.read_json(folder / "config.json")
+        if not isinstance(config, dict):
+            raise ValueError(f"expected an object, got a {type(config).__name__}")
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder} is not a checkpoint: it has no readable config.json ({reason}). Give a "
+                         "folder that has one (of a run: ar or opdlm), or hf:NAME, or train one with "
+                         "train_tiny.py") from None
+    with one_sentence_errors(folder):
+        config_check.check_values(config, config_check.OWN_KEYS, missing_allowed=True)
+    return config
 
-
-# 2. what its config.json says -----------------------------------------------------------------------------------------
 
 @contextmanager
-def readable(folder: Path) -> Iterator[None]:
-    """Whatever is wrong with a checkpoint becomes one sentence that names it."""
+def one_sentence_errors(folder: Path) -> Iterator[None]:
+    """Turn every error in a checkpoint's content into a ValueError of one line that names the folder."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError, OSError, SafetensorError, RuntimeError) as error:
-        said = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{folder} is no checkpoint that can be read: {' '.join(said.split())}") from None
+    except (KeyError, TypeError, ValueError, AttributeError, OSError, ArithmeticError, SafetensorError,
+            RuntimeError) as error:
+        message = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        message = " ".join(message.split())
+        raise ValueError(f"{folder} is not a readable checkpoint: {message}") from None
 
 
-def read_layout_and_config(name: str | Path) -> tuple[GPTConfig | LlamaConfig, Layout | None]:
-    """Sizes and family of a checkpoint, and how it is wired if it is a student."""
-    said, folder = read_config(name), fetch(name)
-    with readable(folder):
-        kind = said.get("model_type")
-        if kind != "gpt2" and str(kind).removeprefix("a2d-") not in llama.FIXED:
-            raise ValueError(f"its model_type is {kind!r}: gpt2, {', '.join(llama.FIXED)} or a2d-qwen3 was wanted")
-        layout, mask = wiring(folder, said)
-        return gpt.config_of(said) if kind == "gpt2" else llama.config_of(said, mask), layout
+# 2. config.json -----------------------------------------------------------------------------------------
+
+def read_layout_and_config(name: str | Path) -> tuple["GPTConfig | LlamaConfig", Layout | None]:
+    """The sizes and family of a checkpoint, and its layout if it is a student."""
+    config = read_config(name)
+    folder = fetch(name)
+    with one_sentence_errors(folder):
+        model_type = config.get("model_type")
+        if model_type not in MODEL_TYPES:
+            expected = ", ".join(MODEL_TYPES)
+            got = config_check.shown(model_type)
+            raise ValueError(f"model_type in config.json: expected one of {expected}, got {got}")
+        config_check.check_unsupported(config)
+        if model_type == "gpt2":
+            sizes = gpt2_config(config)
+        else:
+            sizes = llama_config(config, read_mask_id(folder, config))
+        return sizes, read_layout(config, sizes.context)
 
 
-def wiring(folder: Path, said: dict) -> tuple[Layout | None, int | None]:
-    """A student's layout, and the id of [MASK] if that is in the vocabulary.
+def is_a2d(config: dict) -> bool:
+    """Whether a checkpoint is a student that OPDLM or dllm released."""
+    return config["model_type"].startswith("a2d-")
 
-    `a2d-` are students as the paper's and dllm's are wired; their config.json names no block, the paper's has 4 slots.
-    """
-    if "student" in said:
-        layout = {RENAMED.get(key, key): value for key, value in dict(**said["student"]).items()}
-        return Layout(**layout), said.get("mask_token_id")
-    if not said["model_type"].startswith("a2d-"):
-        return None, None
-    config, full = (json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-                    for path in (folder / "tokenizer_config.json", folder / "tokenizer.json"))
-    token, ids = config.get("mask_token"), {entry["content"]: entry["id"] for entry in full.get("added_tokens", [])}
-    ids |= {entry["content"]: int(i) for i, entry in config.get("added_tokens_decoder", {}).items()}
-    found = said.get("mask_token_id", ids.get(token["content"] if isinstance(token, dict) else token))
-    return Layout.of(said.get("block_size", 4), "paper", "block"), QWEN3_MASK if found is None else found
+
+def read_layout(config: dict, context: int) -> Layout | None:
+    """The layout of a student, None for an AR model. A released student has blocks of 4 by default."""
+    if "student" in config:
+        layout = {RENAMED.get(key, key): value for key, value in config["student"].items()}
+        config_check.check_student(layout, context)
+        return Layout(**layout)
+    if is_a2d(config):
+        block = config.get("block_size", 4)
+        config_check.check_student({"block": block, "context_block": block}, context)
+        return Layout.of(block, "paper", "block")
+    return None
+
+
+def read_mask_id(folder: Path, config: dict) -> int | None:
+    """The id of a student's [MASK], None if it is not in the vocabulary."""
+    if "student" in config:
+        return config.get("mask_token_id")
+    if not is_a2d(config):
+        return None
+    mask_id = config.get("mask_token_id", tokenizer_mask_id(folder))
+    return QWEN3_MASK if mask_id is None else mask_id
+
+
+def tokenizer_mask_id(folder: Path) -> int | None:
+    """The id of the mask token, from the tokenizer's files."""
+    settings = {}
+    tokenizer = {}
+    if (folder / "tokenizer_config.json").is_file():
+        settings = files.read_json(folder / "tokenizer_config.json")
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = files.read_json(folder / "tokenizer.json")
+
+    ids = {}
+    for token in tokenizer.get("added_tokens", []):
+        ids[token["content"]] = token["id"]
+    for token_id, token in settings.get("added_tokens_decoder", {}).items():
+        ids[token["content"]] = int(token_id)
+
+    mask_token = settings.get("mask_token")
+    if isinstance(mask_token, dict):
+        mask_token = mask_token["content"]
+    return ids.get(mask_token)
+
+
+def gpt2_config(config: dict) -> GPTConfig:
+    """The sizes in a config.json of GPT-2."""
+    config_check.check_values(config, config_check.GPT2_KEYS)
+    if config.get("n_inner") == 4 * config["n_embd"]:  # the default width of the MLP, written out
+        config = {**config, "n_inner": None}
+    check_fixed(config, GPT2_FIXED)
+    return GPTConfig(**read_sizes(config, GPT2_SIZES))
+
+
+def llama_config(config: dict, mask_id: int | None = None) -> "LlamaConfig":
+    """The sizes in a config.json of the Llama family, with the defaults of `transformers`."""
+    from model.llama import LlamaConfig
+
+    family = config["model_type"].removeprefix("a2d-")
+    config = {"block_size": 4, **config}
+    config_check.check_values(config, config_check.LLAMA_KEYS)
+    heads = config["num_attention_heads"]
+    check_fixed(config, FIXED[family])
+    default_head_size = 128 if family == "qwen3" else config["hidden_size"] // heads
+    config["head_dim"] = config.get("head_dim") or default_head_size
+    config["num_key_value_heads"] = config.get("num_key_value_heads") or heads
+    return LlamaConfig(
+        **read_sizes(config, LLAMA_SIZES),
+        family=family,
+        theta=read_rope_theta(config),
+        eps=float(config.get("rms_norm_eps") or 1e-6),
+        tied=bool(config.get("tie_word_embeddings")),
+        mask=mask_id,
+    )
+
+
+def read_rope_theta(config: dict) -> float:
+    """The base of the RoPE wavelengths. ValueError for scaled or partial RoPE and for sliding windows."""
+    config_check.check_rope(config)
+    other_types = set(config.get("layer_types") or ()) - {"full_attention"}
+    if other_types:
+        names = ", ".join(sorted(map(str, other_types)))
+        raise ValueError(f"layer_types in config.json: expected full_attention, got {names} (not supported)")
+    for settings in (config, config.get("rope_parameters"), config.get("rope_scaling")):
+        if settings and settings.get("rope_theta") is not None:
+            return float(settings["rope_theta"])
+    return 1e4
+
+
+def check_fixed(config: dict, fixed: dict) -> None:
+    """ValueError if config.json asks for something that the network does not have."""
+    for key, allowed in fixed.items():
+        value = config.get(key, allowed[0])
+        if value not in allowed:
+            got = config_check.shown(value)
+            raise ValueError(f"{key} in config.json: expected {allowed[0]!r}, got {got} (not supported)")
+
+
+def read_sizes(config: dict, names: dict) -> dict:
+    """The sizes in config.json, by our names."""
+    return {name: config[key] for name, key in names.items()}
+
+
+def to_hf_config(config: "GPTConfig | LlamaConfig") -> dict:
+    """config.json as `transformers` reads it."""
+    is_gpt2 = config.family == "gpt2"
+    architecture = "GPT2LMHeadModel" if is_gpt2 else f"{config.family.capitalize()}ForCausalLM"
+    result = {"architectures": [architecture], "model_type": config.family}
+    for name, key in (GPT2_SIZES if is_gpt2 else LLAMA_SIZES).items():
+        result[key] = getattr(config, name)
+    for key, allowed in FIXED[config.family].items():
+        result[key] = allowed[0]
+    if not is_gpt2:
+        result["rms_norm_eps"] = config.eps
+        result["tie_word_embeddings"] = config.tied
+        result["rope_theta"] = config.theta
+    return result
 
 
 def ar_folder(name: str) -> Path:
-    """The folder of the AR model `name`. A student is refused: its weights are not those of the model that teaches."""
-    if layout := read_layout_and_config(name)[1]:
-        raise ValueError(f"--init={name} is a student already (block {layout.block}): give the AR model that it was "
-                         "made of, for example a run's ar folder")
+    """The folder of the AR model `name`. ValueError if it is a student: that cannot be converted again."""
+    _, layout = read_layout_and_config(name)
+    if layout:
+        raise ValueError(f"--init={name} is a student already (block {layout.block}): give the AR model that "
+                         "it was converted from, for example a run's ar folder")
     return fetch(name)
 
 
-def sizes_from_checkpoint(name: str, length: int | None, usual: int) -> dict:
-    """What a conversion takes from checkpoint `name`: `length` positions, by default the `usual` or all that it has."""
-    config = read_layout_and_config(name)[0]
+def sizes_from_checkpoint(name: str, length: int | None, default_length: int) -> dict:
+    """The settings that a conversion takes from the checkpoint `name`.
+
+    Its length is `length`, by default `default_length` or, if less, the maximum number of positions.
+    """
+    config, _ = read_layout_and_config(name)
     if length and length > config.context:
         raise ValueError(f"--length={length} is more than the {config.context} positions of --init={name}")
-    return {"pretrain_steps": 0, "layers": config.layers, "width": config.width,
-            "length": length or min(usual, config.context)}
+    return {
+        "pretrain_steps": 0,
+        "layers": config.layers,
+        "width": config.width,
+        "length": length or min(default_length, config.context),
+    }
 
 
-# 3. in ----------------------------------------------------------------------------------------------------------------
+# 3. load ------------------------------------------------------------------------------------------------
 
-def load(name: str | Path, dtype: torch.dtype | None = torch.float32) -> tuple[GPT | Llama, Layout | None]:
-    """The network of a checkpoint, and how it is wired if it is a student. `dtype` None: as its tensors are stored."""
-    (config, layout), folder = read_layout_and_config(name), fetch(name)
-    with readable(folder):
-        with torch.device("meta"):
-            net = (GPT if config.family == "gpt2" else Llama)(config)
-        state = from_hf(net, tensors(folder))
+def load(name: str | Path,
+         dtype: torch.dtype | None = torch.float32) -> tuple["GPT | Llama", Layout | None]:
+    """The network of a checkpoint, and its layout if it is a student. `dtype` None: that of the files."""
+    config, layout = read_layout_and_config(name)
+    folder = fetch(name)
+    with one_sentence_errors(folder):
+        state = rename_tensors(read_tensors(folder), config)
+        check_layers(config, state)
+        net = network_without_weights(config)
+        state = from_hf(net, state)
         if MASK in net.state_dict():
-            file = folder / read_config(name).get("mask_file", MASK_FILE)
-            state[MASK] = load_file(file)[MASK] if layout else torch.zeros(config.width)
+            state[MASK] = torch.zeros(config.width)
+            if layout:
+                mask_file = read_config(name).get("mask_file", MASK_FILE)
+                state[MASK] = read_file(folder, mask_file, "config.json")[MASK]
         check_shapes(net, state)
-        net.load_state_dict({key: x.to(dtype or x.dtype) for key, x in state.items()}, assign=True)
+        if dtype:
+            state = {key: x.to(dtype) for key, x in state.items()}
+        net.load_state_dict(state, assign=True)
     return net, layout
 
 
-def tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, in one file or in those that its index names."""
-    index = folder / f"{WEIGHTS}.index.json"
+def network_without_weights(config: "GPTConfig | LlamaConfig") -> "GPT | Llama":
+    """A network on the meta device, which takes no memory until tensors are assigned."""
+    with torch.device("meta"):
+        if config.family == "gpt2":
+            return GPT(config)
+        from model.llama import Llama
+
+        return Llama(config)
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, from one file or from several with an index."""
     if (folder / WEIGHTS).exists():
-        return load_file(folder / WEIGHTS)
-    if not index.exists():
-        raise ValueError(f"it has no {WEIGHTS}, and other kinds of weights are not read")
-    for name in (names := sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))):
-        if Path(name).name != name or not (folder / name).is_file():
-            raise ValueError(f"{index.name} names {name}, which is not there: fetch it again")
-    return {key: x for name in names for key, x in load_file(folder / name).items()}
+        return read_file(folder, WEIGHTS, "the folder")
+    if not (folder / INDEX).exists():
+        raise ValueError(f"it has no {WEIGHTS}, and other formats of weights are not supported")
+    weight_map = files.read_json(folder / INDEX)["weight_map"]
+    tensors = {}
+    for file in sorted(set(weight_map.values())):
+        for key, x in read_file(folder, file, INDEX).items():
+            if key in tensors:
+                raise ValueError(f"{key} is in two of the files that {INDEX} names")
+            tensors[key] = x
+    missing = sorted(set(weight_map) - set(tensors))
+    if missing:
+        raise ValueError(f"{INDEX} says that {weight_map[missing[0]]} has {missing[0]}, but it does not")
+    return tensors
 
 
-def from_hf(net, found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A checkpoint's tensors by our names and as they lie here: GPT-2's files hold matrices transposed."""
-    state = {key.removeprefix("transformer."): x for key, x in found.items() if not BUFFERS.search(key)}
-    head, table = state.get("lm_head.weight"), state.get("wte.weight", state.get("model.embed_tokens.weight"))
-    if "lm_head.weight" not in net.state_dict() and head is not None and table is not None:
+def read_file(folder: Path, file: str, named_by: str) -> dict[str, Tensor]:
+    """The tensors in a file of the folder. ValueError if it leads out of the folder or was not downloaded."""
+    path = folder / file
+    if Path(file).name != file or not path.is_file() or not is_within(path, folder):
+        raise ValueError(f"{named_by} names {file}, which is not in the folder: download it again")
+    files.refuse_lfs_pointer(path)
+    return load_file(path)
+
+
+def is_within(path: Path, folder: Path) -> bool:
+    """Whether a file is in this folder, or a link into the blobs of the Hugging Face cache that it is in."""
+    folder = folder.resolve()
+    blobs = folder.parent.parent / "blobs"
+    file = path.resolve()
+    return path.name == WEIGHTS or file.is_relative_to(folder) or file.is_relative_to(blobs)
+
+
+def rename_tensors(tensors: dict[str, Tensor], config: "GPTConfig | LlamaConfig") -> dict[str, Tensor]:
+    """The tensors by our names: without prefixes of wrappers; those of a base model get their prefix."""
+    state = {}
+    for key, x in tensors.items():
+        if BUFFERS.search(key):
+            continue
+        name = WRAPPERS.sub("", key).removeprefix("transformer.")
+        if config.family != "gpt2" and not name.startswith(("model.", "lm_head.")):
+            name = f"model.{name}"
+        if name in state:
+            raise ValueError(f"{name} is there twice, once as {key}")
+        state[name] = x
+    return state
+
+
+def check_layers(config: "GPTConfig | LlamaConfig", state: dict[str, Tensor]) -> None:
+    """ValueError if the weights have another number of layers: before a network of that size is made."""
+    matches = [LAYER.match(name) for name in state]
+    found = len({match[1] for match in matches if match})
+    if found != config.layers:
+        key = (GPT2_SIZES if config.family == "gpt2" else LLAMA_SIZES)["layers"]
+        raise ValueError(f"{key} in config.json: expected {found}, as many as the weights have, got "
+                         f"{config.layers}")
+
+
+def from_hf(net, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, by our names, as a state dict of this network."""
+    head = state.get("lm_head.weight")
+    table = state.get("wte.weight", state.get("model.embed_tokens.weight"))
+    is_tied = "lm_head.weight" not in net.state_dict()
+    if is_tied and head is not None and table is not None:
         if not torch.equal(head, table):
-            raise ValueError("lm_head.weight is not the embedding, but its config.json ties the two")
+            raise ValueError("lm_head.weight is not the embedding, but config.json ties the two")
         del state["lm_head.weight"]
-    return {key: x.T.contiguous() if transposed(net.config, key) and x.dim() == 2 else x for key, x in state.items()}
+
+    for key, x in state.items():
+        if is_transposed(net.config, key) and x.dim() == 2:
+            state[key] = x.T.contiguous()
+    return state
 
 
-def to_hf_name(config, key: str) -> str:
-    """A tensor's name in `transformers`."""
-    return f"transformer.{key}" if config.family == "gpt2" and key != MASK else key
+def to_hf_name(config: "GPTConfig | LlamaConfig", key: str) -> str:
+    """The name of a tensor in `transformers`."""
+    if config.family == "gpt2" and key != MASK:
+        return f"transformer.{key}"
+    return key
 
 
-def transposed(config, key: str) -> bool:
-    """Is this a Conv1D of GPT-2's, whose weight lies the other way round?"""
+def is_transposed(config: "GPTConfig | LlamaConfig", key: str) -> bool:
+    """Whether files contain this matrix transposed, as they do for GPT-2's linear layers."""
     return config.family == "gpt2" and ".c_" in key and key.endswith(".weight")
 
 
 def check_shapes(net, state: dict[str, Tensor]) -> None:
-    """Names the first tensor that is missing, one too many or of another shape, as it is in the checkpoint."""
-    wanted = net.state_dict()
-    for key in {**wanted, **state}:
-        name, turn = to_hf_name(net.config, key), -1 if transposed(net.config, key) else 1
-        if key not in wanted:
-            raise ValueError(f"{name} is one tensor too many: {net.config.family} of this config.json has none")
-        shape = tuple(wanted[key].shape)[::turn]
+    """ValueError for the first tensor that is missing, unexpected or of another shape.
+
+    It states name and shape as they are in the file.
+    """
+    config = net.config
+    expected = net.state_dict()
+    for key in {**expected, **state}:
+        name = to_hf_name(config, key)
+        if key not in expected:
+            raise ValueError(f"unexpected tensor {name}: {config.family} with this config.json has none")
+        expected_shape = shape_in_file(config, key, expected[key])
         if key not in state:
-            raise ValueError(f"{name} is missing: a tensor of the shape {shape} was wanted")
-        if state[key].shape != wanted[key].shape:
-            raise ValueError(f"{name} has the shape {tuple(state[key].shape)[::turn]}: {shape} was wanted")
+            raise ValueError(f"{name} is missing: expected a tensor of shape {expected_shape}")
+        if state[key].shape != expected[key].shape:
+            shape = shape_in_file(config, key, state[key])
+            raise ValueError(f"{name}: expected shape {expected_shape}, got {shape}; config.json has "
+                             f"{describe_sizes(config)}")
+        if state[key].dtype not in DTYPES:
+            raise ValueError(f"{name}: expected floating point numbers, got {state[key].dtype} (quantized "
+                             "weights are not supported)")
 
 
-# 4. out ---------------------------------------------------------------------------------------------------------------
+def describe_sizes(config: "GPTConfig | LlamaConfig") -> str:
+    """The sizes as config.json has them: n_embd=192, n_layer=3, ..."""
+    names = GPT2_SIZES if config.family == "gpt2" else LLAMA_SIZES
+    return ", ".join(f"{key}={getattr(config, name)}" for name, key in names.items())
 
-def save(folder: str | Path, net: GPT | Llama, tokenizer, layout: Layout | None = None,
+
+def shape_in_file(config: "GPTConfig | LlamaConfig", key: str, x: Tensor) -> tuple[int, ...]:
+    """The shape of a tensor in the file, from its shape in the network."""
+    shape = tuple(x.shape)
+    return shape[::-1] if is_transposed(config, key) else shape
+
+
+# 4. save ------------------------------------------------------------------------------------------------
+
+def save(folder: str | Path, net: "GPT | Llama", tokenizer, layout: Layout | None = None,
          state: dict[str, Tensor] | None = None, **extra) -> None:
-    """Write a checkpoint, whole or not at all. A text begins and ends with the tokenizer's end-of-text."""
+    """Write a checkpoint. If that fails, the previous content of the folder stays.
+
+    `layout`: of a student. `state`: the state dict, if the network is sharded. `extra`: keys for config.json.
+    """
     if state is None:
         state = {name: p.detach().cpu().contiguous() for name, p in net.state_dict().items()}
-    ends = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
-    with replaced(Path(folder)) as fresh:
-        write(fresh, net.config, state, layout, {**ends, **extra})
-        tokenizer.save(fresh)
+    special_ids = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
+    with files.replace_folder(Path(folder), OWN_FILES) as new_folder:
+        write_files(new_folder, net.config, state, layout, {**special_ids, **extra})
+        tokenizer.save(new_folder)
 
 
 def export(name: str | Path, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write checkpoint `name` to a new folder: tensors in the layout that they have in it, and its dtype unless there
-    is another, its text files as they are, and all else that its config.json says."""
-    source, folder = fetch(name), Path(folder)
+    """Write the checkpoint `name` to a new folder, with its tokenizer and the other keys of its config.json.
+
+    Tensors keep their bytes, unless `dtype` is given.
+    """
+    source = fetch(name)
+    folder = Path(folder)
     if folder.exists():
-        raise ValueError(f"--export={folder} is there already: name a new folder")
+        raise ValueError(f"--export={folder} exists already: give the name of a new folder")
     net, layout = load(name, dtype)
-    rest = {key: value for key, value in read_config(name).items() if key != "auto_map"}       # code of another's
-    with replaced(folder) as fresh:
-        write(fresh, net.config, net.state_dict(), layout, rest)
-        for path in (source / text for text in TEXT_FILES):
-            if path.is_file():
-                shutil.copyfile(path, fresh / path.name)
+    config = dict(read_config(name))
+    config.pop("auto_map", None)  # names code that is not exported
+    with files.replace_folder(folder, OWN_FILES, may_exist=False) as new_folder:
+        write_files(new_folder, net.config, net.state_dict(), layout, config)
+        for file in TOKENIZER_FILES:
+            if (source / file).is_file():
+                shutil.copyfile(source / file, new_folder / file)
 
 
-@contextmanager
-def replaced(folder: Path) -> Iterator[Path]:
-    """A new folder to write to, which then takes the place of the old one."""
-    fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    try:
-        yield fresh
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise ValueError(f"{folder} can't be written ({error}): make room; what was there before still is") from None
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)                  # not before: after a kill right here it is the only one
-        os.replace(folder, old)
-    os.replace(fresh, folder)
-    shutil.rmtree(old, ignore_errors=True)
+def write_files(folder: Path, config: "GPTConfig | LlamaConfig", state: dict[str, Tensor],
+                layout: Layout | None, extra: dict) -> None:
+    """Write the tensors and config.json, with the keys `extra`."""
+    tensors = {}
+    for key, x in state.items():
+        if key != MASK:
+            x = x.T if is_transposed(config, key) else x
+            tensors[to_hf_name(config, key)] = x.contiguous()
+    files.write_tensors(folder / WEIGHTS, tensors)
 
-
-def write(folder: Path, config: GPTConfig | LlamaConfig, state: dict, layout: Layout | None, extra: dict) -> None:
-    """Tensors and config.json."""
-    mask = state.pop(MASK, None)
-    state = {to_hf_name(config, key): (x.T if transposed(config, key) else x).contiguous() for key, x in state.items()}
-    save_file(state, folder / WEIGHTS, {"format": "pt"})
-    own = {"student": asdict(layout)} if layout else {}
-    if layout and mask is None:
-        own["mask_token_id"] = config.mask
-    elif layout:
-        save_file({MASK: mask}, folder / MASK_FILE, {"format": "pt"})
-        own["mask_file"] = MASK_FILE
-    (folder / "config.json").write_text(json.dumps({**extra, **to_hf_config(config), **own}, indent=1), encoding="utf-8")
-
-
-def to_hf_config(config: GPTConfig | LlamaConfig) -> dict:
-    """config.json as `transformers` reads it."""
-    names, fixed = (gpt.NAMES, gpt.FIXED) if config.family == "gpt2" else (llama.NAMES, llama.FIXED[config.family])
-    said = {"model_type": config.family, **{key: getattr(config, ours) for ours, key in names.items()},
-            **{key: values[0] for key, values in fixed.items()}}
-    if config.family == "gpt2":
-        return {"architectures": ["GPT2LMHeadModel"], **said}
-    return {"architectures": [f"{config.family.capitalize()}ForCausalLM"], **said, "rms_norm_eps": config.eps,
-            "tie_word_embeddings": config.tied, "rope_theta": config.theta}
+    own_keys = {}
+    if layout:
+        own_keys["student"] = asdict(layout)
+        if MASK in state:
+            files.write_tensors(folder / MASK_FILE, {MASK: state[MASK]})
+            own_keys["mask_file"] = MASK_FILE
+        else:
+            own_keys["mask_token_id"] = config.mask
+    content = json.dumps({**extra, **to_hf_config(config), **own_keys}, indent=1)
+    (folder / "config.json").write_text(content, encoding="utf-8")

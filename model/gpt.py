@@ -1,11 +1,15 @@
-"""GPT-2, with the attention mask as an argument, a [MASK] vector, and a KV cache that is written to, not returned.
+"""GPT-2 as in nanoGPT, with what a diffusion language model needs in addition:
 
-Differs from nanoGPT in these places only: `mask` (who may look at whom, model/masks.py), `position` (the two streams of
-a training pass share their positions), `read` and `head` (logits are made only where somebody looks at them), `cache`.
-Parameter names are GPT-2's.
+    mask       the attention mask is an argument (model/masks.py); the default is causal
+    position   positions are an argument too: in training, clean and noisy text have the same ones
+    [MASK]     has an embedding vector of its own and no logit, so it is never generated
+    read       logits are computed only at the positions that are read
+    cache      a KV cache with one slot per position, written by index
 
-Letters: B rows, T positions of this forward, C width, H heads, D = C / H, V vocabulary, S cache slots, N places read,
-G heads of keys and values: H here, fewer in model/llama.py.
+Parameter names are GPT-2's. model/llama.py has the same interface.
+
+Shapes: B rows, T positions of this forward pass, C width, H heads, D = C / H head size, V vocabulary,
+N positions read, S cache slots attended to, G key-value heads (here G = H; fewer in model/llama.py).
 """
 import math
 from collections.abc import Callable
@@ -18,25 +22,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# config.json: our sizes by its names, and what this network can't vary; where the file is silent, the first is meant
-NAMES = {"vocab": "vocab_size", "context": "n_positions", "layers": "n_layer", "heads": "n_head", "width": "n_embd"}
-FIXED = {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "layer_norm_epsilon": (1e-5,), "n_inner": (None,),
-         "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
-         "tie_word_embeddings": (True,)}
-
 
 @dataclass
 class GPTConfig:
-    vocab: int = 50257      # V, tokens; the id V itself is [MASK], which has a vector but no logit
-    context: int = 1024     # most positions
+    vocab: int = 50257      # V, tokens; id V is [MASK]
+    context: int = 1024     # maximum number of positions
     layers: int = 12
-    heads: int = 12
+    heads: int = 12         # H
     width: int = 768        # C
     family: str = "gpt2"
 
     def __post_init__(self):
         if self.width % self.heads:
-            raise ValueError(f"a width of {self.width} can't be shared by {self.heads} heads: make it a multiple")
+            raise ValueError(f"width={self.width}: must be a multiple of heads={self.heads}")
 
     @property
     def head_size(self) -> int:
@@ -44,62 +42,38 @@ class GPTConfig:
 
     @property
     def matrices(self) -> int:
-        """Weights of one block's matrices."""
+        """Number of weights in the matrices of one block."""
         return 12 * self.width ** 2
 
 
-def check_fixed(said: dict, fixed: dict) -> None:
-    """Names what this network can't do and config.json asks for."""
-    for key, values in fixed.items():
-        if said.get(key, values[0]) not in values:
-            raise ValueError(f"{key} is {said[key]!r} in its config.json: {values[0]!r} was wanted")
-
-
-def sizes(said: dict, names: dict) -> dict:
-    """The whole numbers of config.json by our names."""
-    for key in names.values():
-        if type(said.get(key)) is not int or said[key] < 1:
-            raise ValueError(f"{key} is {said.get(key)!r} in its config.json: a whole number was wanted")
-    return {ours: said[key] for ours, key in names.items()}
-
-
-def config_of(said: dict) -> GPTConfig:
-    """The sizes of a config.json, of which everything else must be as it is here."""
-    inner = said.get("n_inner")
-    check_fixed({**said, "n_inner": None if inner == 4 * said["n_embd"] else inner}, FIXED)
-    return GPTConfig(**sizes(said, NAMES))
-
-
 class Cache:
-    """A block's keys and values of finished text, one slot a position, allocated once. One slot more, the last, is a
-    dump for padding."""
+    """Keys and values of one block: a slot per position, and one more slot to write padding to."""
 
     def __init__(self, slots: int):
-        self.slots, self.kept, self.flat = slots, None, None
+        self.slots = slots      # also the index of the slot for padding
+        self.kv = None          # (B, slots + 1, 2, G, D), allocated by the first write
 
-    def place(self, at: Tensor) -> Tensor:
-        """(B * T,): the slots `at` (B, T) of all rows as one index."""
-        return (torch.arange(len(at), device=at.device)[:, None] * (self.slots + 1) + at).flatten()
+    def flat_index(self, slot: Tensor) -> Tensor:
+        """(B * T,) indices for `write`, which numbers the slots of all rows together. `slot` (B, T)."""
+        row = torch.arange(len(slot), device=slot.device)[:, None]
+        index = row * (self.slots + 1) + slot
+        return index.flatten()
 
-    def write(self, kv: Tensor, place: Tensor, upto: int) -> Tensor:
-        """Store keys and values (B, T, 2, G, D) at `place` (B * T,); those to attend to, (B, upto, 2, G, D)."""
-        if self.kept is None:                        # rows, heads and number format are those of the first that come
-            self.hold(kv.new_zeros(kv.size(0), self.slots + 1, *kv.shape[2:]))      # (B, S+1, 2, G, D)
-        self.flat.index_copy_(0, place, kv.flatten(0, 1))
-        return self.kept[:, :upto]
+    def write(self, kv: Tensor, index: Tensor, length: int) -> Tensor:
+        """Store keys and values (B, T, 2, G, D) at `index` (B * T,).
 
-    def keep(self, rows: Tensor) -> None:
-        """Forget all rows but these (a bool or index tensor)."""
-        if self.kept is not None:
-            self.hold(self.kept[rows])
+        Returns the keys and values in the first `length` slots of each row, (B, length, 2, G, D).
+        """
+        if self.kv is None:
+            self.kv = kv.new_zeros(kv.size(0), self.slots + 1, *kv.shape[2:])
+        all_slots = self.kv.view(-1, *kv.shape[2:])              # (B * (slots + 1), 2, G, D), the same memory
+        all_slots.index_copy_(0, index, kv.flatten(0, 1))
+        return self.kv[:, :length]
 
-    def hold(self, kept: Tensor) -> None:
-        self.kept, self.flat = kept, kept.flatten(0, 1)                                 # one memory, (B * (S+1), ...)
-
-
-def select(x: Tensor, read: Tensor | None) -> Tensor:
-    """(N, C): those of x (B, T, C) that somebody reads, or all as they are."""
-    return x if read is None else x.flatten(0, 1)[read]
+    def keep_rows(self, rows: Tensor) -> None:
+        """Drop all rows but these (a bool or index tensor)."""
+        if self.kv is not None:
+            self.kv = self.kv[rows]
 
 
 class Attention(nn.Module):
@@ -109,14 +83,21 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.width, 3 * config.width)
         self.c_proj = nn.Linear(config.width, config.width)
 
-    def forward(self, x, mask, cache, at, read=None):
+    def forward(self, x, mask, cache, cache_index, read=None):
         B, T, C = x.shape
-        q, kv = self.c_attn(x).view(B, T, 3, self.heads, C // self.heads).split((1, 2), 2)    # (B, T, 1 and 2, H, D)
-        if cache is not None:
-            kv = cache.write(kv, at, mask.size(-1))                                     # (B, S, 2, H, D)
-        q, (k, v) = q[:, :, 0].transpose(1, 2), kv.transpose(1, 3).unbind(2)            # (B, H, T or S, D)
+        qkv = self.c_attn(x).view(B, T, 3, self.heads, C // self.heads)
+        q, kv = qkv.split([1, 2], dim=2)                         # (B, T, 1, H, D), (B, T, 2, H, D)
+        if cache is not None:  # it stores keys and values in one tensor
+            kv = cache.write(kv, cache_index, mask.size(-1))     # (B, S, 2, H, D)
+        k, v = kv.unbind(2)
+        q = q.squeeze(2).transpose(1, 2)                         # (B, H, T, D)
+        k = k.transpose(1, 2)                                    # (B, H, T or S, D)
+        v = v.transpose(1, 2)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.c_proj(select(y.transpose(1, 2).reshape(B, T, C), read))
+        y = y.transpose(1, 2).reshape(B, T, C)
+        if read is not None:
+            y = y.flatten(0, 1)[read]                            # (N, C)
+        return self.c_proj(y)
 
 
 class MLP(nn.Module):
@@ -126,78 +107,89 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.width, config.width)
 
     def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        x = self.c_fc(x)
+        x = F.gelu(x, approximate="tanh")
+        return self.c_proj(x)
 
 
 class Block(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.ln_1, self.attn = nn.LayerNorm(config.width), Attention(config)
-        self.ln_2, self.mlp = nn.LayerNorm(config.width), MLP(config)
+        self.ln_1 = nn.LayerNorm(config.width)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.width)
+        self.mlp = MLP(config)
 
-    def forward(self, x, mask, cache, at):
-        x = x + self.attn(self.ln_1(x), mask, cache, at)
+    def forward(self, x, mask, cache, cache_index):
+        x = x + self.attn(self.ln_1(x), mask, cache, cache_index)
         return x + self.mlp(self.ln_2(x))
 
 
 class LastBlock(Block):
-    """Of the positions that nobody reads it needs no more than their keys and values."""
+    """Computes its output only at the positions that are read. All positions serve as keys and values."""
 
-    def forward(self, x, mask, cache, at, read):
-        x = select(x, read) + self.attn(self.ln_1(x), mask, cache, at, read)
+    def forward(self, x, mask, cache, cache_index, read):
+        residual = x
+        if read is not None:
+            residual = x.flatten(0, 1)[read]                     # (N, C)
+        x = residual + self.attn(self.ln_1(x), mask, cache, cache_index, read)
         return x + self.mlp(self.ln_2(x))
-
-
-def checkpointed(net: nn.Module, wanted: bool = True) -> nn.Module:
-    """The network; if wanted, its blocks keep only what they are given, and are run once more in the backward pass: the
-    same gradients with less memory, for one forward pass more. Passes without gradients are what they were."""
-    for block in net.h if wanted else ():
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)  # no dropout
-    return net
 
 
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab, config.width)
+        self.wte = nn.Embedding(config.vocab, config.width)      # also the output layer
         self.wpe = nn.Embedding(config.context, config.width)
-        self.h = nn.ModuleList([*(Block(config) for _ in range(config.layers - 1)), LastBlock(config)])
+        first_blocks = [Block(config) for _ in range(config.layers - 1)]
+        self.h = nn.ModuleList([*first_blocks, LastBlock(config)])
         self.ln_f = nn.LayerNorm(config.width)
-        self.mask_vector = nn.Parameter(torch.zeros(config.width))                      # (C,) what stands under [MASK]
+        self.mask_vector = nn.Parameter(torch.zeros(config.width))  # (C,) the embedding of [MASK]
 
     @property
     def mask_id(self) -> int:
         return self.config.vocab
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None, position: Tensor | None = None,
-                read: Tensor | None = None, cache: list[Cache] | None = None, at: Tensor | None = None,
-                head: Callable = F.linear) -> Tensor:
-        """(N, V) logits at the places `read`, flat indices into the (B, T) of `tokens`; without `read` at all B * T.
+                read: Tensor | None = None, cache: list[Cache] | None = None,
+                cache_index: Tensor | None = None, head: Callable = F.linear) -> Tensor:
+        """(N, V) logits of the positions `read`, or (B * T, V) logits of all positions.
 
-        `mask`: bool, broadcast to (B, 1, T, T), or (B, 1, T, S) with a cache; none is causal. `position`: (T,), (B, T).
-        With `cache`, one a block, keys and values go to its places `at` (B * T,); its first S slots are attended to.
-        Another `head` makes something else of the hidden states (N, C) and the table (V, C): model/targets.py.
+        tokens       (B, T) token ids
+        mask         bool, broadcast to (B, 1, T, T), with a cache to (B, 1, T, S); None: causal
+        position     (T,) or (B, T) positions of the tokens; None: 0 .. T - 1
+        read         (N,) indices into B * T; None: all
+        cache        one per block; attention is over its first S slots
+        cache_index  (B * T,) where keys and values are written, from Cache.flat_index
+        head         what is computed from the hidden states (N, C) and the table (V, C)
         """
         if position is None:
             position = torch.arange(tokens.size(1), device=tokens.device)
-        x, caches = self.embed(tokens) + self.wpe(position), cache or [None] * len(self.h)      # (B, T, C)
-        for block, its_cache in zip(self.h[:-1], caches):
-            x = block(x, mask, its_cache, at)
-        x = self.h[-1](x, mask, caches[-1], at, read)                                   # (N, C)
-        return head(self.ln_f(x.reshape(-1, x.size(-1))), self.wte.weight)              # (N, V)
+        if cache is None:
+            cache = [None] * len(self.h)
+        x = self.embed(tokens) + self.wpe(position)              # (B, T, C)
+        for block, block_cache in zip(self.h[:-1], cache):
+            x = block(x, mask, block_cache, cache_index)
+        x = self.h[-1](x, mask, cache[-1], cache_index, read)    # (B, T, C) or (N, C)
+        x = x.reshape(-1, x.size(-1))                            # (N, C)
+        return head(self.ln_f(x), self.wte.weight)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """(B, T, C): a token's row of the table, or the [MASK] vector."""
-        masked = tokens == self.mask_id
-        return torch.where(masked[..., None], self.mask_vector, self.wte(tokens.masked_fill(masked, 0)))
+        """(B, T, C): the row of a token in the table, or the [MASK] vector."""
+        is_mask = tokens == self.mask_id
+        table_row = tokens.masked_fill(is_mask, 0)  # the table has no row for [MASK]
+        return torch.where(is_mask[..., None], self.mask_vector, self.wte(table_row))
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> "GPT":
-        """GPT-2's: normal of 0.02, less for what is added to the residual stream; biases 0, norms 1."""
+        """GPT-2's initialization: normal with standard deviation 0.02, less for projections onto the residual
+        stream; biases are 0, norms 1.
+        """
+        residual_scale = 1 / math.sqrt(2 * self.config.layers)
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                scale = 1 / math.sqrt(2 * self.config.layers) if name.endswith("c_proj.weight") else 1.0
+                scale = residual_scale if name.endswith("c_proj.weight") else 1.0
                 p.normal_(0, 0.02 * scale, generator=generator)
             elif name.endswith("bias"):
                 p.zero_()
@@ -205,6 +197,19 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_mask(self) -> "GPT":
-        """[MASK] begins as the mean embedding: a token that says nothing in particular."""
-        self.mask_vector.copy_(self.wte.weight.mean(0))
+        """Set the [MASK] vector to the mean embedding."""
+        mean_embedding = self.wte.weight.mean(0)
+        self.mask_vector.copy_(mean_embedding)
         return self
+
+
+def checkpointed(net: nn.Module, enabled: bool = True) -> nn.Module:
+    """The network itself. If `enabled`, its blocks recompute their activations in the backward pass.
+
+    That takes less memory and one more forward pass. Gradients are the same.
+    """
+    if enabled:
+        for block in net.h:
+            # `forward` is replaced, not the block: parameter names stay, and the hooks of FSDP stay outside
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    return net

@@ -16,6 +16,7 @@ from data import story_world
 from data.tinystories import Corpus, stories
 from model.masks import Layout
 from report import curves, generate, metrics, trace
+from training.log import to_json
 
 SAMPLE_TOKENS = 32      # tokens generated after --sample_prompt
 LONG_BLOCK = 32         # tokens; the likelihood takes one pass per token of a block, so longer blocks ...
@@ -90,8 +91,8 @@ class Evaluator:
         write_json(out / "summary.json", self.metrics)
         curves.draw(out / "log.jsonl", out / "curves.png")
         trace.picture(self.traces["after"], out / "states.png")
-        names = sorted(path.name + "/" * path.is_dir() for path in out.iterdir())
-        print(f"\nleft in {out}: " + " ".join(names))
+        names = [path.name + "/" * path.is_dir() for path in out.iterdir() if path.suffix != ".lock"]
+        print(f"\nleft in {out}: " + " ".join(sorted(names)))
 
     def footnote(self, cost: dict[str, float]) -> str:
         """How the speed was measured, and what distillation took."""
@@ -174,5 +175,5 @@ def distillation_cost(log: Path) -> dict[str, float]:
 
 def write_json(path: Path, value) -> None:
     """Write a JSON file, whole or not at all; its folder is made if needed."""
-    text = json.dumps(value, indent=1)
+    text = to_json(value, indent=1)
     trace.write_atomically(path, lambda unfinished: unfinished.write_text(text))

@@ -44,7 +44,7 @@ def series(records: list[dict], name: str, **where) -> tuple[list[int], list[flo
     points = {}
     for record in records:
         matches = all(record.get(key) == value for key, value in where.items())
-        if matches and name in record and "tokens" in record:
+        if matches and record.get(name) is not None and "tokens" in record:     # None: was not finite
             points[record["tokens"]] = record[name]
     tokens = sorted(points)
     return tokens, [points[count] for count in tokens]

@@ -34,13 +34,22 @@ def held_out(stream: np.ndarray, starts: np.ndarray, count: int, length: int) ->
     """The first `count` stories of a token stream, each from its end-of-text to the next, as ids.
 
     `starts` holds the positions of the end-of-text tokens that begin a story. Longer stories are cut to
-    `length` ids.
+    `length` ids. If there are fewer than `count` stories, the windows that follow in the long ones are added,
+    up to `count` in all. The first token of such a window is the last one of the window before it: a first
+    token is context and is not scored, so each token is scored once.
     """
-    begins = starts[:count]
     ends = [*starts[1:count + 1], len(stream) - 1]
-    stories = []
-    for begin, end in zip(begins, ends):
+    first = []              # (begin, stop) of the first window of each story
+    following = []          # the same of all other windows
+    for begin, end in zip(starts[:count], ends):
         stop = min(end + 1, begin + length)
+        first.append((begin, stop))
+        while stop <= end and len(following) < count:
+            begin = stop - 1
+            stop = min(end + 1, begin + length)
+            following.append((begin, stop))
+    stories = []
+    for begin, stop in (first + following)[:count]:
         ids = stream[begin:stop].astype(np.int64)
         stories.append(torch.from_numpy(ids))
     return stories
@@ -98,10 +107,16 @@ def story_nats(net, stories: list[Tensor], layout: Layout, eot: int, batch: int 
 
 
 def likelihood(net, stories: list[Tensor], layout: Layout, tokenizer) -> dict:
-    """val_nats and bits_per_byte. An end-of-text counts as a token of the story, but has no bytes."""
+    """val_nats and bits_per_byte. An end-of-text counts as a token of the story, but has no bytes.
+
+    The first token of a story is not scored, nor are its bytes counted.
+    """
     total_nats = story_nats(net, stories, layout, tokenizer.eot).sum().item()
     total_tokens = sum(len(story) - 1 for story in stories)
-    total_bytes = sum(len(tokenizer.decode(story.tolist()).encode()) for story in stories)
+    total_bytes = 0
+    for story in stories:
+        total_bytes += len(tokenizer.decode(story.tolist()).encode())
+        total_bytes -= len(tokenizer.decode(story[:1].tolist()).encode())
     return {
         "val_nats": total_nats / total_tokens,
         "bits_per_byte": total_nats / math.log(2) / total_bytes,

@@ -355,9 +355,10 @@ def save(fig, path) -> None:
 def write_atomically(path, write: Callable[[Path], object]) -> None:
     """Make a file, whole or not at all: `write(unfinished)` writes another file, which is then renamed.
 
-    The folder is made if needed. OSError if the file cannot be written.
+    The folder is made if needed. If `path` is a symbolic link, its target is written. OSError if the file
+    cannot be written.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:

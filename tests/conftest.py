@@ -1,4 +1,4 @@
-"""One thread: the tests are small, and on few cores threads that wait for each other take longer than one does."""
+"""Fixtures. One thread: the tests are small, and on few cores several threads only wait for each other."""
 import shutil
 import struct
 from pathlib import Path
@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from model.gpt import GPT, GPTConfig
 
 torch.set_num_threads(1)
-settings.register_profile("same", deadline=None, derandomize=True, database=None)   # the same examples at each run
+# The same examples at each run.
+settings.register_profile("same", deadline=None, derandomize=True, database=None)
 settings.load_profile("same")
 
 
@@ -29,7 +30,7 @@ def tiny():
 
 
 def sentence_pieces(path: Path) -> Tokenizer:
-    """The tokenizer in a file of llama2.c: int32 longest, then of each token float32 score, int32 length, bytes.
+    """The tokenizer in a file of llama2.c: int32 longest; then per token float32 score, int32 length, bytes.
 
     A merge makes the token of the best score, and scores fall with the ids.
     """
@@ -38,14 +39,15 @@ def sentence_pieces(path: Path) -> Tokenizer:
         _, length = struct.unpack_from("<fi", data, at)
         pieces.append(data[at + 8:at + 8 + length].decode().replace(" ", "\u2581"))
         at += 8 + length
-    del pieces[3:6]                                                         # the same three, written for a terminal
+    del pieces[3:6]                                                   # the same three, written for a terminal
     vocab = {piece: i for i, piece in enumerate(pieces)}
     merges = [(piece[:k], piece[k:]) for piece in pieces[259:] for k in range(1, len(piece))
               if piece[:k] in vocab and piece[k:] in vocab]
     tok = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tok.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    tok.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
-                                     decoders.Strip(" ", 1, 0)])
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+             decoders.Strip(" ", 1, 0)]
+    tok.decoder = decoders.Sequence(steps)
     tok.add_special_tokens(["<unk>", "<s>", "</s>"])
     return tok
 

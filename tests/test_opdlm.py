@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import opdlm
 from decoding import reveal
 from decoding.denoiser import Denoiser
-from decoding.sampling import inverse_cdf
+from decoding.sampling import SamplingConfig, inverse_cdf
 from model import masks
 from model.masks import AR, Layout
 
@@ -401,7 +401,7 @@ def test_noisy_logits_do_not_see_clean_tokens_of_their_block_or_later(tiny, layo
 
 
 def test_loss_weights_by_hand():
-    """A row with blocks of 4 and 2 positions, of which the last is not in the response; a row without masks."""
+    """A row of 4 + 2 positions, the last of them not in the response; and a row without masks."""
     masked = torch.tensor([[False, True, True, True, True, True], [False] * 6])
     response_mask = torch.tensor([[True] * 5 + [False], [True] * 6])
     mean, first, inverse_t = (weight(masked, response_mask, 4) for weight in opdlm.WEIGHTS.values())
@@ -525,6 +525,29 @@ def test_several_updates_per_rollout_take_their_rows_in_turn(tiny):
     shared, *_ = train(tiny, 4, make_recipe(updates_per_rollout=4, max_prompt=1), lr=0.0)
     separate, *_ = train(tiny, 4, make_recipe(updates_per_rollout=1, max_prompt=1), lr=0.0)
     assert [r["kl"] for r in shared] == pytest.approx([r["kl"] for r in separate], rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", [Layout(4, 1, 1), Layout(4, 4, 0)], ids=str)
+def test_a_rollout_at_temperature_0_is_the_greedy_text_of_the_sampler(tiny, layout):
+    """Token for token, whatever the random numbers are; the teacher's text alike."""
+    student = tiny(seed=1)
+    teacher = tiny(seed=2)
+    greedy = SamplingConfig(temperature=0)
+    recipe = make_recipe(layout=layout, sampling=greedy)
+    texts = training_texts(range(4))
+    u = opdlm.uniforms(0, opdlm.ROLLOUT, range(4), (3 + RESPONSE, 1))
+    other_u = torch.full_like(u, 0.5)
+    sources = (
+        (opdlm.student_text, Denoiser(student, layout), recipe.rule),
+        (opdlm.teacher_text, Denoiser(teacher, AR), reveal.parse("static:1")),
+    )
+    for source, denoiser, rule in sources:
+        text = source(student, teacher, texts, 3, RESPONSE, u, recipe)
+        sampled = opdlm.rollout(denoiser, texts[:, :3], RESPONSE, rule, other_u, EOT, greedy)
+        assert torch.equal(text.tokens, sampled.tokens)
+        assert torch.equal(text.order, sampled.order)
+        warm = source(student, teacher, texts, 3, RESPONSE, u, replace(recipe, sampling=SamplingConfig()))
+        assert not torch.equal(text.tokens, warm.tokens)
 
 
 def test_steps_continue_where_they_stopped(tiny):

@@ -1,8 +1,10 @@
 """The whole command, as small as it can be, and what must survive it."""
 
+import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -19,11 +21,13 @@ import train_tiny
 from data import corpus, tokenizer
 from data.corpus import story_world_corpus, windows
 from data.tinystories import NoNetwork, stories
+from decoding.sampling import SamplingConfig
 from model import checkpoint
-from model.masks import AR
+from model.masks import AR, Layout
 from report import compare, metrics, trace
 from tests.model import test_llama
-from training import cli
+from training import cli, resume
+from training.chunked_kl import chunked_kl
 from training.log import Log
 
 ROOT = Path(__file__).parents[1]
@@ -80,7 +84,8 @@ def test_end_to_end(capsys):
     }
     numbers = json.loads(Path("run/summary.json").read_text())
     for name in ("ar", "before", "after"):
-        assert set(compare.TABLE_METRICS) <= set(numbers[name]) and all(map(math.isfinite, numbers[name].values()))
+        assert set(compare.TABLE_METRICS) <= set(numbers[name])
+        assert all(map(math.isfinite, numbers[name].values()))
         assert f"{numbers[name]['val_nats']:.3f}" in said and f"\n{name}: " in said
     assert numbers["ar"]["tok_per_fwd"] == 1.0
     header = json.loads(Path("run/log.jsonl").read_text().splitlines()[0])
@@ -252,7 +257,7 @@ def test_text_and_export_of_a_run(capsys, tmp_path):
         ["--block=3", "--context=block"],
         ["--block=80"],
         ["--source=data", "--states=random", "--target=onehot", "--weight=1/t", "--align=paper"],
-        ["--source=teacher", "--states=prefix"],
+        ["--source=teacher", "--states=prefix", "--temperature=0.5"],
         ["--reveal=static:2", "--block=1"],
     ],
 )
@@ -273,6 +278,7 @@ def test_the_dials_reach_the_method(flags, monkeypatch):
     assert recipe.weight is opdlm.WEIGHTS[given.get("weight", "first")]
     assert recipe.updates_per_rollout == int(given.get("updates_per_rollout", 1))
     assert recipe.max_prompt == int(given.get("max_prompt", 16))
+    assert recipe.sampling == SamplingConfig(float(given.get("temperature", 1)), top_k=given.get("top_k"))
 
 
 def test_what_saves_memory_changes_no_loss():
@@ -293,9 +299,9 @@ def test_what_saves_memory_changes_no_loss():
         (["--block=-1"], "--block=-1 does not fit"),
         (["--states=visited", "--source=data"], "needs source=student"),
         (["--reveal=best"], "no reveal rule 'best'"),
-        (["--init=nowhere"], "nowhere is no checkpoint"),
+        (["--init=nowhere"], "nowhere is not a checkpoint"),
         (["--init=run/opdlm"], "is a student already (block 4)"),
-        (["--init=run"], "of a run its ar or opdlm"),
+        (["--init=run"], "of a run: ar or opdlm"),
         (["--init=other"], "run/ar is not the AR model of --init=other"),
         (["--init=bare"], "tokenizer.json: without one ids are no text"),
         (["--init=run/ar", "--length=97"], "--length=97 is more than the 96 positions of --init=run/ar"),
@@ -305,23 +311,276 @@ def test_what_saves_memory_changes_no_loss():
         (["--width=33"], "--width"),
         (["--out=occupied/run"], "cannot be written"),
         (["--resume", "--out=empty"], "nothing to resume"),
-        (["--batch=0"], "--batch=0: must be at least 1"),
-        (["--kl=top"], "--kl=top is not known"),
+        (["--batch=0"], "--batch=0: expected an integer from 1 to 1000000"),
+        (["--width=0"], "--width=0: expected an integer from 64 to 64000"),
+        (["--width=-64"], "--width=-64: expected an integer from 64 to 64000"),
+        (["--layers=1000000000"], "--layers=1000000000: expected an integer from 1 to 1000"),
+        (["--vocab=1"], "--vocab=1: expected an integer from 257 to"),
+        (["--pretrain_batch=0"], "--pretrain_batch=0: expected an integer from 1 to"),
+        (["--pretrain_steps=-1"], "--pretrain_steps=-1: expected an integer from 0 to"),
+        (["--warm_steps=-3"], "--warm_steps=-3: expected an integer from 0 to"),
+        (["--distill_steps=99999999999999999999"], "expected an integer from 1 to 1000000000"),
+        (["--eval_every=0"], "--eval_every=0: expected an integer from 1 to"),
+        (["--grad_accum=-1"], "--grad_accum=-1: expected an integer from 1 to"),
+        (["--updates_per_rollout=0"], "--updates_per_rollout=0: expected an integer from 1 to"),
+        (["--length_ramp=-1"], "--length_ramp=-1: expected an integer from 0 to"),
+        (["--lr=-1"], "--lr=-1.0: expected a number above 0"),
+        (["--lr=0"], "--lr=0.0: expected a number above 0"),
+        (["--clean_weight=-1"], "--clean_weight=-1.0: expected a number of at least 0"),
+        (["--seed=-1"], "--seed=-1: expected an integer from 0 to 9223372036854775807"),
+        (["--seed=9223372036854775808"], "expected an integer from 0 to 9223372036854775807"),
+        (["--length=8", "--max_prompt=1"], "--length=8: expected an integer from 9 to"),
+        (["--length=2", "--max_prompt=1", "--block=1"], "--length=2: expected an integer from 9 to"),
+        (["--length=12", "--max_prompt=9"], "--block=4 does not fit after a prompt of up to 9 tokens"),
+        (["--resume", "--width=128"], "cannot resume the run in"),
+        (["--resume", "--optimizer=adamw"], "--optimizer was muon and is adamw"),
+        (["--resume", "--pretrain_steps=3", "--seed=1"],
+         "--pretrain_steps was 2 and is 3, --seed was 0 and is 1. Use what it was started with"),
+        (["--resume", "--init=other"], "run/ar is not the AR model of --init=other"),
+        (["--out=occupied"], "occupied cannot be written (File exists)"),
+        (["--out=mine"], "best has files but no config.json"),
+        (["--out=links"], "broken does not exist or cannot be written"),
+        (["--kl=top"], "--kl: expected plain, full or topk:K with K at least 1, got 'top'"),
         (["--teacher_dtype=int8"], "--teacher_dtype"),
     ],
 )
-def test_bad_input_is_one_sentence_and_costs_nothing(flags, said, capsys):
+def test_bad_input_is_one_sentence_and_costs_nothing(flags, said, capsys, finished_run):
     Path("occupied").write_text("a file")
-    assert train("--distill_steps=1", "--out=run") == 0
+    shutil.copytree(finished_run, "run")
     Path("bare").mkdir()
     shutil.copy("run/ar/config.json", "bare")
     shutil.copytree("run/ar", "other")
-    before, _ = contents("run"), capsys.readouterr()
+    Path("mine/best").mkdir(parents=True)
+    Path("mine/best/notes.txt").write_text("")
+    Path("links").mkdir()
+    Path("links/log.jsonl").symlink_to(Path("broken/log.jsonl").absolute())
+    before, _ = contents("."), capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         sys.exit(train("--distill_steps=1", "--out=run", *flags))
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and said in error and error.count("\n") == 1 and "Traceback" not in error
+    assert contents(".") == before and not Path("empty").exists()
+
+
+# resuming: what must be the same ----------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    """The folder of a run of one update."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_tiny, "open_corpus", lambda *_: story_world_corpus(stories=200, held_out=20))
+        patch.setattr(metrics, "matmul_rate", lambda _: 1.0)
+        patch.chdir(folder)
+        assert train("--distill_steps=1", "--out=run") == 0
+    return folder / "run"
+
+
+def refused_resume(capsys, *flags):
+    """The sentence with which --resume is refused; nothing is written."""
+    before, _ = contents("run"), capsys.readouterr()
+    assert train("--distill_steps=2", "--out=run", "--resume", *flags) == 2
     assert contents("run") == before
+    return capsys.readouterr().err
+
+
+def edit_progress(change):
+    """Changes what the state of run/ says of its progress."""
+    path = Path("run/state.safetensors")
+    tensors, progress = resume.read_state(path)
+    change(progress)
+    resume.write_state(path, tensors, json.dumps(progress))
+
+
+def test_resume_with_other_data_is_refused(capsys, monkeypatch, finished_run):
+    shutil.copytree(finished_run, "run")
+    worlds = {
+        "training text (--data)": story_world_corpus(stories=201, held_out=20),
+        "held-out text (--val_data)": story_world_corpus(stories=200, held_out=21),
+    }
+    for missing in (False, True):
+        if missing:
+            shutil.rmtree("run/ar")
+        for name, world in worlds.items():
+            monkeypatch.setattr(train_tiny, "open_corpus", lambda *_, world=world: world)
+            assert f"the {name} has changed" in refused_resume(capsys)
+    world = story_world_corpus(stories=200, held_out=20)
+    real = world.tokenizer.to_json()
+    monkeypatch.setattr(type(world.tokenizer), "to_json", lambda _: real + " ")
+    monkeypatch.setattr(train_tiny, "open_corpus", lambda *_: world)
+    assert "the tokenizer (--vocab, or that of --init) has changed" in refused_resume(capsys)
+
+
+def test_resume_never_trains_another_ar_model(capsys, finished_run):
+    shutil.copytree(finished_run, "run")
+    shutil.rmtree("run/ar")
+    message = refused_resume(capsys)
+    assert "cannot resume without run/ar, the AR model of the run: it does not exist" in message
+    assert train("--distill_steps=1", "--out=other", "--seed=1") == 0
+    shutil.copytree("other/ar", "run/ar")
+    assert "the AR model of the run: seed was 1 and is 0" in refused_resume(capsys)
+    shutil.copy(finished_run / "ar/config.json", "run/ar")       # with the weights of the other one
+    assert "the AR model (--init, or ar/ in --out) has changed" in refused_resume(capsys)
+
+
+def test_resume_with_another_checkpoint_is_refused(capsys, finished_run):
+    shutil.copytree(finished_run / "ar", "first")
+    shutil.copytree(finished_run / "ar", "copy")
+    assert train("--distill_steps=1", "--out=run", "--init=first") == 0
+    assert train("--distill_steps=1", "--out=other", "--seed=1") == 0
+    assert "the AR model (--init, or ar/ in --out) has changed" in refused_resume(capsys, "--init=other/ar")
+    assert train("--distill_steps=2", "--out=run", "--init=copy", "--resume", "--seed=3") == 0
+
+
+def test_an_older_state_can_be_resumed(capsys, finished_run):
+    """It has no fingerprints, and neither has the AR model; its flags are compared."""
+    shutil.copytree(finished_run, "run")
+
+    def make_old(progress):
+        for name in ("phase", "pretrain_step", "fingerprints"):
+            del progress[name]
+    edit_progress(make_old)
+    config = json.loads(Path("run/ar/config.json").read_text())
+    del config["trained"]["corpus"]
+    config["trained"]["rows"] = config["trained"].pop("pretrain_batch")
+    Path("run/ar/config.json").write_text(json.dumps(config))
+    assert "--layers was 1 and is 2" in refused_resume(capsys, "--layers=2")
+    assert train("--distill_steps=2", "--out=run", "--resume", "--lr=0.01", "--eval_every=1") == 0
+    said = capsys.readouterr().out
+    assert "resuming from step 1;" in said and "lr was 0.02 and is 0.01" in said
+
+
+# pretraining is saved too -----------------------------------------------------------------------------
+
+LONG = ("--pretrain_steps=7", "--distill_steps=1", "--eval_every=3")
+
+
+def stop_pretraining(monkeypatch, step, stop):
+    """Calls `stop` after this step of the pretraining."""
+    real = Log.step
+
+    def step_and_stop(self, record, *rest):
+        real(self, record, *rest)
+        if (record["phase"], record["step"]) == ("pretrain", step):
+            stop()
+    monkeypatch.setattr(Log, "step", step_and_stop)
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("stop, code, step, saved", [
+    (lambda: os.kill(os.getpid(), signal.SIGTERM), 143, 4, 4),
+    (lambda: os.kill(os.getpid(), signal.SIGTERM), 143, 7, 7),
+    (interrupt, 130, 5, 3),
+])
+def test_pretraining_is_saved_and_resumed_to_the_last_bit(stop, code, step, saved, monkeypatch, capfd):
+    assert train(*LONG, "--out=whole") == 0
+    with monkeypatch.context() as patch:
+        stop_pretraining(patch, step, stop)
+        assert train(*LONG, "--out=run") == code
+    assert not Path("run/ar").exists() and not Path("run/run.lock").exists()
+    assert "the run stops at its next save point" in capfd.readouterr().err or code == 130
+    assert "--pretrain_steps was 7 and is 8" in refused_resume(capfd, *LONG, "--pretrain_steps=8")
+    assert train(*LONG, "--out=run", "--resume") == 0
+    assert f"resuming from step {saved} of the AR pretraining; settings unchanged" in capfd.readouterr().out
+    for name in ("ar", "opdlm"):
+        assert contents(f"run/{name}") == contents(f"whole/{name}")
+    losses = {record["step"]: record["loss"] for record in steps("whole", "pretrain")}
+    records = steps("run", "pretrain")
+    assert [record["step"] for record in records] == [*range(1, step + 1), *range(saved + 1, 8)]
+    assert all(record["loss"] == losses[record["step"]] for record in records)
+
+
+def test_an_interrupted_evaluation_ends_at_once_and_costs_no_pretraining(monkeypatch, capsys):
+    """Ctrl-C between pretraining and the first saved student; SIGTERM after the last one."""
+    def stop(*_):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(compare.Evaluator, "evaluate", stop)
+        assert train("--distill_steps=1", "--out=run") == 130
+    before = contents("run/ar")
+    assert train("--distill_steps=1", "--out=run", "--resume") == 0
+    assert contents("run/ar") == before and len(steps("run", "pretrain")) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(compare.Evaluator, "publish", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        assert train("--distill_steps=1", "--out=run") == 143
+    assert Path("run/opdlm").is_dir() and not Path("run/run.lock").exists()
+
+
+# links, and the home folder ---------------------------------------------------------------------------
+
+def test_results_are_written_through_links_into_the_home_folder(monkeypatch, finished_run):
+    disk = Path("disk").absolute()
+    home = Path("home").absolute()
+    (disk / "best").mkdir(parents=True)
+    (home / "run").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    links = {name: disk / name for name in (*train_tiny.CHECKPOINTS, *train_tiny.FILES)}
+    for name, target in links.items():
+        (home / "run" / name).symlink_to(target)
+    shutil.copytree(finished_run / "ar", home / "teacher")
+    for flags in ([], ["--resume"]):
+        assert train("--distill_steps=1", "--out=~/run", *flags) == 0
+        assert all((home / "run" / name).is_symlink() for name in links)
+        assert {path.name for path in disk.iterdir()} >= set(links)
+        assert all((disk / name / "model.safetensors").exists() for name in train_tiny.CHECKPOINTS)
+    assert train("--distill_steps=1", "--out=~/other", "--init=~/teacher") == 0
+    assert (home / "other/opdlm").is_dir() and not Path("~").exists()
+
+
+def test_a_run_deletes_no_folders_of_the_user(finished_run):
+    shutil.copytree(finished_run, "run")
+    files = [Path("run", name, "text") for name in ("notes", "run.lock.old", "state.safetensors.new")]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text("")
+    assert train("--distill_steps=1", "--out=run") == 0
+    assert all(file.exists() for file in files)
+
+
+# updates without a masked token -----------------------------------------------------------------------
+
+def test_a_part_without_a_masked_token_counts_nothing(monkeypatch):
+    """The first update, a warm-up, has masks; the next two have none; of the last, one part of two has."""
+    real = opdlm.random_mask
+    calls = []
+
+    def mask_some(order, response_mask, u, block):
+        calls.append(0)
+        return real(order, response_mask, u, block) & (len(calls) == 6)
+    monkeypatch.setitem(opdlm.STATES, "random", mask_some)
+    flags = ("--preset=sdar", "--grad_accum=2", "--distill_steps=4", "--out=run")
+    assert train(*flags) == 0
+    text = Path("run/log.jsonl").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    records = steps("run", "distil")
+    assert [record["kl"] > 0 for record in records] == [True, False, False, True]
+    for record in records:
+        assert (record["loss_positions"] > 0) == (record["kl"] > 0)
+        assert all(math.isfinite(value) for value in record.values() if isinstance(value, float))
+
+
+@pytest.mark.parametrize("kl", [{}, chunked_kl("full", "teacher", 11), chunked_kl("topk:3", "teacher", 11)])
+def test_a_text_without_a_masked_token_or_a_response(kl, tiny):
+    net = tiny()
+    layout = Layout(4, 1, 1)
+    recipe = opdlm.Recipe(opdlm.data_text, lambda order, *_: order > 99, opdlm.teacher_probs,
+                          opdlm.mean_of_masked, layout, eot=10)
+    recipe = dataclasses.replace(recipe, **kl)
+    tokens = torch.randint(0, 10, (2, 14), generator=torch.Generator().manual_seed(0))
+    no_cost = torch.zeros(2, dtype=torch.long)
+    for num_response in (5, 0):
+        position = torch.arange(14).expand(2, 14)
+        response_mask = (position >= 3) & (position < 3 + num_response)
+        text = opdlm.Rollout(tokens, torch.full_like(tokens, -1), response_mask, no_cost, no_cost)
+        text = opdlm.take_rows(text, slice(0, 2), 3, 4)
+        optimizer = torch.optim.SGD(net.parameters(), 0.1)
+        u = torch.zeros(2, text.tokens.size(1), 2)
+        record = opdlm.train_step(net, net, text, 3, u, recipe, optimizer)
+        assert record["kl"] == record["text_nats"] == record["loss"] == record["masked"] == 0
+        assert record["tokens"] == 2 * num_response
 
 
 def test_ctrl_c_is_130(tmp_path):

@@ -155,10 +155,13 @@ def sum_gradients(params: list[Tensor]) -> None:
 
 
 def save_checkpoint(folder: Path, net, tokenizer, layout=None, **extra) -> None:
-    """checkpoint.save for a network that may be sharded. All processes must call; the first one writes."""
+    """checkpoint.save for a network that may be sharded. All processes must call; the first one writes.
+
+    If `folder` is a symbolic link, its target is replaced.
+    """
     state = full_state(net)
     if is_first():
-        checkpoint.save(folder, net, tokenizer, layout, state, **extra)
+        checkpoint.save(folder.resolve(), net, tokenizer, layout, state, **extra)
 
 
 # 3. rows and records ------------------------------------------------------------------------------
@@ -203,6 +206,6 @@ def merge_records(records: Iterator[dict], grad_accum: int) -> Iterator[dict]:
         for name in ("kl", "text_nats"):
             total = sum(part[name] * n for part, n in zip(parts, masked))
             merged[name] = total / max(sum(masked), 1)
-        merged["masked"] = sum(masked) / merged["tokens"]
+        merged["masked"] = sum(masked) / max(merged["tokens"], 1)
         merged["len"] = sum(part["len"] for part in parts) / len(parts)
         yield merged

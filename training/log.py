@@ -1,5 +1,6 @@
 """The log of a run: log.jsonl for programs, and one line per step for people."""
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -9,6 +10,24 @@ from tqdm import tqdm
 from training.dist import is_first
 
 BAR_FORMAT = "{desc} {n}/{total} |{bar:16}| {remaining} left{postfix}"
+
+
+def to_json(value, indent: int | None = None) -> str:
+    """JSON. Numbers that are not finite become null, since JSON has no others."""
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError:
+        return json.dumps(with_null(value), indent=indent, allow_nan=False)
+
+
+def with_null(value):
+    """The value, with None for each float in it that is not finite."""
+    if isinstance(value, dict):
+        return {name: with_null(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [with_null(part) for part in value]
+    is_number = not isinstance(value, float) or math.isfinite(value)
+    return value if is_number else None
 
 
 class Log:
@@ -27,7 +46,7 @@ class Log:
             self.write(header)
 
     def write(self, record: dict) -> None:
-        print(json.dumps(record), file=self.file, flush=True)
+        print(to_json(record), file=self.file, flush=True)
 
     def step(self, record: dict, total: int, line: str) -> None:
         """Write the record of a step and show `line`. `record` has its "phase" and its "step", 1 .. total."""

@@ -17,11 +17,14 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from decoding import reveal
 from decoding.reveal import largest
+from model import files
+from model.config_check import Expected, check_values
 from model.llama import rotate, rotations
 
 WEIGHTS = "policy.safetensors"
@@ -238,28 +241,57 @@ def save_policy(folder: str | Path, policy: Policy) -> None:
     """Write config.json and the weights to a folder; `load_policy` reads them."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / f"{WEIGHTS}.new"
-    save_file(policy.state_dict(), unfinished)
-    unfinished.replace(folder / WEIGHTS)
+    with files.replace_file(folder / WEIGHTS) as unfinished:
+        files.write_tensors(unfinished, policy.state_dict())
     config = {"model_type": "policy", **asdict(policy.config)}
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    with files.replace_file(folder / "config.json") as unfinished:
+        unfinished.write_text(json.dumps(config, indent=1))
 
 
+SIZES = {       # what config.json may say
+    "block": Expected(int, 1, 10 ** 4),
+    "width": Expected(int, 1, 10 ** 4),
+    "heads": Expected(int, 1, 10 ** 4),
+    "theta": Expected(float, 1e-3, 1e15),
+}
 RENAMED = {"sure.weight": "confidence.weight", "sure.bias": "confidence.bias"}  # in files of older policies
 
 
 def load_policy(folder: str | Path) -> Policy:
     """The policy of a folder, without gradients. ValueError if there is none."""
     try:
-        config = json.loads(Path(folder, "config.json").read_text())
+        config = files.read_json(Path(folder, "config.json"))
         config.pop("model_type", None)
-        policy = Policy(PolicyConfig(**config))
+        config = PolicyConfig(**config)
+        check_values(asdict(config), SIZES)
+        files.refuse_lfs_pointer(Path(folder, WEIGHTS))
         weights = load_file(Path(folder, WEIGHTS))
-        policy.load_state_dict({RENAMED.get(name, name): tensor for name, tensor in weights.items()})
-    except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{folder} is not an unmasking policy ({error}): train one with "
+        state = {RENAMED.get(name, name): tensor for name, tensor in weights.items()}
+        with torch.device("meta"):
+            policy = Policy(config)
+        check_state(policy, state)
+        policy.load_state_dict(state, assign=True)
+    except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError,
+            SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder} is not an unmasking policy ({reason}): train one with "
                          "python -m unmasking.train") from None
     return policy.requires_grad_(False)
+
+
+def check_state(policy: Policy, state: dict[str, Tensor]) -> None:
+    """ValueError for the first tensor that is missing, unexpected, of another shape or not float32."""
+    if policy.config.width % (2 * policy.config.heads):
+        raise ValueError(f"width={policy.config.width}: must be a multiple of 2 heads={policy.config.heads}")
+    expected = policy.state_dict()
+    for name in {**expected, **state}:
+        if name not in expected or name not in state:
+            where = "unexpected" if name in state else "missing"
+            raise ValueError(f"the tensor {name} is {where}")
+        shape = tuple(expected[name].shape)
+        x = state[name]
+        if tuple(x.shape) != shape or x.dtype != torch.float32:
+            raise ValueError(f"{name}: expected float32 of shape {shape}, got {x.dtype} {tuple(x.shape)}")
 
 
 reveal.register("policy", parse_rule)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import opdlm
 from data import story_world, tokenizer
-from data.corpus import Corpus, open_corpus, windows
+from data.corpus import Corpus, open_corpus
 from decoding import reveal
 from decoding.denoiser import Denoiser
 from decoding.sampling import SamplingConfig
@@ -114,7 +114,7 @@ def make_quality(corpus: Corpus, teacher, generate: Callable) -> Callable:
 def get_stories(corpus: Corpus, row_ids: range, length: int, seed: int, device) -> Tensor:
     """(B, length): the windows of training text that belong to these global row numbers."""
     u = opdlm.uniforms(seed, opdlm.DATA, row_ids, (1,))[:, 0]
-    tokens = windows(corpus.train, corpus.starts, u.numpy(), length)
+    tokens = corpus.windows(length)(u.numpy())
     return torch.from_numpy(tokens).to(device)
 
 

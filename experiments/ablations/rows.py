@@ -1,5 +1,4 @@
-"""The rows of the ablations: what is changed in a conversion, and with which samplers its text is
-compared."""
+"""The rows of the ablations: what is changed in a conversion, and how its text is sampled."""
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

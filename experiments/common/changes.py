@@ -45,15 +45,13 @@ def stories_first(share: float, recipe: opdlm.Recipe, rollouts: int) -> list[opd
 
 
 def every_state(recipe: opdlm.Recipe, rollouts: int) -> list[opdlm.Recipe]:
-    """All K states of a block: each text is in the batch K times, once per step, and is computed each
-    time."""
+    """All K states of a block: each text is in the batch K times, once per step."""
     source = repeat_texts(recipe.source)
     return [replace(recipe, source=source, states=each_step, batch=recipe.batch * recipe.layout.block)]
 
 
 def every_prefix(recipe: opdlm.Recipe, rollouts: int) -> list[opdlm.Recipe]:
-    """All K states that show a left part of each block. The batch keeps its number of rows: it has fewer
-    texts."""
+    """All K states that show a left part of each block. The batch keeps its rows, of fewer texts."""
     return [replace(recipe, source=repeat_texts(recipe.source), states=each_prefix)]
 
 

@@ -89,8 +89,7 @@ def update_mean(mean, net, step: int, power: int = 9) -> None:
 
 
 def update_flops(config, record: dict, recipe: opdlm.Recipe) -> float:
-    """FLOPs of one update: all positions of its rollout, the teacher where it is the target, both student
-    streams."""
+    """FLOPs of one update: its rollout, the teacher where it is the target, both student streams."""
     teacher_passes = int(recipe.target is not opdlm.one_hot)
     body = metrics.body_flops(config, record["len"] / 2)
     head = metrics.head_flops(config)
@@ -163,8 +162,7 @@ def prepare_teacher(job: Job) -> None:
 
 
 def convert_all(jobs: list[Job], workers: int = 2) -> list[dict]:
-    """The result of every job, in order, several at a time with a core each. Prints progress and the time
-    left."""
+    """The result of every job, in order, several at a time with a core each. Prints the time left."""
     results = {}
     began = time.perf_counter()
     fresh = [job for job in jobs if not job.file.exists()]

@@ -1,5 +1,4 @@
-"""A conversion that an experiment runs: flags of train_tiny.py, when the student is evaluated, and how it
-samples."""
+"""A conversion that an experiment runs: flags of train_tiny.py, and when and how it is evaluated."""
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path

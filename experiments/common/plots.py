@@ -42,17 +42,30 @@ def legend_below(figure, axes, columns: int = 4) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
 
 
+def plain_log_axis(axis) -> None:
+    """Ticks at 1, 2 and 5, written as 0.1 and 1, not as powers of ten."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
 def save_picture(plot: Callable, results: dict, path: Path) -> None:
-    """Draws plot(results, figure) and writes it as a PNG with at most 128 colours, which keeps it small."""
+    """Draws plot(results, figure) and writes it as a PNG."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from PIL import Image
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(10, 5.6), dpi=110, layout="constrained")
         plot(results, figure)
         buffer = io.BytesIO()
         figure.savefig(buffer)
         plt.close(figure)
+    write_small(buffer, path)
+
+
+def write_small(source, path: Path) -> None:
+    """Writes the picture in `source`, a file or its path, as a PNG with at most 128 colours."""
+    from PIL import Image
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.open(buffer).convert("RGB").quantize(128).save(path, optimize=True)
+    Image.open(source).convert("RGB").quantize(128).save(path, optimize=True)

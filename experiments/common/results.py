@@ -119,15 +119,14 @@ def output_folder(experiment: str, quick: bool) -> Path:
 
 
 def save_results(experiment: str, variant: str, results: dict, plot: Callable, quick: bool) -> None:
-    """Writes VARIANT.json and VARIANT.png; each appears whole or not at all."""
+    """Writes VARIANT.json, whole or not at all, and VARIANT.png."""
     folder = output_folder(experiment, quick)
     write_json(folder / f"{variant}.json", round_floats(results))
     save_picture(plot, results, folder / f"{variant}.png")
 
 
 def run_info(experiment: str, options) -> dict:
-    """What a results file begins with. To be called before the work: a commit may be made during it. No
-    paths."""
+    """What a results file begins with. Called before the work: a commit may follow. No paths."""
     flags = {}
     changed = [f"python -m experiments.{experiment}.run"]
     for field in fields(options):
@@ -223,8 +222,7 @@ def interpolate_at_cost(point: dict, metric: str, cost: float, samplers: tuple) 
 
 
 def gap_to_teacher(run: dict, metric: str, cost: float, samplers: tuple) -> Callable:
-    """gap(point): how much worse a point of the run is than its teacher: nats above it, or `valid` below
-    it."""
+    """gap(point): how much worse a point is than its teacher: nats above it, or `valid` below it."""
     sign = -1 if metric == "valid" else 1
     teacher = run["teacher"][metric]
 

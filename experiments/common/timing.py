@@ -49,7 +49,8 @@ def seconds_per_token(generators: dict[str, generate.TextGenerator], teacher, he
     length = teacher.config.context
 
     def by_generator(generator):
-        texts, seconds = generate.generate_texts(generator, held, eot, length, seed, batch=1, min_prompt=least)
+        texts, seconds = generate.generate_texts(generator, held, eot, length, seed, batch=1,
+                                                 min_prompt=least)
         return seconds / sum(int(text.response_mask.sum()) for text, _ in texts)
 
     def by_ar_loop():

@@ -126,8 +126,7 @@ def points_table(results: dict) -> str:
 
 
 def plot(results: dict, figure) -> None:
-    """`valid` against tokens per forward pass and against speed: one panel per block size, one line per
-    rule."""
+    """`valid` against tokens per forward pass and against speed: a panel per block, a line per rule."""
     blocks = by_block(results)
     figure.set_size_inches(5 * max(len(blocks), 2), 9.5)
     axes_of = {         # label, and the range that is shown: beyond it no story is valid

@@ -8,13 +8,13 @@ VARIANT_states.png; VARIANT is story_world or, with --data, tinystories. A seed 
 out/VARIANT-SEED is not run again.
 """
 import json
-import shutil
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from experiments.common.plots import write_small
 from experiments.common.results import EXPERIMENTS, output_folder, run_info, variant_of
 from experiments.main_run.tables import table
 from report.compare import write_json
@@ -48,8 +48,7 @@ def command(options: Options, seed: int) -> list[str]:
 
 
 def run(options: Options, seed: int) -> dict:
-    """A run's summary, the header of its log, its seconds, and the share of the machine's speed that it
-    used."""
+    """A run's summary, the header of its log, its seconds, and its share of the machine's speed."""
     folder = run_folder(options, seed)
     if not (folder / "summary.json").exists():
         began = time.perf_counter()
@@ -96,8 +95,8 @@ def main(argv: list[str]) -> None:
     results["runs"] = [run(options, seed) for seed in range(options.seeds)]
     folder = output_folder("main_run", quick=False)
     write_json(folder / f"{variant}.json", results)
-    shutil.copy(run_folder(options, 0) / "curves.png", folder / f"{variant}.png")
-    shutil.copy(run_folder(options, 0) / "states.png", folder / f"{variant}_states.png")
+    write_small(run_folder(options, 0) / "curves.png", folder / f"{variant}.png")
+    write_small(run_folder(options, 0) / "states.png", folder / f"{variant}_states.png")
     print(table(results))
 
 

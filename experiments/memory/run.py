@@ -68,8 +68,7 @@ def read_without_head(teacher, tokens, rows, position):
 
 
 def steps_of(config: GPTConfig) -> dict[tuple[str, bool], Callable]:
-    """One training step per kind, without and with checkpointing, on the same text. Each returns its
-    record."""
+    """One training step per kind, without and with checkpointing, on one text. Returns its record."""
     teacher = GPT(config).init_weights(torch.Generator().manual_seed(0)).requires_grad_(False)
     student = GPT(config).init_weights(torch.Generator().manual_seed(1))
     T = config.context

@@ -42,7 +42,10 @@ def plot(results: dict, figure) -> None:
     """The peaks: what the step needs without head and KL, and what these add."""
     axes = figure.subplots()
     rows = results["rows"][::-1]
-    labels = [f"--kl={row['kl']}" + ", checkpointing" * row["checkpointing"] for row in rows]
+    labels = []
+    for row in rows:
+        kind = "no head, no KL" if row["kl"] == "none" else f"--kl={row['kl']}"
+        labels.append(kind + ", checkpointing" * row["checkpointing"])
     without = [rows_by_kind(results)["none", row["checkpointing"]]["peak"] / MB for row in rows]
     with_head = [added(results, row["kl"], row["checkpointing"]) / MB for row in rows]
     axes.barh(labels, without, color=COLORS[5], label="the step without head and KL")

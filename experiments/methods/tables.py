@@ -3,7 +3,7 @@ import statistics
 from collections.abc import Callable
 
 from experiments.common import page as md
-from experiments.common.plots import series_style
+from experiments.common.plots import plain_log_axis, series_style
 from experiments.common.results import (
     gap_to_teacher,
     interpolate_at_cost,
@@ -47,8 +47,7 @@ def rate_of(run: dict) -> float:
 
 
 def best_rates(runs: list[dict], cost: float) -> dict[str, float]:
-    """By row the learning rate that comes within 0.1 nats first, seed 0; if none does, the one that ends
-    nearest."""
+    """By row the rate that comes within 0.1 nats first, seed 0; if none does, the one that ends nearest."""
     def score(run):
         gap = gap_of(run, "gen_nats", cost)
         tokens, reached = spent_to_reach(run["points"], gap, 0.1)
@@ -135,8 +134,7 @@ def end_gaps(runs: list[dict], cost: float = 1) -> list[float]:
 
 
 def ratio(results: dict, ours: str, theirs: str, metric: str, bound: float, cost: float) -> str:
-    """How many times the tokens of the row `ours` the row `theirs` needs to come within the bound, by
-    seed."""
+    """By seed, tokens of the row `theirs` until it is within the bound, over those of the row `ours`."""
     rows = rows_of(results, cost)
     return ratio_cell(spent(rows[ours], metric, bound, cost), spent(rows[theirs], metric, bound, cost))
 
@@ -152,12 +150,13 @@ def plot(results: dict, figure) -> None:
         title = f"align={align}" + " (half the updates)" * (align == "paper")
         for axes, (axis, label) in zip(line, AXES.items()):
             for name, runs in rows.items():
-                method = name.partition(",")[0] if "published" not in name else name
+                method = f"{name} (align=paper)" if "published" in name else name.partition(",")[0]
                 if not name.endswith(align) and not (align == aligns[-1] and "published" in name):
                     continue
                 style = styles.setdefault(method, series_style(len(styles)))
                 plot_runs(axes, runs, axis, method, style)
             axes.set(xscale="log", yscale="log", xlabel=label, title=title)
+            plain_log_axis(axes.yaxis)
         line[0].set_ylabel("nats per token above\nthe teacher's")
     figure.suptitle(
         "Generated text at 1.5 tokens per forward pass: distance to the teacher while the student learns"

@@ -5,8 +5,8 @@
     python -m experiments.scheduling.run --data=FILE.txt --val_data=FILE.txt --length=64 --updates=4000 \
         --lr=0.005 --samples=128
 
-Measures what the light model costs at each masked share (decoding/scheduling.py), derives schedules from that,
-and evaluates what they generate with an AR model that is larger and has read other stories. Writes
+Measures what the light model costs at each masked share (decoding/scheduling.py), derives schedules from
+that, and evaluates what they generate with an AR model that is larger and has read other stories. Writes
 experiments/scheduling/results/VARIANT.json and .png, VARIANT being story_world or, with --data, tinystories;
 and importance.json beside the light model, which --schedule=auto reads. Finished work is in out/ and is not
 done again.

@@ -82,8 +82,7 @@ def lost_cell(seeds: list[dict], name: str) -> str:
 
 
 def work(evaluation: dict) -> float:
-    """Positions times transformer blocks, of both models. A forward pass that could change nothing is not
-    made."""
+    """Positions times transformer blocks, of the forward passes that both models made."""
     return sum(LAYERS[letter] * done["positions"] for letter, done in evaluation["work"].items())
 
 

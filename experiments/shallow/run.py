@@ -124,8 +124,7 @@ def evaluate_one(
 
 
 def speeds(options: Options, block: int, seed: int) -> dict[str, list[float]]:
-    """Seconds per token of each schedule at the level of the table, 8 texts one at a time, one number per
-    turn."""
+    """Seconds per token of each schedule at the shown level, 8 texts one at a time, one number per turn."""
     nets, teacher, job = load_pair(block, seed, options)
     _, corpus = open_job(job)
     eot = corpus.tokenizer.eot

@@ -88,8 +88,7 @@ def row_of(name: str) -> str:
 
 
 def speeds(job: Job) -> dict[str, list[float]]:
-    """Seconds per token of 8 texts: verified by the student itself, by its teacher, and AR; one number per
-    turn."""
+    """Seconds per token of 8 texts, one number per turn: by itself, by the teacher, and AR."""
     net, layout = load_student(job)
     teacher = load_teacher(job)
     _, corpus = open_job(job)

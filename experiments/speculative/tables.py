@@ -55,8 +55,7 @@ def table(results: dict) -> str:
 
 
 def speed_table(results: dict) -> str:
-    """Markdown: one row per student that was timed; times as fast as AR with its cache, one text at a
-    time."""
+    """Markdown: one row per student; times as fast as AR with its cache, one text at a time."""
     rows = []
     for name in dict.fromkeys(run["name"] for run in results["speeds"]):
         ar = [
@@ -69,8 +68,7 @@ def speed_table(results: dict) -> str:
 
 
 def plot(results: dict, figure) -> None:
-    """Tokens per forward pass against the tokens learned from: one line per conversion, a band over its
-    seeds."""
+    """Tokens per forward pass against training tokens: one line per conversion, a band over its seeds."""
     titles = {
         "verifier=self": "verified by the student itself",
         "verifier=teacher": "verified by its teacher",

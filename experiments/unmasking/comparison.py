@@ -21,8 +21,7 @@ BLIND = ("mean", "shuffled")
 # 1. hulls and areas ---------------------------------------------------------------------------------------
 
 def hull(points: list[tuple]) -> list[tuple]:
-    """The points that no mixture of the others beats, fastest first: the upper left part of their convex
-    hull."""
+    """The points that no mixture of the others beats, fastest first: the upper left of their convex hull."""
     found = []
     for x, y in sorted(points, key=lambda point: (point[0], -point[1])):
         if found and y <= found[-1][1]:

@@ -113,7 +113,7 @@ def train_policy(
     """The folder of a policy, and its settings; trained first, if out/ does not have it. A killed run is
     resumed.
 
-    `begin` is the folder of another policy to go on from, and the phase of `until` that it has finished.
+    `begin` is the folder of another policy to continue from, and the phase of `until` that it has finished.
     """
     torch.set_num_threads(1)
     world = options.world
@@ -176,8 +176,7 @@ def train_phase(options, expert: str, seed: int, phase: int,
 
 
 def log_records(out: Path) -> list[list]:
-    """Of each update: its number, reward, quality, NFE, expected deviations, share of groups with equal
-    rewards."""
+    """Of each update: number, reward, quality, NFE, exploration, share of groups with equal rewards."""
     lines = (out / "policy.jsonl").read_text().splitlines()[1:]
     by_step = {}
     for line in lines:                           # a resumed run has some updates twice: the last one counts
@@ -250,8 +249,7 @@ def evaluate_policy(
 
 
 def reward_comparison(options, expert: str, reward: str) -> dict:
-    """The log of a policy that hardly imitates, so that most of its texts are wrong, where speed counts
-    much."""
+    """The log of a policy at alpha 3 that hardly imitated, so that most of its texts are wrong."""
     learning = {"alpha": 3, "reward": getattr(grpo, reward)}
     out, _ = train_policy(options, f"little, {reward}", expert, (3, 3, 123), 0, **learning)
     return {"reward": reward, "log": log_records(out)}

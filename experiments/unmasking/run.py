@@ -33,9 +33,7 @@ SHOWN_ALPHA = 1     # its policies are also evaluated with scaled rates, blind, 
 
 @dataclass
 class Options:
-    world: Literal["blocks", "whole"] = (
-        "blocks"  # blocks: a student with blocks of 8; whole: its block is the text
-    )
+    world: Literal["blocks", "whole"] = "blocks"  # students with blocks of 8, or with whole texts as blocks
     quick: bool = False  # a tiny student, two updates: does it run at all?
     seeds: int = 3  # policies of each alpha
     dev: int = 256  # stories that choices are made on

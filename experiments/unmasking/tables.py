@@ -184,7 +184,7 @@ def page(all_results: dict[str, dict]) -> str:
         md.paragraph(f"""
             A student whose block is the whole text, after 1,600 updates. {len(whole["heuristics"])}
             heuristics, in blocks of 8, 32 and 96 and in windows of 4 and 8. Policies begin as
-            {short(expert_of(whole))}, a careful rule, which goes on to generate one text of each group."""),
+            {short(expert_of(whole))}, a careful rule, which later also generates one text of each group."""),
         md.warning(
             [
                 "The settings of training were chosen after a failure that is described below, when some "
@@ -220,8 +220,7 @@ def mean_reward(results: dict, alpha: float) -> float:
 
 
 def reward_warning(results: dict) -> str:
-    """The gain in reward at alpha 1, against the rule that was chosen and the rule that the policy began
-    as."""
+    """The gain in reward at alpha 1, against the chosen rule and against the rule that it imitated."""
     gain = next(gain for gain in results["gains"] if gain["policy"] == "alpha 1")
     chosen = best_rule(results, 1)
     expert = expert_of(results)

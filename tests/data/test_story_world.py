@@ -1,6 +1,7 @@
-"""Laws of the story world: its checker is right about every change, and a good model of it must know whole stories.
+"""Invariants of the story world: its checker is right about every change, and a model has to know whole
+stories.
 
-What a change of one word must lead to is not asked of `check`: it follows from the slot that the writer had filled.
+What to expect of a change of one word is not taken from `check`, but from the slot that the writer filled.
 """
 import math
 import random
@@ -12,7 +13,7 @@ from data import story_world
 
 LAWS = {"name": {"name", "animal", "diver", "flyer", "digger"}, "pronoun": {"He", "he", "his", "him", "boy"},
         "object": {"colour", "object"}, "place": {"place"}, None: {"weather", "mood", "size", "treat"}}
-BROKEN_BY = {slot: law for law, slots in LAWS.items() for slot in slots}      # None: a free choice, any word will do
+BROKEN_BY = {slot: law for law, slots in LAWS.items() for slot in slots}    # None: any word is right
 
 
 def told(seed):
@@ -25,28 +26,36 @@ def text(words):
 
 
 def verdicts(change, seeds=150):
-    """Counter of (wanted, answer) over every position of some stories; change gives (law, new words) or None."""
-    rng, seen = random.Random(1), Counter()
+    """Counter of (expected, answer) over every position of some stories.
+
+    `change(word, slot, rng)` returns (the law that is broken then, the new words), or None for no change.
+    """
+    rng = random.Random(1)
+    seen = Counter()
     for seed in range(seeds):
         pairs = told(seed)
-        for place, (word, slot) in enumerate(pairs):
-            if changed := change(word, slot, rng):
-                words = [other for other, _ in pairs]
-                words[place:place + 1] = changed[1]
-                seen[changed[0], story_world.check(text(words))] += 1
+        for position, (word, slot) in enumerate(pairs):
+            changed = change(word, slot, rng)
+            if not changed:
+                continue
+            expected, new_words = changed
+            words = [other for other, _ in pairs]
+            words[position:position + 1] = new_words
+            seen[expected, story_world.check(text(words))] += 1
     return seen
 
 
 def share_right(seen):
     """Per law, the share of changes that were reported under that name."""
-    total, right = Counter(), Counter()
-    for (wanted, answer), count in seen.items():
-        total[wanted] += count
-        right[wanted] += count * (answer == wanted)
+    total = Counter()
+    right = Counter()
+    for (expected, answer), count in seen.items():
+        total[expected] += count
+        right[expected] += count * (answer == expected)
     return {law: right[law] / total[law] for law in total}
 
 
-# the checker ----------------------------------------------------------------------------------------------------------
+# the checker ------------------------------------------------------------------------------------------
 
 def test_every_story_is_accepted_and_repeats_with_its_seed():
     for seed in range(3000):
@@ -63,10 +72,13 @@ def test_a_word_of_the_same_class_breaks_the_law_of_its_slot_or_none():
     assert set(right) == set(LAWS) and min(right.values()) >= 0.99, right
 
 
-def test_a_word_of_another_class_a_missing_and_a_doubled_word_are_no_sentence():
+def test_a_word_of_another_class_a_missing_and_a_doubled_word_break_the_grammar():
     vocabulary = story_world.words()
+
     def other(word, slot, rng):
-        return "grammar", [rng.choice([w for w in vocabulary if w != word and w not in story_world.SLOTS.get(slot, ())])]
+        same_class = story_world.SLOTS.get(slot, ())
+        return "grammar", [rng.choice([w for w in vocabulary if w != word and w not in same_class])]
+
     for change in (other, lambda word, *_: ("grammar", []), lambda word, *_: ("grammar", [word, word])):
         right = share_right(verdicts(change))
         assert right["grammar"] >= 0.99, right
@@ -81,7 +93,7 @@ def test_sentences_moved_missing_or_doubled_break_the_plot():
         assert story_world.check("".join(lines[:3] + [lines[4], lines[3]] + lines[5:])[1:]) == "plot"
 
 
-def test_what_went_into_the_water_is_not_found_in_a_tree():
+def test_what_fell_into_the_water_is_not_found_in_a_tree():
     gone = {"diver": " But it slipped from {} hand into a deep pond.",
             "digger": " But it fell down a dark hole by the wall."}
     for seed in range(200):
@@ -104,9 +116,11 @@ def test_a_coin_is_not_woolly_even_if_the_story_says_so_twice():
 
 def test_any_string_has_an_answer():
     rng = random.Random(0)
-    for junk in ["", " ", ".", ". .", "\n", "\0", "{name} sat down.", "ß" * 999, "." * 9999, story_world.story(0) + " "]:
+    story = story_world.story(0)
+    no_stories = ["", " ", ".", ". .", "\n", "\0", "{name} sat down.", "ß" * 999, "." * 9999,
+                  story + " ", story[:-1] + "!", story[:-1]]
+    for junk in no_stories:
         assert story_world.check(junk) == "grammar"
-    assert story_world.check(story_world.story(0)[:-1] + "!") == story_world.check(story_world.story(0)[:-1]) == "grammar"
     for seed in range(300):
         story = list(story_world.story(seed))
         story[rng.randrange(len(story))] = chr(rng.randrange(0xD800))
@@ -120,14 +134,14 @@ def test_the_vocabulary_is_what_the_stories_use():
     assert all(re.fullmatch(r"\w+|[.,]", word) for word in used)
 
 
-# how hard it is -------------------------------------------------------------------------------------------------------
+# how hard it is ---------------------------------------------------------------------------------------
 
 class Counting(random.Random):
-    """Adds up what its choices cost."""
+    """Adds up the entropy of its choices, in nats."""
     nats = 0.0
 
     def choice(self, options):
-        assert len(set(map(str, options))) == len(options), "options must differ, or the entropy is less than it looks"
+        assert len(set(map(str, options))) == len(options), "equal options have less entropy"
         self.nats += math.log(len(options))
         return super().choice(options)
 
@@ -137,7 +151,7 @@ def test_entropy_length_and_number_of_stories():
     lengths = [length for _, length in runs]
     assert 54 <= min(lengths) and max(lengths) <= 76
     assert 0.28 <= sum(rng.nats for rng, _ in runs) / sum(lengths) <= 0.38
-    # two stories coincide with the mean probability of a story: of a million equally likely ones, one pair in a million
+    # two stories are equal with the mean probability of a story: 1e-6 for a million equally likely stories
     assert sum(math.exp(-rng.nats) for rng, _ in runs) / len(runs) < 1e-6
     stories = Counter(story_world.story(seed) for seed in range(50000))
     assert 50000 - len(stories) < 50000 ** 2 / 2 / 1e6 / 10, "collisions of fewer than ten million stories"
@@ -154,31 +168,35 @@ def test_the_end_belongs_to_the_beginning():
     assert answers[None] <= 0.02 * len(mixed) and not answers["grammar"] and not answers["plot"], answers
 
 
-def test_a_4_gram_model_hardly_writes_a_story():
-    counts, size, seed = defaultdict(list), 0, 0
+def test_a_4_gram_model_writes_few_valid_stories():
+    counts = defaultdict(list)
+    size = 0
+    seed = 0
     while size < 1_000_000:
         words = ["", "", ""] + [word for word, _ in told(seed)] + [""]
         for i in range(3, len(words)):
             counts[tuple(words[i - 3:i])].append(words[i])
-        size, seed = size + len(words) - 3, seed + 1
-    rng, valid = random.Random(0), 0
+        size += len(words) - 3
+        seed += 1
+    rng = random.Random(0)
+    valid = 0
     for _ in range(500):
         words = ["", "", ""]
-        # a drawn context has been seen, so nothing is left to back off from
+        # every context has been seen, so the model needs no backing off
         while len(words) < 200 and (word := rng.choice(counts[tuple(words[-3:])])):
             words.append(word)
         valid += story_world.check(text(words[3:])) is None
     assert valid <= 0.05 * 500, valid / 500
 
 
-# a perfect model that reveals several words at once -------------------------------------------------------------------
+# a perfect model that reveals several words at once ---------------------------------------------------
 
 class Fork(Exception):
-    """The script has run out at a choice among so many options."""
+    """The script has ended at a choice; its argument is the number of options."""
 
 
 class Script(random.Random):
-    """Takes the given choices; then goes on at random, or stops with Fork."""
+    """Takes the given choices; after them it continues at random, or without `rng` it raises Fork."""
 
     def __init__(self, path, rng=None):
         super().__init__(0)
@@ -191,12 +209,12 @@ class Script(random.Random):
         return options[self.left.pop(0)] if self.left else self.rng.choice(options)
 
     def write(self):
-        """The words, and "" for ever after the last."""
+        """The words, then "" without end."""
         return chain((word for word, _ in story_world.tell(self)), repeat(""))
 
 
 def beginnings(words, path=()):
-    """Every way (choices, probability) in which the writer could have come to these first words."""
+    """Every way (choices, probability) in which the writer can produce these first words."""
     script = Script(path)
     try:
         if any(written != word for word, written in zip(words, script.write())):
@@ -207,15 +225,18 @@ def beginnings(words, path=()):
 
 
 def survives(seed, block, rng):
-    """Whether a story whose words are drawn from exact conditionals, `block` at a time and apart, is a true one."""
+    """Whether a story is valid whose words are sampled from exact conditionals, `block` words at a time.
+
+    The words of a block are sampled independently of each other.
+    """
     words = [word for word, _ in told(seed)][:seed % 4]
     ways = beginnings(words)
     while ways and (not words or words[-1]):
-        drawn = []
+        sampled = []
         for i in range(len(words), len(words) + block):
             path, = rng.choices([path for path, _ in ways], [probability for _, probability in ways])
-            drawn.append(next(islice(Script(path, rng).write(), i, None)))
-        words += drawn
+            sampled.append(next(islice(Script(path, rng).write(), i, None)))
+        words += sampled
         ways = [way for path, _ in ways for way in beginnings(words, path)]
     return bool(ways)
 

@@ -1,4 +1,5 @@
-"""Laws of data/tinystories.py: a stream is its stories, nothing held out is trained on, work is done once.
+"""Invariants of data/tinystories.py: a stream is its stories, nothing held out is trained on, work is done
+once.
 
 A local server stands in for the Hugging Face hub, so no test uses a network.
 """
@@ -46,6 +47,10 @@ def real():
     return {name: (REAL / f"{name}.txt").read_text(encoding="utf-8") for name in ("train", "valid")}
 
 
+def fail_call(message: str, *_):
+    pytest.fail(message)
+
+
 def joined(texts: list[str]) -> str:
     return f"\n{EOT}\n".join(texts)
 
@@ -56,11 +61,22 @@ def texts_of(stream: np.ndarray, tok: tokenizer.Tokenizer) -> list[str]:
     return [tok.decode(stream[a + 1:b]) for a, b in zip(starts, [*starts[1:], len(stream) - 1], strict=True)]
 
 
+def read_stories(*paths: str) -> list[str]:
+    """The stories of some files, each joined from its parts."""
+    found = []
+    for part in tinystories.Stories([Path(path) for path in paths]):
+        if part.is_first:
+            found.append("")
+        assert part.text and part.story == len(found) - 1
+        found[-1] += part.text
+    return found
+
+
 def files_under(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-# 1. streams -----------------------------------------------------------------------------------------------------------
+# 1. streams -------------------------------------------------------------------------------------------
 def test_a_stream_is_its_stories_each_after_an_end_of_text(write, out):
     corpus = load(write(joined(FIFTY)), None, 300, out)
     eot = corpus.tokenizer.eot
@@ -76,32 +92,36 @@ def test_a_stream_is_its_stories_each_after_an_end_of_text(write, out):
 def test_starts_of_stories_by_hand():
     stream = np.array([9, 1, 2, 9, 3, 9, 4, 4, 9])
     assert stories(stream, 9).tolist() == [0, 3, 5]
-    long = np.zeros((1 << 24) + 10, dtype=np.uint16)    # longer than is compared at a time
+    long = np.zeros((1 << 24) + 10, dtype=np.uint16)    # longer than the part compared at a time
     long[[0, 5, 1 << 24, -1]] = 9
     assert stories(long, 9).tolist() == [0, 5, 1 << 24]
 
 
 def test_every_real_story_decodes_to_itself(real, write, out):
-    wanted = [text.strip() for text in real["valid"].split(EOT) if text.strip()]
+    expected = [text.strip() for text in real["valid"].split(EOT) if text.strip()]
     corpus = load(write(real["train"][:2_000_000]), str(REAL / "valid.txt"), 2048, out)
-    assert texts_of(corpus.val, corpus.tokenizer) == wanted
-    n_bytes = sum(len(text.encode("utf-8")) for text in wanted)
-    n_tokens = len(corpus.val) - len(wanted) - 1
-    assert corpus.tokenizer.vocab_size == 2048 and n_bytes / n_tokens >= 3, f"{n_bytes / n_tokens:.2f} bytes a token"
-    assert not set(wanted) & set(texts_of(corpus.train, corpus.tokenizer))
+    assert texts_of(corpus.val, corpus.tokenizer) == expected
+    n_bytes = sum(len(text.encode("utf-8")) for text in expected)
+    n_tokens = len(corpus.val) - len(expected) - 1
+    assert corpus.tokenizer.vocab_size == 2048
+    assert n_bytes / n_tokens >= 3, f"{n_bytes / n_tokens:.2f} bytes per token"
+    assert not set(expected) & set(texts_of(corpus.train, corpus.tokenizer))
 
 
 def test_ids_that_do_not_fit_16_bits_get_32(write, out, monkeypatch):
     words = [f"w{n}" for n in range((1 << 16) - 256)]    # with the bytes and the end of text: one id too many
     path = write(joined([f"{words[-1]} now", "one", "two"]))
-    wide, narrow = (load(path, None, 300, out, tokenizer.word_level(some)) for some in (words, words[1:]))
-    assert (wide.tokenizer.vocab_size, wide.train.dtype, wide.val[0]) == ((1 << 16) + 1, np.uint32, 1 << 16)
-    assert (narrow.tokenizer.vocab_size, narrow.train.dtype, narrow.val[0]) == (1 << 16, np.uint16, (1 << 16) - 1)
-    assert texts_of(wide.val, wide.tokenizer) == texts_of(narrow.val, narrow.tokenizer) == [f"{words[-1]} now"]
+    wide = load(path, None, 300, out, tokenizer.word_level(words))
+    narrow = load(path, None, 300, out, tokenizer.word_level(words[1:]))
+    size = 1 << 16
+    assert (wide.tokenizer.vocab_size, wide.train.dtype, wide.val[0]) == (size + 1, np.uint32, size)
+    assert (narrow.tokenizer.vocab_size, narrow.train.dtype, narrow.val[0]) == (size, np.uint16, size - 1)
+    assert texts_of(wide.val, wide.tokenizer) == [f"{words[-1]} now"]
+    assert texts_of(narrow.val, narrow.tokenizer) == [f"{words[-1]} now"]
 
 
-# 2. what is held out --------------------------------------------------------------------------------------------------
-def test_no_held_out_story_is_trained_on_even_if_repeated(write, out):
+# 2. held-out stories ----------------------------------------------------------------------------------
+def test_no_held_out_story_is_trained_on_even_if_it_is_repeated(write, out):
     for val in (None, write(joined(["not in it", FIFTY[3]]), "held.txt")):
         corpus = load(write(joined(FIFTY + FIFTY[:3] + FIFTY[:30])), val, 300, out)
         train, held = (texts_of(stream, corpus.tokenizer) for stream in (corpus.train, corpus.val))
@@ -113,15 +133,20 @@ def test_no_held_out_story_is_trained_on_even_if_repeated(write, out):
 def test_the_vocabulary_is_learned_without_the_held_out_stories(write, out, monkeypatch):
     seen = []
     train_bpe = tinystories.train_bpe
-    monkeypatch.setattr(tinystories, "train_bpe", lambda texts, size: train_bpe(seen.extend(texts) or seen, size))
+
+    def spy(texts, size):
+        seen.extend(texts)
+        return train_bpe(seen, size)
+
+    monkeypatch.setattr(tinystories, "train_bpe", spy)
     load(write(joined(FIFTY)), None, 300, out)
     assert seen == [text for n, text in enumerate(FIFTY) if n % 20]
 
 
 def test_the_vocabulary_is_learned_from_a_bounded_part():
-    assert list(tinystories.first(["aaa", "bb", "c", "d"], 5)) == ["aaa", "bb"]
-    assert list(tinystories.first(["aaa", "bb", "c"], 4)) == ["aaa", "bb"]
-    assert list(tinystories.first(["aaa"], 100)) == ["aaa"]
+    assert list(tinystories.take_chars(["aaa", "bb", "c", "d"], 5)) == ["aaa", "bb"]
+    assert list(tinystories.take_chars(["aaa", "bb", "c"], 4)) == ["aaa", "bb"]
+    assert list(tinystories.take_chars(["aaa"], 100)) == ["aaa"]
 
 
 def test_at_least_one_story_is_held_out(write, out):
@@ -131,8 +156,9 @@ def test_at_least_one_story_is_held_out(write, out):
         assert sizes == [n - 1, 1]
 
 
-@pytest.mark.parametrize("text", ["one two", "a b", "word " * 1000 + "end", "line\n" * 50, "x\ty " * 99, "a\tb"])
-def test_a_single_text_gives_its_end(write, out, text):
+@pytest.mark.parametrize("text", [
+    "one two", "a b", "word " * 1000 + "end", "line\n" * 50, "x\ty " * 99, "a\tb"])
+def test_the_end_of_a_single_text_is_held_out(write, out, text):
     for content in (text, f"{EOT}\n{text}{EOT}"):
         corpus = load(write(content), None, 300, out)
         (train,), (held,) = (texts_of(stream, corpus.tokenizer) for stream in (corpus.train, corpus.val))
@@ -140,20 +166,22 @@ def test_a_single_text_gives_its_end(write, out, text):
         assert len(held) <= max(0.07 * len(text), 5)
 
 
-def test_a_single_text_beside_a_held_out_file_stays_whole(write, out):
+def test_a_single_text_with_a_held_out_file_is_not_split(write, out):
     corpus = load(write("one two"), write("three", "held.txt"), 300, out)
     assert texts_of(corpus.train, corpus.tokenizer) == ["one two"]
     assert texts_of(corpus.val, corpus.tokenizer) == ["three"]
 
 
-# 3. reading -----------------------------------------------------------------------------------------------------------
+# 3. reading -------------------------------------------------------------------------------------------
 def test_chunks_do_not_matter(write, out, monkeypatch):
-    assert list(tinystories.Stories(Path(write(f"a{EOT}b")))) == list(tinystories.Stories(Path(write(f"a{EOT}b{EOT}"))))
-    wanted = ["né 🦔\nü", "a", "<|endof", "text|>", "日本"]
-    path = Path(write(b"\xef\xbb\xbf" + joined(wanted).replace("\n", "\r\n").encode("utf-8")))
+    without_end = read_stories(write(f"a{EOT}b"))
+    with_end = read_stories(write(f"a{EOT}b{EOT}"))
+    assert without_end == with_end
+    expected = ["né 🦔\nü", "a", "<|endof", "text|>", "日本"]
+    path = write(b"\xef\xbb\xbf" + joined(expected).replace("\n", "\r\n").encode("utf-8"))
     for size in (*range(1, 20), 1 << 22):    # cuts characters, line ends, separators and the byte order mark
         monkeypatch.setattr(tinystories, "CHUNK", size)
-        assert list(tinystories.Stories(path)) == wanted
+        assert read_stories(path) == expected
 
 
 def test_chunks_do_not_matter_to_the_stream(write, out, monkeypatch):
@@ -164,7 +192,7 @@ def test_chunks_do_not_matter_to_the_stream(write, out, monkeypatch):
     assert files_under(out / "whole") == files_under(out / "parts")
 
 
-def test_windows_line_ends_and_space_round_a_story_do_not_matter(write, out):
+def test_line_ends_and_white_space_around_a_story_do_not_matter(write, out):
     unix = load(write(joined(FIFTY)), None, 300, out)
     text = f"\n{EOT} \n\n" + f"  \n\n{EOT}{EOT}\t\n".join(FIFTY) + EOT
     dos = load(write(text.replace("\n", "\r\n"), "dos.txt"), None, 300, out)
@@ -172,57 +200,66 @@ def test_windows_line_ends_and_space_round_a_story_do_not_matter(write, out):
 
 
 @pytest.mark.parametrize(("content", "at", "value"), [
-    (b"abc\xff def", 3, "ff"), (b"ok \xc3\xa9 " * 9 + b"\xe9t\xe9", 54, "e9"), ("été".encode("utf-16"), 0, "ff"),
-    (b"cut off \xf0\x9f", 8, "f0"), (b"\xef\xbb\xbfmark\xfe", 7, "fe")])
+    (b"abc\xff def", 3, "ff"), (b"ok \xc3\xa9 " * 9 + b"\xe9t\xe9", 54, "e9"),
+    ("été".encode("utf-16"), 0, "ff"), (b"cut off \xf0\x9f", 8, "f0"), (b"\xef\xbb\xbfmark\xfe", 7, "fe")])
 @pytest.mark.parametrize("chunk", [1, 4, 1 << 22])
-def test_the_first_byte_that_is_no_utf8_is_named(write, out, monkeypatch, content, at, value, chunk):
+def test_the_first_byte_that_is_not_utf8_is_named(write, out, monkeypatch, content, at, value, chunk):
     monkeypatch.setattr(tinystories, "CHUNK", chunk)
-    with pytest.raises(ValueError, match=rf"mine\.txt is not UTF-8 at byte {at} \(0x{value}\): save it as UTF-8"):
+    message = rf"mine\.txt is not UTF-8 at byte {at} \(0x{value}\): save it as UTF-8"
+    with pytest.raises(ValueError, match=message):
         load(write(content), None, 300, out)
     assert not files_under(out)
 
 
 def test_errors_say_what_to_do(write, out, tmp_path):
     good = write(joined(FIFTY))
+    (tmp_path / "empty").mkdir()
     cases = [
-        (lambda: load(str(tmp_path / "no.txt"), None, 300, out), r"no\.txt does not exist: wanted is a UTF-8 text"),
+        (lambda: load(str(tmp_path / "no.txt"), None, 300, out),
+         r"no\.txt does not exist: expected a UTF-8 text"),
         (lambda: load("tinystory", None, 300, out), r"one of toy, tinystories, tinystories-full"),
-        (lambda: load(str(tmp_path), None, 300, out), r"is a folder: wanted is a UTF-8 text file"),
+        (lambda: load(str(tmp_path / "empty"), None, 300, out),
+         r"empty is a folder without \*\.txt files: expected a UTF-8 text file"),
         (lambda: load(good, str(tmp_path / "val.txt"), 300, out), r"val\.txt does not exist"),
-        (lambda: load(write("", "e.txt"), None, 300, out), r"e\.txt holds no story: wanted is text, with <\|endoftext"),
-        (lambda: load(write(f" {EOT}\n{EOT}", "s.txt"), None, 300, out), r"s\.txt holds no story"),
-        (lambda: load(good, write("\n", "v.txt"), 300, out), r"v\.txt holds no story"),
+        (lambda: load(write("", "e.txt"), None, 300, out),
+         r"e\.txt has no stories: expected text, with <\|endoftext"),
+        (lambda: load(write(f" {EOT}\n{EOT}", "s.txt"), None, 300, out), r"s\.txt has no stories"),
+        (lambda: load(good, write("\n", "v.txt"), 300, out), r"v\.txt has no stories"),
         (lambda: load(good, good, 300, out), r"mine\.txt has no story left to train on.*other stories"),
-        (lambda: load(write(joined(["a"] * 5), "r.txt"), None, 300, out), r"r\.txt has no story left to train on"),
-        (lambda: load(write("word", "w.txt"), None, 300, out), r"w\.txt is too short to hold a part.*give it stories"),
+        (lambda: load(write(joined(["a"] * 5), "r.txt"), None, 300, out),
+         r"r\.txt has no story left to train on"),
+        (lambda: load(write("word", "w.txt"), None, 300, out),
+         r"w\.txt is too short to hold a part.*give it stories"),
         (lambda: load(good, None, 256, out), r"a vocabulary of 256 ids is too small"),
     ]
     for call, sentence in cases:
         with pytest.raises(ValueError, match=sentence) as caught:
             call()
         assert not isinstance(caught.value, NoNetwork) and "\n" not in str(caught.value)
-    assert not out.exists() or not os.listdir(out), "a refused text left something behind"
+    assert not out.exists() or not os.listdir(out), "a refused text left files"
 
 
-# 4. once, whole or not at all -----------------------------------------------------------------------------------------
+# 4. once, and completely or not at all ----------------------------------------------------------------
 def test_the_same_text_gives_the_same_bytes(write, out):
     path = write(joined(FIFTY))
     for folder in ("one", "two"):
         load(path, None, 300, out / folder)
     assert files_under(out / "one") == files_under(out / "two")
-    assert sorted(Path(name).name for name in files_under(out / "one")) == ["bpe.json", "train.bin", "val.bin"]
+    names = sorted(Path(name).name for name in files_under(out / "one"))
+    assert names == ["bpe.json", "train.bin", "val.bin"]
 
 
-def test_a_second_load_trains_and_tokenises_nothing(write, out, monkeypatch):
+def test_a_second_load_trains_and_tokenizes_nothing(write, out, monkeypatch):
     path = write(joined(FIFTY))
     before = load(path, None, 300, out)
     for worker in ("train_bpe", "write_stream"):
-        monkeypatch.setattr(tinystories, worker, lambda *_, worker=worker: pytest.fail(f"{worker} was called again"))
+        fail = functools.partial(fail_call, f"{worker} was called again")
+        monkeypatch.setattr(tinystories, worker, fail)
     again = load(path, None, 300, out)
     assert np.array_equal(before.train, again.train) and np.array_equal(before.val, again.val)
 
 
-def test_a_given_tokenizer_is_used_as_it_is(write, out, monkeypatch):
+def test_a_given_tokenizer_is_used_unchanged(write, out, monkeypatch):
     monkeypatch.setattr(tinystories, "train_bpe", lambda *_: pytest.fail("a BPE was trained"))
     given = tokenizer.word_level(["Story", " has", " cat"])
     corpus = load(write(joined(FIFTY)), None, 300, out, given)
@@ -232,7 +269,8 @@ def test_a_given_tokenizer_is_used_as_it_is(write, out, monkeypatch):
 
 def test_other_text_or_vocabulary_is_another_corpus(write, out, monkeypatch):
     monkeypatch.setattr(tinystories, "CHUNK", 50)    # the texts differ at their ends
-    own, held = joined(FIFTY), write("held out", "held.txt")    # the third and the fifth text differ by parting only
+    own = joined(FIFTY)
+    held = write("held out", "held.txt")    # the third and fifth corpus are the same bytes, split differently
     one, two = (tokenizer.word_level([word]) for word in ("Story", " has"))
     calls = [(own + "!", None, 300, None), (own + "?", None, 300, None), (own + "held out", None, 300, None),
              (own, None, 300, None), (own, held, 300, None), (own, None, 301, None),
@@ -243,25 +281,28 @@ def test_other_text_or_vocabulary_is_another_corpus(write, out, monkeypatch):
 
 
 @pytest.mark.parametrize("step", ["tinystories.write_stream", "Path.rename"])
-def test_a_failure_half_way_leaves_nothing(write, out, monkeypatch, step):
+def test_a_failure_in_the_middle_leaves_nothing(write, out, monkeypatch, step):
     path = write(joined(FIFTY))
 
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr({"tinystories": tinystories, "Path": Path}[step.split(".")[0]], step.split(".")[1], fail)
+    owner, function = step.split(".")
+    monkeypatch.setattr({"tinystories": tinystories, "Path": Path}[owner], function, fail)
     with pytest.raises(OSError, match="disk full"):
         load(path, None, 300, out)
     assert os.listdir(out) == []
 
 
-def test_killed_half_way_then_loaded_is_whole(write, out):
+def test_a_load_after_a_killed_one_is_complete(write, out):
     path = write(joined(FIFTY))
     killed = ("import os, sys; from data import tinystories as t; w = t.write_stream\n"
               "t.write_stream = lambda p, *a: os._exit(9) if p.name == 'val.bin' else w(p, *a)\n"
               "t.load(sys.argv[1], None, 300, sys.argv[2])")
-    run = subprocess.run([sys.executable, "-c", killed, path, str(out)], cwd=Path(__file__).parents[2], check=False)
-    assert run.returncode == 9 and any(name.endswith("train.bin") for name in files_under(out)), "killed too early"
+    command = [sys.executable, "-c", killed, path, str(out)]
+    run = subprocess.run(command, cwd=Path(__file__).parents[2], check=False)
+    assert run.returncode == 9
+    assert any(name.endswith("train.bin") for name in files_under(out)), "killed too early"
     corpus = load(path, None, 300, out)
     assert texts_of(corpus.val, corpus.tokenizer) == FIFTY[::20]
     assert len(stories(corpus.train, corpus.tokenizer.eot)) == 47
@@ -282,9 +323,9 @@ def test_two_processes_at_once_agree(write, out, monkeypatch):
     assert files_under(out / "alone") == files_under(out / "both") and len(os.listdir(out / "both")) == 1
 
 
-# 5. the hub -----------------------------------------------------------------------------------------------------------
+# 5. the hub -------------------------------------------------------------------------------------------
 class Hub(http.server.ThreadingHTTPServer):
-    """Serves `files` under the hub's addresses; while `torn`, the first GET breaks off half way, the others fail."""
+    """Serves `files` at the hub's addresses. While `torn`, the first GET breaks off and the others fail."""
 
     def __init__(self, files: dict[str, bytes]):
         super().__init__(("127.0.0.1", 0), Answer)
@@ -326,7 +367,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A running stand-in, which `tinystories.download` uses for the time of a test."""
+    """A running server, which `tinystories.download` uses for the time of a test."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     server = Hub({tinystories.VALID: joined(FIFTY).encode("utf-8"),
@@ -343,50 +384,53 @@ def reach(monkeypatch, endpoint: str, tmp_path: Path):
         tinystories.download, endpoint=endpoint, cache_dir=str(tmp_path / "cache")))
 
 
-def test_tinystories_is_fetched_once(hub, out, monkeypatch):
+def test_tinystories_is_downloaded_once(hub, out, monkeypatch):
     corpus = load("tinystories", None, 300, out)
     assert corpus.name == "tinystories" and texts_of(corpus.val, corpus.tokenizer) == FIFTY[::20]
     assert hub.asked.count(("GET", tinystories.VALID)) == 1
     hub.asked.clear()
     load("tinystories", None, 300, out)
     load("tinystories", None, 301, out)
-    assert hub.asked == [], "a file of the cache was asked for again"
+    assert hub.asked == [], "a file of the cache was requested again"
 
 
 def test_tinystories_full_trains_on_one_file_and_holds_out_the_other(hub, out, write):
     corpus = load("tinystories-full", None, 300, out)
     assert texts_of(corpus.val, corpus.tokenizer) == FIFTY
-    assert texts_of(corpus.train, corpus.tokenizer) == ["only here", "here too"]    # the five stand in the other file
+    # the five other stories of the training file are held out
+    assert texts_of(corpus.train, corpus.tokenizer) == ["only here", "here too"]
     own = load("tinystories-full", write("held out"), 300, out)
     assert texts_of(own.val, own.tokenizer) == ["held out"]
 
 
-def test_a_transfer_that_breaks_off_leaves_no_file(hub, out, tmp_path, monkeypatch):
+def test_an_interrupted_download_leaves_no_file(hub, out, tmp_path, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda _: None)    # the hub's pauses between its attempts
     hub.torn = True
-    with pytest.raises(NoNetwork, match="can't be fetched"):
+    with pytest.raises(NoNetwork, match="cannot be downloaded"):
         load("tinystories", None, 300, out)
-    assert ("GET", tinystories.VALID) in hub.asked, "nothing was transferred, so nothing was torn"
-    assert not out.exists() and not any(b"cat" in content for content in files_under(tmp_path / "cache").values())
+    assert ("GET", tinystories.VALID) in hub.asked, "nothing was transferred, so nothing was interrupted"
+    assert not out.exists()
+    assert not any(b"cat" in content for content in files_under(tmp_path / "cache").values())
     hub.torn = False
     corpus = load("tinystories", None, 300, out)
     assert len(stories(corpus.train, corpus.tokenizer.eot)) == 47
 
 
-def test_no_network_is_told_apart_and_says_what_to_do(out, tmp_path, monkeypatch):
+def test_no_network_has_an_error_of_its_own_that_says_what_to_do(out, tmp_path, monkeypatch):
     closed = socket.socket()
-    closed.bind(("127.0.0.1", 0))
-    reach(monkeypatch, f"http://127.0.0.1:{closed.getsockname()[1]}", tmp_path)    # bound, not listening: refused
+    closed.bind(("127.0.0.1", 0))    # it does not listen, so connections are refused
+    reach(monkeypatch, f"http://127.0.0.1:{closed.getsockname()[1]}", tmp_path)
     begun = time.monotonic()
-    sentence = r"valid\.txt of .* can't be fetched \(.*\): connect .* or use --data=toy or --data=FILE\.txt$"
+    sentence = (r"valid\.txt of .* cannot be downloaded \(.*\): connect .* "
+                r"or use --data=toy or --data=FILE\.txt$")
     with pytest.raises(NoNetwork, match=sentence) as caught:
         load("tinystories", None, 300, out)
-    assert isinstance(caught.value, ValueError), "a user's error, as all others here"
+    assert isinstance(caught.value, ValueError), "a mistake of the user, as all others here"
     assert time.monotonic() - begun < 10 and "\n" not in str(caught.value) and not out.exists()
     closed.close()
 
 
-def test_a_hub_that_does_not_answer_is_given_up_soon(out, tmp_path, monkeypatch):
+def test_a_hub_that_does_not_answer_is_not_waited_for(out, tmp_path, monkeypatch):
     monkeypatch.setattr(tinystories, "HUB_SECONDS", 0.5)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     with socket.create_server(("127.0.0.1", 0)) as mute:
@@ -397,7 +441,7 @@ def test_a_hub_that_does_not_answer_is_given_up_soon(out, tmp_path, monkeypatch)
     assert time.monotonic() - begun < 5
 
 
-def test_a_file_that_the_hub_has_not_is_no_network_error_of_one_line(hub, out):
+def test_a_file_that_the_hub_does_not_have_gives_an_error_of_one_line(hub, out):
     hub.files.clear()
     with pytest.raises(NoNetwork, match="--data=toy") as caught:
         load("tinystories", None, 300, out)

@@ -1,4 +1,5 @@
-"""Laws of data/tokenizer.py: what goes in comes out, an id is the same bytes everywhere, files are whole or absent."""
+"""Invariants of data/tokenizer.py: what is encoded decodes to itself, an id has the same bytes everywhere,
+files are complete or absent."""
 
 import json
 import os
@@ -13,11 +14,14 @@ from data import tokenizer
 from tests.conftest import sentence_pieces
 
 SHARED = Path(__file__).parents[2].parent / "shared/data"
-CORPUS = [f"The {a} {b} sat by the {c}, and the {b} said: «it's 123 o'clock»." for a in ("red", "old", "sad")
-          for b in ("cat", "dog", "emu") for c in ("sea", "hill", "door")]
+CORPUS = [
+    f"The {a} {b} sat by the {c}, and the {b} said: «it's 123 o'clock»."
+    for a in ("red", "old", "sad") for b in ("cat", "dog", "emu") for c in ("sea", "hill", "door")
+]
 WORDS = ["One", " day", " ball", "ball", ",", ".", "\n", " Zoë"]
-ODD = ["", " ", "\0", "\r", "\r\n\r\r\n", "a  b\t\tc ", "naïve Zoë", "日本語の物語。", "e\u0301", "\u2028x\u00a0y",
-       "\ufeffmark", "\U0001f469\u200d\U0001f467 and \U0001f3f3\ufe0f met \U0001f994", "\ufffd", "<|endoftext|>",
+ODD = ["", " ", "\0", "\r", "\r\n\r\r\n", "a  b\t\tc ", "naïve Zoë", "日本語の物語。", "e\u0301",
+       "\u2028x\u00a0y", "\ufeffmark", "\U0001f469\u200d\U0001f467 and \U0001f3f3\ufe0f met \U0001f994",
+       "\ufffd", "<|endoftext|>",
        "'s 'S don't", "One ball, two balloons. One_ball 42", "x" * 3000, " " * 3000 + "end"]
 
 
@@ -40,39 +44,52 @@ def gpt2(monkeypatch):
 
 
 def random_texts(n: int) -> list[str]:
-    draw = random.Random(0)
+    """Texts of up to 59 characters, whose UTF-8 has 1 to 4 bytes."""
+    rng = random.Random(0)
     kinds = [(0, 0x80), (0x80, 0x800), (0x800, 0xd800), (0xe000, 0x10000), (0x10000, 0x110000)]
-    return ["".join(chr(draw.randrange(*draw.choice(kinds))) for _ in range(draw.randrange(60))) for _ in range(n)]
+    texts = []
+    for _ in range(n):
+        length = rng.randrange(60)
+        texts.append("".join(chr(rng.randrange(*rng.choice(kinds))) for _ in range(length)))
+    return texts
 
 
-def test_every_text_comes_back(tok):
+def test_every_text_decodes_to_itself(tok):
     for text in ODD + random_texts(500):
         ids = tok.encode(text)
         assert tok.decode(ids) == text
         assert all(0 <= i < tok.vocab_size and i != tok.eot for i in ids), f"{text!r} became {ids}"
 
 
-def test_a_batch_is_its_texts(tok):
+def test_a_batch_is_encoded_as_its_texts_are(tok):
     assert tok.encode_batch(ODD) == [tok.encode(text) for text in ODD]
 
 
-def test_end_of_text_is_the_last_id_and_shows_as_nothing(tok):
+def test_end_of_text_is_the_last_id_and_has_no_text(tok):
     assert tok.eot == tok.vocab_size - 1
     ids = tok.encode("One day")
     assert tok.decode([tok.eot, *ids, tok.eot, tok.eot]) == "One day"
     assert tok.pieces([tok.eot, *ids, tok.eot])[::len(ids) + 1] == ["", ""]
 
 
-def test_pieces_make_the_text_of_any_ids(tok):
+def test_an_id_without_a_token_shows_as_nothing(tok):
+    """A network's table of vectors may be longer than its vocabulary, for speed."""
+    ids = tok.encode("One day")
+    assert tok.decode([tok.vocab_size, *ids, tok.vocab_size + 61]) == "One day"
+    pieces = tok.pieces([tok.vocab_size, *ids, tok.vocab_size + 61])
+    assert pieces[0] == pieces[-1] == "" and "".join(pieces) == "One day"
+
+
+def test_pieces_join_to_the_text_of_any_ids(tok):
     draw = random.Random(1)
     sequences = [tok.encode(text) for text in ODD + random_texts(200)]
     sequences += [[draw.randrange(tok.vocab_size) for _ in range(draw.randrange(40))] for _ in range(500)]
-    for ids in sequences:    # the random ones are mostly no UTF-8
+    for ids in sequences:    # the random ones are mostly not UTF-8
         pieces = tok.pieces(ids)
         assert len(pieces) == len(ids) and "".join(pieces) == tok.decode(ids)
 
 
-def test_a_character_stands_at_the_token_that_completes_it():
+def test_a_character_is_in_the_piece_that_completes_it():
     tok = tokenizer.word_level([])    # one token per byte
     assert tok.pieces(tok.encode("aé🦔b")) == ["a", "", "é", "", "", "", "🦔", "b"]
     assert tok.pieces(tok.encode("🦔")[:3]) == ["", "", "\ufffd"]
@@ -108,12 +125,14 @@ def test_load_says_what_is_wrong(tmp_path):
     good = json.loads(tokenizer.word_level([]).to_json())
     tokens = good["tokens"]
     broken = [b"", b"\xff\xfe", b"[1]", b'{"pattern": "."}', json.dumps(good)[:-40].encode()]
-    changes = [{"tokens": tokens[:-1]}, {"tokens": tokens[:-1], "eot": 255}, {"tokens": [*tokens, "QQ=="], "eot": 257},
-               {"tokens": ["?" + tokens[0], *tokens[1:]]}, {"tokens": [*tokens[:-1], 5]},
-               {"eot": 300}, {"pattern": "("}, {"pattern": 5}]
+    changes = [
+        {"tokens": tokens[:-1]}, {"tokens": tokens[:-1], "eot": 255},
+        {"tokens": [*tokens, "QQ=="], "eot": 257}, {"tokens": ["?" + tokens[0], *tokens[1:]]},
+        {"tokens": [*tokens[:-1], 5]}, {"eot": 300}, {"pattern": "("}, {"pattern": 5},
+    ]
     for content in broken + [json.dumps({**good, **change}).encode() for change in changes]:
         (tmp_path / "bpe.json").write_bytes(content)
-        with pytest.raises(ValueError, match=r"bpe\.json is no tokenizer file .*copy it again"):
+        with pytest.raises(ValueError, match=r"bpe\.json is not a tokenizer file .*copy it again"):
             tokenizer.load(tmp_path)
 
 
@@ -121,7 +140,7 @@ def test_training_is_deterministic_and_learns_its_text():
     one, two = (tokenizer.train_bpe(iter(CORPUS), 300) for _ in range(2))
     assert one.to_json() == two.to_json() and one.vocab_size == 300
     assert len(one.encode(" sat")) == 1
-    smaller = tokenizer.train_bpe(CORPUS, 280)    # merges come in the order they are learned, after the bytes
+    smaller = tokenizer.train_bpe(CORPUS, 280)    # merges are in the order they were learned, after the bytes
     ids = range(smaller.eot)
     assert [one.encoding.decode_single_token_bytes(i) for i in ids] == [
         smaller.encoding.decode_single_token_bytes(i) for i in ids]
@@ -136,7 +155,7 @@ def test_a_small_text_gives_a_small_vocabulary():
         tokenizer.train_bpe(CORPUS, 256)
 
 
-def test_each_given_word_is_one_token_and_the_others_their_bytes():
+def test_each_given_word_is_one_token_and_other_words_are_bytes():
     tok = tokenizer.word_level(WORDS)
     for word in WORDS:
         assert len(tok.encode(word)) == 1 and tok.decode(tok.encode(word)) == word
@@ -146,9 +165,9 @@ def test_each_given_word_is_one_token_and_the_others_their_bytes():
     assert tokenizer.word_level(WORDS + WORDS).to_json() == tok.to_json()
 
 
-def test_a_token_that_the_pattern_would_part_is_refused():
+def test_a_token_that_the_pattern_would_split_is_refused():
     for token in ("don't", "two words", "a.", "  x", ""):
-        with pytest.raises(ValueError, match=f"{token!r} can't be one token: wanted is.*split it"):
+        with pytest.raises(ValueError, match=f"{token!r} cannot be one token: expected.*split it"):
             tokenizer.word_level(["One", token])
 
 
@@ -166,11 +185,11 @@ def test_gpt2_without_network_says_what_to_do(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(tokenizer.tiktoken, "get_encoding", offline)
-    with pytest.raises(ValueError, match="can't be fetched.*connect once, or point TIKTOKEN_CACHE_DIR"):
+    with pytest.raises(ValueError, match="cannot be downloaded.*connect once, or point TIKTOKEN_CACHE_DIR"):
         tokenizer.gpt2()
 
 
-# tokenizer.json of others --------------------------------------------------------------------------------------------
+# a checkpoint's tokenizer.json ------------------------------------------------------------------------
 
 def byte_level() -> Tokenizer:
     """As GPT-2, Llama 3 and Qwen have it, learned from a few sentences."""
@@ -182,27 +201,32 @@ def byte_level() -> Tokenizer:
 
 
 def space_first(folder) -> Tokenizer:
-    """As Llama 2 has it: a space before each text, and bytes for what is no token."""
-    tokens = ["<unk>", "\n<s>\n", "\n</s>\n", *(f"<0x{i:02X}>" for i in range(256)), "he", " t", " the", *" thea"]
-    packed = (struct.pack("<fi", -float(i), len(token.encode())) + token.encode() for i, token in enumerate(tokens))
-    (folder / "tok.bin").write_bytes(struct.pack("<i", 9) + b"".join(packed))
+    """As Llama 2 has it: a space before each text, and bytes for what has no token of its own."""
+    single_bytes = [f"<0x{i:02X}>" for i in range(256)]
+    tokens = ["<unk>", "\n<s>\n", "\n</s>\n", *single_bytes, "he", " t", " the", *" thea"]
+    packed = struct.pack("<i", 9)
+    for i, token in enumerate(tokens):
+        packed += struct.pack("<fi", -float(i), len(token.encode())) + token.encode()
+    (folder / "tok.bin").write_bytes(packed)
     return sentence_pieces(folder / "tok.bin")
 
 
 @pytest.fixture(params=["byte level", "SentencePiece"])
-def others(request, tmp_path):
+def checkpoint_folder(request, tmp_path):
     """A folder with a tokenizer.json that would also cut, pad and put a token before a text."""
     tok = byte_level() if request.param == "byte level" else space_first(tmp_path)
     tok.enable_truncation(4)
     tok.enable_padding(length=9)
-    tok.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", tok.token_to_id("<s>"))])
+    special_tokens = [("<s>", tok.token_to_id("<s>"))]
+    tok.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=special_tokens)
     tok.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": "<s>"}, "eos_token": "</s>"}))
+    config = {"bos_token": {"content": "<s>"}, "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     return tmp_path
 
 
-def test_every_text_comes_back_from_others(others):
-    tok = tokenizer.load(others)
+def test_every_text_decodes_to_itself_with_a_checkpoint_s_tokenizer(checkpoint_folder):
+    tok = tokenizer.load(checkpoint_folder)
     texts = [*ODD, "<s> and </s>", " the hat", "the  the", *random_texts(200)]
     assert tok.encode_batch(texts) == [tok.encode(text) for text in texts]
     for text in texts:
@@ -212,15 +236,17 @@ def test_every_text_comes_back_from_others(others):
         assert "".join(tok.pieces([tok.eot, *ids])) == text
 
 
-def test_a_piece_in_the_midst_keeps_its_space(others):
-    tok = tokenizer.load(others)
+def test_a_piece_in_the_middle_of_a_text_keeps_its_space(checkpoint_folder):
+    tok = tokenizer.load(checkpoint_folder)
     ids = tok.encode("the hat the")
     assert "".join(tok.pieces([tok.eot, *ids])[3:]).endswith(" the")
-    assert tok.pieces(tok.encode("the"))[0].strip(" ") and tok.pieces([tok.vocab_size, tok.vocab_size + 9]) == ["", ""]
+    assert tok.pieces(tok.encode("the"))[0].strip(" ")
+    assert tok.pieces([tok.vocab_size, tok.vocab_size + 9]) == ["", ""]
 
 
-def test_a_saved_tokenizer_of_others_is_the_same_tokenizer(others, tmp_path):
-    tok = tokenizer.HubTokenizer(tokenizer.load(others).tok, eot=2)               # not the one that the folder names
+def test_a_saved_checkpoint_s_tokenizer_is_the_same_tokenizer(checkpoint_folder, tmp_path):
+    loaded = tokenizer.load(checkpoint_folder)
+    tok = tokenizer.HubTokenizer(loaded.tok, eot=2)    # not the one that the folder names
     tok.save(tmp_path / "new" / "folder")
     again = tokenizer.load(tmp_path / "new" / "folder")
     assert (again.eot, again.vocab_size, again.to_json()) == (tok.eot, tok.vocab_size, tok.to_json())
@@ -228,44 +254,47 @@ def test_a_saved_tokenizer_of_others_is_the_same_tokenizer(others, tmp_path):
 
 
 ENDS = {        # what a text begins with; where none is named, what it ends with
-    "the config's first": ({"bos_token_id": 1, "eos_token_id": 0, "vocab_size": 320}, {"bos_token": "<s>"}, 1),
+    "the config's first": (
+        {"bos_token_id": 1, "eos_token_id": 0, "vocab_size": 320}, {"bos_token": "<s>"}, 1),
     "the tokenizer's": ({"eos_token_id": 1}, {"bos_token": "<s>"}, 0),
     "an end": ({"bos_token_id": None, "eos_token_id": [1, 0]}, {"bos_token": None}, 1),
     "the tokenizer's end": ({}, {"eos_token": "</s>"}, 1),
-    "not one that is not there": ({"bos_token_id": 50256, "eos_token_id": 1}, {}, 1),
+    "not one that the vocabulary does not have": ({"bos_token_id": 50256, "eos_token_id": 1}, {}, 1),
 }
 
 
-@pytest.mark.parametrize("said", ENDS)
-def test_texts_begin_with_what_the_checkpoint_says(tmp_path, said):
-    config, named, wanted = ENDS[said]
+@pytest.mark.parametrize("case", ENDS)
+def test_texts_begin_with_what_the_checkpoint_says(tmp_path, case):
+    config, tokenizer_config, expected = ENDS[case]
     byte_level().save(str(tmp_path / "tokenizer.json"))
-    for name, content in (("config.json", config), ("tokenizer_config.json", named)):
+    for name, content in (("config.json", config), ("tokenizer_config.json", tokenizer_config)):
         (tmp_path / name).write_text(json.dumps(content))
-    assert tokenizer.load(tmp_path).eot == wanted
+    assert tokenizer.load(tmp_path).eot == expected
 
 
-def test_others_that_can_not_be_used_are_refused(tmp_path):
+def test_a_checkpoint_s_tokenizer_that_cannot_be_used_is_refused(tmp_path):
     byte_level().save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match="names no token that texts begin or end with: write bos_token_id"):
+    message = "does not say with which token texts begin or end: write bos_token_id"
+    with pytest.raises(ValueError, match=message):
         tokenizer.load(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"')
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json is no JSON .*copy it again"):
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json is not JSON .*copy it again"):
         tokenizer.load(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
     pieces = byte_level()
     pieces.decoder = decoders.WordPiece()
     pieces.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match="WordPiece.*one of ByteLevel, ByteFallback, Metaspace was wanted"):
+    with pytest.raises(ValueError, match="WordPiece.*: expected one of ByteLevel, ByteFallback, Metaspace"):
         tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"model": 5}')
-    with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer file .*copy it again"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer file .*copy it again"):
         tokenizer.load(tmp_path)
 
 
 def test_gpt2_s_tokenizer_json_is_gpt2(gpt2, tmp_path):
-    """Two ways to one vocabulary; and a folder of GPT-2's size without a file of its own has GPT-2's."""
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 50257, "bos_token_id": 50256}')
+    """Its tokenizer.json equals tiktoken's vocabulary; a folder of its size without a tokenizer gets it."""
+    config = {"model_type": "gpt2", "vocab_size": 50257, "bos_token_id": 50256}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     assert tokenizer.load(tmp_path).to_json() == gpt2.to_json()
     small, large = sorted((SHARED / "tiktoken_cache").iterdir(), key=lambda path: path.stat().st_size)
     tok = Tokenizer(models.BPE.from_file(str(large), str(small)))
@@ -282,5 +311,5 @@ def test_gpt2_s_tokenizer_json_is_gpt2(gpt2, tmp_path):
 def test_the_real_tokenizer_s_ids(stories260k):
     tok = tokenizer.load(stories260k)
     assert (tok.eot, tok.vocab_size) == (1, 512)
-    assert tok.encode("Once upon a time") == [403, 407, 261, 378]                              # as llama2.c has them
+    assert tok.encode("Once upon a time") == [403, 407, 261, 378]    # as llama2.c has them
     assert tok.pieces([1, 403, 407, 261, 378]) == ["", "Once", " upon", " a", " time"]

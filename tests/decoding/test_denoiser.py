@@ -113,3 +113,30 @@ def test_a_step_that_reveals_nothing_costs_nothing(tiny):
     text = generate(cached, "ancestral:60", PROMPT_LENS["equal"])
     assert len(cached.steps) > 3 * RESPONSE
     assert (text.forwards <= text.response_mask.sum(1) + layout.block).all()
+
+
+@pytest.mark.parametrize("layout", [Layout(4, 1, 1), Layout(4, 4, 0)], ids=str)
+def test_a_row_that_was_not_requested_is_computed_when_it_is(tiny, layout):
+    """Row 1 changes while only row 0 is requested. When row 1 is requested too, nothing has changed since the
+    last call, but its last logits are those of the state before."""
+    net = tiny().requires_grad_(False)
+    P = 3
+    start = torch.tensor([P, P])
+    end = start + 4
+    cached = Denoiser(net, layout)
+    plain = opdlm.PlainDenoiser(net, layout)
+    cached.reset(start, end)
+    plain.reset(start, end)
+    before = torch.full((2, P + 4), net.mask_id)
+    before[:, :P] = torch.tensor([[5, 1, 2], [3, 4, 0]])
+    after = before.clone()
+    after[:, P + 1] = torch.tensor([7, 8])
+
+    cached(before, start, before[:, P:] == net.mask_id)
+    masked = after[:, P:] == net.mask_id
+    only_row_0 = cached(after, start, masked, torch.tensor([True, False])).clone()
+    both = cached(after, start, masked, torch.tensor([True, True]))
+    expected = plain(after, start, masked)
+    assert torch.allclose(only_row_0[0, masked[0]], expected[0, masked[0]], atol=1e-10, rtol=0)
+    assert torch.allclose(both[masked], expected[masked], atol=1e-10, rtol=0)
+    assert cached.forwards.tolist() == [2, 2]                # each row: one per state that it was asked in

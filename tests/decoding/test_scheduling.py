@@ -1,4 +1,5 @@
 import itertools
+import json
 import math
 
 import pytest
@@ -247,6 +248,31 @@ def test_the_mean_over_all_states_is_the_gap_of_the_bounds():
     assert mean == pytest.approx(any_order_nats(LIGHT) - any_order_nats(HEAVY), abs=1e-6)
 
 
+class ConstantNet:
+    """A network of two tokens that predicts the same distribution at every position."""
+    mask_id = 2
+
+    def __init__(self, *probs):
+        self.log_probs = torch.tensor(probs).log()
+
+    def __call__(self, tokens, mask, position, read):
+        return self.log_probs.expand(len(read), 2)
+
+
+def test_the_costs_of_a_light_step_by_hand():
+    """The heavy model expects 3/4, 1/4, the light one 1/2, 1/2. KL is KL(heavy || light)."""
+    heavy = ConstantNet(0.75, 0.25)
+    light = ConstantNet(0.5, 0.5)
+    tokens = torch.tensor([[0, 0, 1, 0], [0, 1, 0, 0]])
+    masked = torch.tensor([[True, True, True], [True, False, False]])
+    ce, kl = light_model_costs(heavy, light, tokens, masked)
+    of_token_0 = math.log(0.75 / 0.5)
+    of_token_1 = math.log(0.25 / 0.5)
+    heavy_light = 0.75 * of_token_0 + 0.25 * of_token_1          # 0.131; KL(light || heavy) is 0.144
+    assert kl.tolist() == pytest.approx([heavy_light, heavy_light], abs=1e-6)
+    assert ce.tolist() == pytest.approx([(2 * of_token_0 + of_token_1) / 3, of_token_1], abs=1e-6)
+
+
 def test_the_curves_and_the_gap_are_estimates_of_it():
     expected = any_order_nats(LIGHT) - any_order_nats(HEAVY)
     stories = [STORY] * 1500
@@ -285,3 +311,23 @@ def test_states_have_their_share_masked_and_all_positions_equally_often():
 def test_texts_are_padded_and_cut():
     assert pad_to_length([STORY, STORY[:2]], 4, END).tolist() == [[END, 1, 3, 0], [END, 1, END, END]]
     assert pad_to_length([STORY], 7, END).tolist() == [[END, 1, 3, 0, END, END, END]]
+
+
+CURVES = {"t": [0.25, 0.5, 1.0], "kl": [0.1, 0.2, 0.3]}
+BAD_CURVES = ["", "[", "[" * 200_000, "[]", "5", "{}", json.dumps({**CURVES, "t": 5}),
+              json.dumps({**CURVES, "t": [1, 0.5, 0.25]}), json.dumps({**CURVES, "t": [0.25, 0.5]}),
+              json.dumps({**CURVES, "kl": [0.1, float("nan"), 0.3]}),
+              json.dumps({**CURVES, "kl": ["a", 1, 2]}),
+              json.dumps({"t": [1], "kl": [1]}), json.dumps({**CURVES, "kl": [0.1, 10 ** 400, 0.3]}),
+              json.dumps({**CURVES, "kl": [[0.1], 0.2, 0.3]}), '{"t": [0, 1], "t": [0, 0.5], "kl": [1, 2]}']
+
+
+@pytest.mark.parametrize("content", BAD_CURVES, ids=range(len(BAD_CURVES)))
+def test_measured_costs_that_cannot_be_used_are_one_sentence(tmp_path, content):
+    rule = reveal.parse("ancestral:4")
+    (tmp_path / scheduling.IMPORTANCE_FILE).write_text(json.dumps(CURVES), encoding="utf-8-sig")
+    assert scheduling.load_schedule("auto:0.5", tmp_path, rule).names == ["H", "L"]
+    (tmp_path / scheduling.IMPORTANCE_FILE).write_text(content)
+    with pytest.raises(ValueError, match="importance.json.*measure them again") as caught:
+        scheduling.load_schedule("auto:0.5", tmp_path, rule)
+    assert "\n" not in str(caught.value)

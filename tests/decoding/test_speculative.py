@@ -187,6 +187,87 @@ def test_a_token_has_the_verifier_s_probability(sampling):
     assert (share - p[0]).abs().max() < 2 / n
 
 
+def test_a_draft_that_the_verifier_excludes_is_never_accepted():
+    """Not even with the smallest random number, 0: its p is 0 after top-k, top-p or at temperature 0."""
+    p = torch.tensor([[[0.0, 1.0], [0.5, 0.5]]])
+    q = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])
+    drafts = torch.tensor([[0, 0]])
+    count, next_token = speculative.accept(p, q, drafts, torch.zeros(1, 2, 3))
+    assert count.tolist() == [0]
+    assert next_token.tolist() == [1]
+
+
+# how many drafts are accepted ---------------------------------------------------------------------
+
+def next_probs(net, tokens, sampling):
+    """(rows, V): the distributions from which an AR model samples the token after each of `tokens`."""
+    logits = net(tokens).view(*tokens.shape, -1)[:, -1]
+    return sampling(logits.softmax(-1))
+
+
+def draft_probs(student, layout, accepted, length, first_draft, sampling):
+    """(A, V): q of the positions `first_draft` .. , if everything from len(accepted) on is masked."""
+    P = len(accepted)
+    noisy = torch.full((1, length), student.mask_id)
+    tokens = torch.cat([accepted[None], torch.zeros(1, length, dtype=torch.long)], 1)
+    position = torch.arange(first_draft, P + length)
+    logits = opdlm.student_logits(student, tokens, noisy, P, layout, torch.zeros_like(position), position)
+    return sampling(logits.softmax(-1))
+
+
+def share_accepted(p_first, p_second, q):
+    """Probabilities that at least one and that both of two drafts are accepted, by enumeration.
+
+    `p_first` (V,): verifier, first draft; `p_second` (V, V): verifier after each first draft; `q` (2, V).
+    """
+    first = torch.minimum(p_first, q[0])                                     # (V,)
+    second = torch.minimum(p_second, q[1]).sum(1)                            # (V,)
+    return torch.stack([first.sum(), (first * second).sum()])
+
+
+@pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(0.4), SamplingConfig(2.0, top_k=2),
+                                      SamplingConfig(top_p=0.6)], ids=str)
+@pytest.mark.parametrize("self_verify", [False, True])
+def test_drafts_are_accepted_as_often_as_the_distributions_allow(tiny, sampling, self_verify):
+    """A draft is accepted with probability sum of min(p, q), p and q as temperature, top-k and top-p leave
+    them. A q of another temperature would give the same text with fewer accepted drafts."""
+    rows = 6000
+    V = 4
+    student = tiny(vocab=V, layers=1, seed=3, scale=0.2).requires_grad_(False)
+    teacher = tiny(vocab=V, layers=1, seed=4, scale=0.2).requires_grad_(False)
+    verifier = student if self_verify else teacher
+    prompt = torch.tensor([2, 0])
+    generator = torch.Generator().manual_seed(0)
+    K = 3 if self_verify else 2                                              # two drafts in both cases
+    L = K + 1
+    layout = Layout(K, 1, 1)
+    u = torch.rand(rows, 2 + L, 3, generator=generator)
+    text = speculative_decode(student, layout, prompt.expand(rows, 2), L, u, 99, sampling,
+                              None if self_verify else teacher)
+
+    every = torch.arange(V)[:, None]
+    one = torch.cat([prompt.expand(V, 2), every], 1)                         # (V, 3) the prompt and any token
+    p = next_probs(verifier, prompt[None], sampling)[0]                      # (V,)
+    p_after_one = next_probs(verifier, one, sampling)                        # (V, V)
+    if self_verify:
+        # The first pass gives one token and makes the drafts of the two after it; the second verifies them.
+        q = draft_probs(student, layout, prompt, K, 3, sampling)
+        expected = torch.zeros(2)
+        for token in range(V):
+            two = torch.cat([one[token].expand(V, 3), every], 1)             # (V, 4)
+            p_after_two = next_probs(verifier, two, sampling)
+            expected = expected + p[token] * share_accepted(p_after_one[token], p_after_two, q)
+        verified = text.accepted_in[:, 4:6] == 1
+    else:
+        q = draft_probs(student, layout, prompt, K, 2, sampling)
+        expected = share_accepted(p, p_after_one, q)
+        verified = text.accepted_in[:, 3:5] == 0
+    found = verified.double().mean(0)                                        # a draft is followed by a token
+    error = (expected * (1 - expected) / rows).sqrt()
+    assert (0.02 < expected).all() and (expected < 0.98).all()
+    assert ((found - expected).abs() < 4 * error).all(), (found, expected)
+
+
 # what is drafted ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("layout, self_verify",

@@ -40,11 +40,12 @@ def test_two_stream_is_the_triple_loop(length, prompt, layout):
 
 @pytest.mark.parametrize("length, prompt, layout", CASES)
 def test_nobody_looks_at_the_last_block_s_clean_text(length, prompt, layout):
-    """So two streams without it are the whole's rows and columns, and what was left out was seen by itself alone."""
+    """Leaving it out removes rows and columns of the mask; only itself has attended to it."""
     last = prompt + (length - prompt - 1) // layout.block * layout.block
-    whole, left = training_mask(length, prompt, layout), [i for i in range(2 * length - prompt) if not last <= i < length]
-    assert torch.equal(training_mask(length, prompt, layout, upto=last), whole[left][:, left])
-    assert not whole[left, last:length].any()
+    whole = training_mask(length, prompt, layout)
+    others = [i for i in range(2 * length - prompt) if not last <= i < length]
+    assert torch.equal(training_mask(length, prompt, layout, upto=last), whole[others][:, others])
+    assert not whole[others, last:length].any()
 
 
 @pytest.mark.parametrize("length, prompt, layout", CASES)
@@ -53,8 +54,9 @@ def test_the_sampler_sees_what_the_trainer_sees(length, prompt, layout):
     both = training_mask(length, prompt, layout)
     for i in range(prompt, length):
         for noisy in (True, False):
-            got = sampler_mask(torch.tensor([[i]]), torch.tensor([[noisy]]), torch.tensor([prompt]), torch.tensor([length]),
-                         layout, length)[0, 0, 0]
+            query = torch.tensor([[i]])
+            got = sampler_mask(query, torch.tensor([[noisy]]), torch.tensor([prompt]), torch.tensor([length]),
+                               layout, length)[0, 0, 0]
             row = both[length + i - prompt if noisy else i]
             seen = row[:length] | torch.cat([torch.zeros(prompt, dtype=torch.bool), row[length:]])
             assert torch.equal(got, seen)

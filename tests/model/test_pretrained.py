@@ -12,7 +12,7 @@ from model import checkpoint
 from tests.test_sample import make_checkpoint
 from training import cli
 
-SMALL = sample.SMALL
+SMALL = sample.PRETRAINED
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,8 @@ def test_it_is_small_and_whole():
     assert sum(path.stat().st_size for path in files) <= 4_000_000
     assert {x.dtype for x in load_file(SMALL / "model.safetensors").values()} == {torch.bfloat16}
     net, layout = checkpoint.load(SMALL)
-    assert (layout.context_block, layout.logit_shift) == (1, 1) and net.config.vocab == tokenizer.load(SMALL).vocab_size
+    assert (layout.context_block, layout.logit_shift) == (1, 1)
+    assert net.config.vocab == tokenizer.load(SMALL).vocab_size
 
 
 def test_it_writes_before_anything_is_trained_and_a_run_comes_first(capsys):

@@ -43,6 +43,33 @@ def test_stories_are_cut_from_end_of_text_to_end_of_text():
     assert [story.tolist() for story in metrics.held_out(stream, starts, 9, 100)] == cut
 
 
+def test_a_few_long_stories_are_read_in_consecutive_windows():
+    stream = np.array([9, *range(10, 33), 9, 1, 2, 9], np.uint16)
+    starts = np.array([0, 24])
+    pieces = [piece.tolist() for piece in metrics.held_out(stream, starts, 100, 8)]
+    assert pieces == [[9, *range(10, 17)], [9, 1, 2, 9], [*range(16, 24)], [*range(23, 31)], [30, 31, 32, 9]]
+    scored = [token for piece in pieces for token in piece[1:]]
+    assert sorted(scored) == sorted([*range(10, 33), 9, 1, 2, 9]), "each token is scored once"
+    for count in range(1, 6):
+        found = [piece.tolist() for piece in metrics.held_out(stream, starts, count, 8)]
+        assert found == pieces[:count]
+
+
+def test_the_first_token_of_a_window_counts_no_bytes(tiny):
+    class Letters:
+        eot = EOT
+
+        def decode(self, ids):
+            return "".join("ab" for i in ids if i != EOT)
+
+    net = tiny()
+    middle = torch.tensor([3, 4, 5, EOT])
+    numbers = metrics.likelihood(net, [middle], AR, Letters())
+    nats = causal_nats(net, middle).item()
+    assert numbers["val_nats"] == pytest.approx(nats / 3, rel=1e-5)
+    assert numbers["bits_per_byte"] == pytest.approx(nats / np.log(2) / 4, rel=1e-5)
+
+
 def test_the_nats_of_the_ar_model_are_its_causal_loss(tiny):
     net = tiny()
     expected = torch.stack([causal_nats(net, story) for story in stories()])
@@ -153,6 +180,23 @@ def test_text_metrics_by_hand(tiny):
     }, rel=1e-6)
     twice = metrics.text_metrics(net, texts * 2, 6.0, Letters(), None)
     assert twice == pytest.approx({**once, "distinct2": 3 / 8}, rel=1e-6)
+
+
+def test_gen_nats_is_a_mean_over_tokens(tiny):
+    """Of all texts together: a text of three tokens counts three times as much as one of a single token."""
+    net = tiny()
+    rollout, prompt_lens = example_batch()
+    rollout.response_mask[1] = torch.tensor([False, True, False, False, False])
+    long, short = metrics.nats_of(net, rollout).tolist()
+    assert abs(short - long / 3) > 0.1
+    together = metrics.text_metrics(net, [(rollout, prompt_lens)], 1.0, Letters(), None)
+    assert together["gen_nats"] == pytest.approx((short + long) / 4, rel=1e-6)
+    one_each = []
+    for row in (0, 1):
+        fields = {name: value[row:row + 1] for name, value in vars(rollout).items()}
+        one_each.append((opdlm.Rollout(**fields), prompt_lens[row:row + 1]))
+    in_two_batches = metrics.text_metrics(net, one_each, 1.0, Letters(), None)
+    assert in_two_batches == pytest.approx(together, rel=1e-6)
 
 
 @pytest.mark.parametrize("broken_law, share", [(None, 0.5), ("plot", 0.0)])

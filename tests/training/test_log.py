@@ -1,5 +1,6 @@
 """log.jsonl stays valid when a run is killed and resumed; steps are plain lines in a pipe."""
 import json
+import math
 
 from training.log import Log
 
@@ -26,3 +27,16 @@ def test_lines_in_a_pipe(tmp_path, capsys):
     log = Log(tmp_path / "log.jsonl", {}, resume=False)
     log.step({"phase": "distil", "step": 7, "kl": 1.0}, 120, "kl 1.000 nats")
     assert capsys.readouterr().out == "distil      7/120 | kl 1.000 nats\n"
+
+
+def test_numbers_that_are_not_finite_become_null(tmp_path):
+    """JSON does not have them; other programs could not read the log."""
+    path = tmp_path / "log.jsonl"
+    record = {"kl": math.nan, "loss": 1.5, "eval": {"nats": [math.inf, -math.inf, 2]}, "text": "NaN"}
+    Log(path, record, resume=False).write(record)
+
+    def refuse(name):
+        raise AssertionError(name)
+    for line in path.read_text().splitlines():
+        found = json.loads(line, parse_constant=refuse)
+        assert found == record | {"kl": None, "eval": {"nats": [None, None, 2]}}

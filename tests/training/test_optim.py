@@ -204,6 +204,25 @@ def test_learning_rate_schedules(shape, half, last):
     assert all(lr_at(i) >= lr_at(i + 1) for i in range(10, 99))
 
 
+@pytest.mark.parametrize("shape, expected", [
+    ("linear", [0.1, 0.91, 0.9, 0.5, 0.25, 0.01]),
+    ("trapezoid", [0.1, 1.0, 1.0, 1.0, 0.5, 0.02]),
+    ("cosine", [0.1, 0.9821322, 0.9779754, 0.55, 0.2318019, 0.1002220]),
+    ("constant", [0.1, 1.0, 1.0, 1.0, 1.0, 1.0])])
+def test_learning_rates_by_hand(shape, expected):
+    """At the first step, the last one of the warm-up, the next one, halfway, at 3/4, and at the last step.
+
+    The first step is taken at a tenth of the peak: a rate of 0 would waste it.
+    """
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=2.0)
+    set_lr = lr_schedule(optimizer, shape, 100)
+    rates = []
+    for step in (0, 9, 10, 50, 75, 99):
+        set_lr(step)
+        rates.append(optimizer.param_groups[0]["lr"] / 2)
+    assert rates == pytest.approx(expected, abs=1e-6)
+
+
 def test_the_response_length_grows_to_the_longest():
     length = length_schedule(4, 96, 10)
     lengths = [length(step) for step in range(12)]

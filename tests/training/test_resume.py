@@ -19,6 +19,7 @@ from model import checkpoint
 from training import cli
 from training.optim import Muon
 from training.resume import (
+    check_results,
     check_writable,
     latest_state,
     load_state,
@@ -69,9 +70,105 @@ def test_the_last_two_states_are_kept_and_a_new_run_deletes_them(tiny, tmp_path)
     for step in (1, 2, 3):
         save_state(path, net, optimizer, {"step": step})
     assert read_state(path)[1]["step"] == 3 and read_state(previous_state(path))[1]["step"] == 2
+    (tmp_path / "state.123.part").write_text("")                 # of a run killed while it wrote
+    (tmp_path / "state.notes.part").write_text("")               # not ours
     path.unlink()                                                # as if killed between the two renamings
     assert latest_state(path) == previous_state(path)
     assert start_progress(path, {})["step"] == 0 and latest_state(path) is None
+    assert [file.name for file in tmp_path.iterdir()] == ["state.notes.part"]
+
+
+def resume_step(path, tiny):
+    net, optimizer = train_little(tiny, 1, seed=5)
+    return load_state(path, net, optimizer, {})["step"]
+
+
+@pytest.mark.parametrize("damage", ["", "x", "half"])
+def test_a_damaged_state_is_replaced_by_the_one_before(damage, tiny, tmp_path, capsys):
+    """In one line. The whole state stays the one before the next, whenever the resumed run is killed."""
+    path = tmp_path / "state"
+    net, optimizer = train_little(tiny)
+    for step in (1, 2):
+        save_state(path, net, optimizer, {"step": step, "settings": {}})
+    content = path.read_bytes()
+    path.write_bytes(content[:len(content) // 2] if damage == "half" else damage.encode())
+    assert resume_step(path, tiny) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and "state is damaged (" in lines[0] and f"{previous_state(path)}" in lines[0]
+    assert lines[1].startswith("resuming from step 1;")
+    assert latest_state(path) == previous_state(path)            # killed now, it is resumed again
+    save_state(path, net, optimizer, {"step": 2, "settings": {}})
+    assert read_state(path)[1]["step"] == 2 and read_state(previous_state(path))[1]["step"] == 1
+
+
+def test_without_a_whole_state_the_files_are_named(tiny, tmp_path):
+    path = tmp_path / "state"
+    net, optimizer = train_little(tiny)
+    for step in (1, 2):
+        save_state(path, net, optimizer, {"step": step, "settings": {}})
+    advice = "Restore one of these files from a copy, or start again without --resume"
+    previous_state(path).write_text("")
+    assert resume_step(path, tiny) == 2                          # the one before is not even read
+    path.unlink()
+    with pytest.raises(ValueError, match=rf"state does not exist, and .*before-state is damaged .*{advice}"):
+        resume_step(path, tiny)
+    path.write_text("")
+    with pytest.raises(ValueError, match=rf"state is damaged .*, and .*before-state is damaged .*{advice}"):
+        resume_step(path, tiny)
+    previous_state(path).unlink()
+    with pytest.raises(ValueError, match=rf"state is damaged .*before-state does not exist.*{advice}"):
+        resume_step(path, tiny)
+    assert path.exists()
+
+
+def test_a_state_that_may_not_be_read_is_not_called_damaged(tiny, tmp_path):
+    path = tmp_path / "state"
+    path.mkdir()
+    with pytest.raises(OSError):
+        resume_step(path, tiny)
+    assert path.is_dir()
+
+
+@pytest.mark.parametrize("linked", [["state"], ["before-state"], ["state", "before-state"]])
+def test_a_linked_state_is_written_through_the_link(linked, tiny, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (tmp_path / "run").mkdir()
+    path = tmp_path / "run" / "state"
+    for name in linked:
+        path.with_name(name).symlink_to(disk / name)
+    net, optimizer = train_little(tiny)
+    assert start_progress(path, {}) and path.with_name(linked[0]).is_symlink()
+    for step in (1, 2, 3):
+        save_state(path, net, optimizer, {"step": step, "settings": {}})
+    assert all(path.with_name(name).is_symlink() for name in linked)
+    assert read_state(disk / linked[0])[1]["step"] == (3 if "state" in linked else 2)
+    assert resume_step(path, tiny) == 3
+    path.resolve().write_text("")
+    assert resume_step(path, tiny) == 2
+
+
+def test_results_that_could_not_be_written_are_refused(tmp_path):
+    out = tmp_path / "out"
+    disk = tmp_path / "disk"
+    (out / "whole").mkdir(parents=True)
+    (disk / "empty").mkdir(parents=True)
+    (out / "whole/config.json").write_text("{}")
+    (out / "mine").mkdir()
+    (out / "mine/notes.txt").write_text("")
+    (out / "file").write_text("")
+    for name, target in (("link", disk / "empty"), ("new", disk / "later"), ("broken", disk / "no/where"),
+                         ("loop", out / "loop"), ("mount", "/proc")):
+        (out / name).symlink_to(target)
+    check_results(out, ("whole", "link", "new", "missing"), ("file", "new", "missing"))
+    for name, message in (("mine", "it is not a checkpoint"), ("file", "is not a folder"),
+                          ("broken", "no does not exist or cannot be written"), ("mount", "."),
+                          ("loop", ".")):
+        with pytest.raises(ValueError, match=message):
+            check_results(out, (name,), ())
+    for name, message in (("mine", "is a folder"), ("broken", "no does not exist or cannot be written")):
+        with pytest.raises(ValueError, match=message):
+            check_results(out, (), (name,))
 
 
 def test_changed_settings_are_printed(tiny, tmp_path, capsys):
@@ -93,7 +190,7 @@ def test_any_flipped_bit_and_any_truncation_is_noticed(tiny, tmp_path):
         place = rng.choice((rng.randrange(len(whole)), rng.randrange(2000)))
         flipped = whole[place] ^ 1 << rng.randrange(8)
         path.write_bytes(whole[:place] + bytes([flipped]) + whole[place + 1:])
-        with pytest.raises(ValueError, match="state is damaged .*rename before-state to state"):
+        with pytest.raises(ValueError, match=r"state is damaged \(.+\)$"):
             read_state(path)
     for size in (0, 5, 1000, len(whole) - 1):
         path.write_bytes(whole[:size])

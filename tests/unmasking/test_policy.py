@@ -1,5 +1,7 @@
 """The unmasking policy, the reveal rules made of it, and its training: invariants."""
 import itertools
+import json
+import os
 
 import pytest
 import torch
@@ -100,6 +102,38 @@ def test_with_zero_weights_masks_are_revealed_at_the_rate_of_the_bias():
         rate = beta * torch.sigmoid(torch.tensor(-0.7))
         assert (revealed.mean(0) - rate).abs().max() < 4 * (rate * (1 - rate) / 20_000).sqrt()
         assert torch.corrcoef(revealed.T).fill_diagonal_(0).abs().max() < 0.03      # slots are independent
+
+
+@pytest.mark.parametrize("explore", [False, True])
+def test_every_step_uses_random_numbers_of_its_own(explore):
+    """At each step half of the slots that are still masked are revealed. If the numbers of two steps were the
+    same, a slot that was not revealed at the first of them would not be revealed at the second."""
+    rows = 20_000
+    rule = PolicyRule(FixedPolicy(lambda confidence, masked, time: torch.zeros_like(confidence)),
+                      explore=explore)
+    u = torch.rand(rows, 8, rule.numbers(8), generator=torch.Generator().manual_seed(0))
+    masked = torch.ones(rows, 8, dtype=torch.bool)
+    for step in range(4):
+        revealed = rule(torch.rand(rows, 8), masked, torch.full((rows,), step), u)
+        num_masked = masked.sum().item()
+        share = revealed.sum().item() / num_masked
+        forced = 0 if explore else (0.5 ** masked.sum(1))[masked.any(1)].sum().item() / num_masked
+        assert share == pytest.approx(0.5 + forced, abs=4 * 0.5 / num_masked ** 0.5)
+        masked = masked & ~revealed
+
+
+def test_the_confidence_of_a_revealed_slot_is_ignored():
+    """It is that of an earlier step. The confidence of a masked slot is not ignored."""
+    generator = torch.Generator().manual_seed(0)
+    policy = make_policy()
+    confidence = torch.rand(40, 4, generator=generator)
+    other = torch.rand(40, 4, generator=generator)
+    masked = torch.rand(40, 4, generator=generator) < 0.5
+    time = torch.rand(40, generator=generator)
+    logits = policy(confidence, masked, time)
+    assert torch.equal(policy(torch.where(masked, confidence, other), masked, time), logits)
+    moved = (policy(torch.where(masked, other, confidence), masked, time) != logits).any(1)
+    assert torch.equal(moved, masked.any(1))
 
 
 def test_the_initial_bias_leaves_one_slot_in_a_hundred_masked():
@@ -297,6 +331,23 @@ def test_a_ratio_outside_the_bounds_has_no_gradient():
     assert (new.grad[0] != 0).tolist() == [True, False, True, True]
 
 
+@pytest.mark.parametrize("ratio, advantage, value, has_gradient", [
+    (0.3, 2.0, 0.3 * 2, True), (0.3, -2.0, -0.8 * 2, False),
+    (0.9, 2.0, 0.9 * 2, True), (0.9, -2.0, -0.9 * 2, True),
+    (1.5, 2.0, 1.2 * 2, False), (1.5, -2.0, -1.5 * 2, True)])
+def test_both_bounds_of_the_ratio(ratio, advantage, value, has_gradient):
+    """The ratio is not driven further in the direction of the advantage once it has left 1 - eps .. 1 + eps.
+
+    In the other direction it is not bounded.
+    """
+    log_prob = torch.tensor([[ratio]]).log().requires_grad_()
+    always = torch.ones(1, 1, dtype=torch.bool)
+    objective = surrogate(log_prob, torch.zeros(1, 1), torch.tensor([advantage]), always, eps=0.2)
+    objective.backward()
+    assert objective.item() == pytest.approx(value)
+    assert (log_prob.grad.item() != 0) == has_gradient
+
+
 def test_an_expert_s_ratio_is_bounded():
     never = torch.tensor(-200.0)
     always = torch.tensor(0.0)
@@ -350,6 +401,72 @@ def test_relabelling_an_expert_s_own_texts_gives_its_own_actions(net):
     assert not torch.equal(trajectory.relabelled(reveal.parse("static:1")).action, again.action)
 
 
+class RecordedTexts:
+    """Generates texts for `train`, and keeps the rules' recorders, and the texts."""
+
+    def __init__(self, net, prompts):
+        self.net = net
+        self.prompts = prompts
+        self.recorders = []
+        self.texts = []
+
+    def __call__(self, rule, update, count):
+        rows = self.prompts * count
+        prompt = torch.arange(self.prompts)[:, None].repeat_interleave(count, 0)
+        u = uniforms(count, 0, range(rows), (1 + 14, rule.numbers(4)))
+        text = opdlm.rollout(Denoiser(self.net, Layout(4, 1, 1)), prompt, 14, rule, u, EOT, GREEDY)
+        self.recorders.append(rule)
+        self.texts.append(text)
+        return text
+
+
+def quality_by_prompt(text):
+    """Texts of other prompts have another level, which must not influence the advantages."""
+    share_of_even = ((text.tokens % 2 == 0) & text.response_mask).float().mean(1)
+    return share_of_even + 3 * text.tokens[:, 0]
+
+
+@pytest.mark.parametrize("mix_in_expert", [False, True])
+def test_an_update_is_the_gradient_of_the_objective_by_hand(net, mix_in_expert):
+    """A text's advantage is its reward minus the mean of its group, the expert's text included.
+
+    The objective is a mean over all texts, those of the expert included, of the mean over their steps of
+    advantage times probability ratio. At the first gradient step the ratio is 1, and its gradient is that of
+    the log-probability. For the expert's texts, this is the one under the mixture (G p + 1) / (G + 1).
+    """
+    G = 3
+    prompts = 2
+    policy = make_policy()
+    generate_recorded = RecordedTexts(net, prompts)
+    settings = Settings(length=14, group_size=G, prompts=prompts, num_epochs=1, max_grad_norm=1e9,
+                        expert=reveal.parse("threshold:0.35"), mix_in_expert=mix_in_expert)
+    no_step = torch.optim.SGD(policy.parameters(), 0.0)
+    record, = train(policy, generate_recorded, quality_by_prompt, settings, no_step, range(1))
+    found = [p.grad.clone() for p in policy.parameters()]
+
+    counts = [G, 1] if mix_in_expert else [G]
+    rewards = []
+    log_probs = []
+    for recorder, text, count in zip(generate_recorded.recorders, generate_recorded.texts, counts):
+        trajectory = recorder.trajectory()
+        rewards.append(reward(quality_by_prompt(text), trajectory.nfe, 14, 1.0).view(prompts, count))
+        log_prob = trajectory.log_prob(policy)
+        if count == 1:
+            log_prob = ((G * log_prob.exp() + 1) / (G + 1)).log()
+        per_text = (log_prob * trajectory.active).sum(0) / trajectory.active.sum(0)
+        log_probs.append(per_text.view(prompts, count))
+    group = torch.cat(rewards, 1)                                        # (prompts, G) or (prompts, G + 1)
+    advantage = group - group.mean(1, keepdim=True)
+    assert (advantage.abs().amax(1) > 0.01).all()
+    loss = -(advantage * torch.cat(log_probs, 1)).mean()
+    expected = torch.autograd.grad(loss, list(policy.parameters()))
+    size = max(gradient.abs().max() for gradient in expected)
+    for gradient, expected_gradient in zip(found, expected):
+        assert torch.allclose(gradient, expected_gradient, atol=1e-4 * size, rtol=1e-4)
+    assert record["loss"] == pytest.approx(0, abs=1e-6)                  # the advantages of a group sum to 0
+    assert record["reward"] == pytest.approx(rewards[0].mean().item())
+
+
 class World:
     """A denoiser for texts of one token, 1, with a known best order.
 
@@ -394,3 +511,41 @@ def test_where_the_best_order_is_known_it_is_found(chain):
     found = reward(quality(text), recorder.trajectory().nfe, 8, 0.2).mean().item()
     best = reward(torch.ones(1), torch.tensor([8 if chain else 2]), 8, 0.2).item()
     assert found >= 0.95 * best
+
+
+ABSURD = [None, True, 0, -1, 1.5, 10 ** 12, float("nan"), float("inf"), "4", "", [], [4], {}, "x" * 10_000]
+
+
+@pytest.mark.parametrize("key", ["block", "width", "heads", "theta", "model_type", "other"])
+def test_an_absurd_size_is_one_sentence(tmp_path, key):
+    save_policy(tmp_path, Policy(PolicyConfig(4)))
+    config = json.loads((tmp_path / "config.json").read_text())
+    for value in ABSURD:
+        (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
+        if key == "model_type" or (key, value) in (("theta", 1.5), ("theta", True), ("theta", 10 ** 12)):
+            continue
+        with pytest.raises(ValueError, match="is not an unmasking policy") as caught:
+            load_policy(tmp_path)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_the_files_of_a_policy_are_one_s_own(tmp_path):
+    (tmp_path / "policy.safetensors.new").write_text("dear")
+    umask = os.umask(0o022)
+    save_policy(tmp_path, Policy(PolicyConfig(4)))
+    os.umask(umask)
+    assert (tmp_path / "policy.safetensors.new").read_text() == "dear"
+    names = {"config.json", "policy.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == names | {"policy.safetensors.new"}
+    assert {oct((tmp_path / name).stat().st_mode & 0o777) for name in names} == {"0o644"}
+
+
+def test_a_policy_that_is_not_downloaded_or_is_damaged_is_one_sentence(tmp_path):
+    save_policy(tmp_path, Policy(PolicyConfig(4)))
+    for content in (b"version https://git-lfs.github.com/spec/v1\n", b"", b"\xff" * 100):
+        (tmp_path / "policy.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match="is not an unmasking policy"):
+            load_policy(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 200_000)
+    with pytest.raises(ValueError, match="nested too deeply"):
+        load_policy(tmp_path)

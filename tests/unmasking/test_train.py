@@ -9,6 +9,7 @@ import torch
 import opdlm
 from data import story_world
 from data.corpus import story_world_corpus
+from decoding import reveal
 from experiments.unmasking.worlds import WORLDS
 from model import checkpoint
 from model.gpt import GPT, GPTConfig
@@ -52,6 +53,28 @@ def test_other_text_has_quality_1_if_it_is_likely_and_not_repetitive(tiny):
         assert nll[row].item() == pytest.approx(-of_text.mean().item(), rel=1e-5)
     assert train.fluent(text, net, nll.max().item(), 0.5).tolist() == [1, 0, 1]
     assert train.fluent(text, net, nll.min().item(), 0).sum() == 1
+
+
+# prompts and texts ---------------------------------------------------------------------------------------
+
+def test_no_two_texts_share_their_random_numbers(monkeypatch):
+    """Neither those of the policy and of the expert, nor those of different updates or prompts."""
+    settings = Settings(length=10, group_size=3, prompts=2)
+    numbers = []
+
+    def stories(row_ids):
+        return torch.zeros(len(row_ids), 30, dtype=torch.long)
+
+    def recording_rollout(denoiser, prompt, length, rule, u, *rest):
+        numbers.append(u[:, 0, 0])                                      # (B,) the first number of each text
+    monkeypatch.setattr(train.opdlm, "rollout", recording_rollout)
+    generate = train.make_generator(make_net(0), Layout(4, 1, 1), stories, settings, seed=0, eot=TOK.eot)
+    rule = reveal.parse("static:1")
+    for update in range(3):
+        for count in (settings.group_size, 1):
+            generate(rule, update, count)
+    assert [len(u) for u in numbers] == [6, 2] * 3
+    assert len(torch.cat(numbers).unique()) == 3 * (6 + 2)
 
 
 # the command ---------------------------------------------------------------------------------------------

@@ -1,0 +1,37 @@
+"""Numbers outside of their range are refused in one sentence."""
+import math
+from dataclasses import dataclass
+
+import pytest
+
+from training.ranges import Range, check_ranges
+
+
+@dataclass
+class Config:
+    steps: int = 1
+    lr: float | None = None
+    weight: float = 0.0
+
+
+RANGES = {"steps": Range(1, 100), "lr": Range(0.0, above=True), "weight": Range(0.0)}
+
+
+@pytest.mark.parametrize("values, message", [
+    ({"steps": 0}, "--steps=0: expected an integer from 1 to 100"),
+    ({"steps": -64}, "--steps=-64: expected an integer from 1 to 100"),
+    ({"steps": 10**30}, f"--steps={10**30}: expected an integer from 1 to 100"),
+    ({"lr": -1.0}, "--lr=-1.0: expected a number above 0"),
+    ({"lr": 0.0}, "--lr=0.0: expected a number above 0"),
+    ({"weight": -1e-9}, "--weight=-1e-09: expected a number of at least 0"),
+    ({"weight": math.nan}, "--weight=nan: expected a number of at least 0"),
+])
+def test_a_number_outside_of_its_range(values, message):
+    with pytest.raises(ValueError) as caught:
+        check_ranges(Config(**values), RANGES)
+    assert str(caught.value) == message
+
+
+def test_the_ends_of_a_range_and_none_are_allowed():
+    for values in ({}, {"steps": 100}, {"lr": 1e-300}, {"lr": 1e300}, {"weight": 0.0}, {"lr": None}):
+        check_ranges(Config(**values), RANGES)

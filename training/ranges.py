@@ -1,0 +1,30 @@
+"""The values that a flag may have, beyond its type."""
+from typing import NamedTuple
+
+
+class Range(NamedTuple):
+    """Numbers from `low` to `high`; `above` excludes `low`. Integers if `low` is one."""
+    low: int | float
+    high: int | float | None = None
+    above: bool = False
+
+    def __contains__(self, value) -> bool:
+        if not value >= self.low or (self.above and value == self.low):      # `not >=` also refuses NaN
+            return False
+        return self.high is None or value <= self.high
+
+    def __str__(self) -> str:
+        kind = "an integer" if isinstance(self.low, int) else "a number"
+        if self.above:
+            return f"{kind} above {self.low:g}"
+        if self.high is None:
+            return f"{kind} of at least {self.low:g}"
+        return f"{kind} from {self.low} to {self.high}"
+
+
+def check_ranges(config, ranges: dict[str, Range]) -> None:
+    """ValueError for the first field of `config` that is outside of its range. None is always allowed."""
+    for name, allowed in ranges.items():
+        value = getattr(config, name)
+        if value is not None and value not in allowed:
+            raise ValueError(f"--{name}={value}: expected {allowed}")
