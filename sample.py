@@ -24,19 +24,26 @@ import opdlm
 from data import tokenizer
 from decoding import reveal, scheduling
 from decoding.denoiser import Denoiser
-from decoding.sampling import NotFiniteError, SamplingConfig
+from decoding.sampling import MAX_SEED, NotFiniteError, SamplingConfig
 from model import checkpoint
 from model.masks import AR, Layout
 from report import generate, html, terminal, trace
 from training import cli
 from training.dist import find_device
+from training.ranges import Range, check_ranges
 from unmasking import policy  # registers --reveal=policy:FOLDER
 
 LAST_RUN = Path("out/tiny")
 PRETRAINED = Path(__file__).parent / "model/pretrained"
 MAX_TOKENS = 1024           # of a response, unless --length is given
 MAX_SELF_BLOCK = 64         # of --verifier=self, whose forward passes have block * block masks
-RANGES = {"length": (1, None), "n": (1, None), "seed": (0, None), "block": (1, None), "fps": (0.1, 1000)}
+RANGES = {
+    "length": Range(1),
+    "n": Range(1),
+    "seed": Range(0, MAX_SEED),
+    "block": Range(1),
+    "fps": Range(0.1, 1000),
+}
 PICTURES = {".png": trace.picture, ".html": html.save}
 
 
@@ -71,6 +78,7 @@ class Options:
     def __post_init__(self):
         if self.mode == "verified":
             self.mode = "speculative"
+        check_ranges(self, RANGES)
         SamplingConfig(self.temperature, self.top_k, self.top_p)     # refuses values out of range
         if self.dtype and not self.export:
             raise ValueError("--dtype is the number format of --export: give --export=FOLDER too")
@@ -250,7 +258,7 @@ def export(options: Options) -> None:
     if options.export.startswith("hf:"):
         raise ValueError(f"--export={options.export}: expected a folder of this computer")
     if os.path.lexists(new_folder):
-        raise ValueError(f"--export={options.export} is there already: name a new folder")
+        raise ValueError(f"--export={options.export} exists already: give the name of a new folder")
     if new_folder.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"--export={options.export} is inside the checkpoint {folder}, which a training "
                          "replaces as a whole: name a folder outside")
@@ -263,20 +271,21 @@ def export(options: Options) -> None:
 
 def check_writable(flag: str, path: Path) -> None:
     """ValueError if --flag=path cannot be made: now, not after the work. Its folder is made if needed."""
-    trial = path.with_name(f"{path.name}.{os.getpid()}.try")
     try:
+        path = path.resolve()                                    # the target of a symbolic link
+        trial = path.with_name(f"{path.name}.{os.getpid()}.try")
         path.parent.mkdir(parents=True, exist_ok=True)
         trial.write_text("")
         trial.unlink()
         if path.is_dir():
             raise IsADirectoryError(None, "it is a folder")
-    except OSError as error:
-        reason = error.strerror
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
+        reason = getattr(error, "strerror", None) or error
         raise ValueError(f"--{flag}={path} cannot be written ({reason}): name another place") from None
 
 
 def main(argv: list[str]) -> None:
-    options = cli.parse(Options, argv, __doc__, ranges=RANGES)
+    options = cli.parse(Options, argv, __doc__)
     if options.export:
         export(options)
         return

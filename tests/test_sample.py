@@ -242,17 +242,17 @@ REFUSED = {
     "--reveal=static:0": "static:COUNT takes a number of at least 1",
     "--ckpt=nowhere": "nowhere is not a checkpoint",
     "--ckpt={run}/ar": "ar is an AR model: use --mode=ar",
-    "--n=0": "--n=0: must be at least 1",
-    "--length=0": "--length=0: must be at least 1",
-    "--block=0": "--block=0: must be at least 1",
+    "--n=0": "--n=0: expected an integer of at least 1",
+    "--length=0": "--length=0: expected an integer of at least 1",
+    "--block=0": "--block=0: expected an integer of at least 1",
     "--export={run}": "exists already: give the name of a new folder",
     "--dtype=bfloat16": "--dtype is the number format of --export",
     "--temperature=-1": "a temperature of at least 0",
     "--mode=fast": "--mode: expected diffusion or ar or speculative or verified, got 'fast'",
     "--sead=1": "did you mean --seed?",
-    "--fps=0": "--fps=0: expected 0.1 to 1000",
-    "--fps=-8": "--fps=-8: expected 0.1 to 1000",
-    "--fps=1e9": "--fps=1e+09: expected 0.1 to 1000",
+    "--fps=0": "--fps=0.0: expected a number from 0.1 to 1000",
+    "--fps=-8": "--fps=-8.0: expected a number from 0.1 to 1000",
+    "--fps=1e9": "--fps=1000000000.0: expected a number from 0.1 to 1000",
     "--fps=fast": "--fps: expected a number, got 'fast'",
     "--picture=text.pdf": "--picture=text.pdf: expected a file name that ends in .png or .html",
     "--picture=html": "--picture=html: expected a file name that ends in",
@@ -260,19 +260,19 @@ REFUSED = {
     "--picture={run}/ar/config.json/x.png": "config.json/x.png cannot be written (",
     "--picture={run}/folder.png": "folder.png cannot be written (it is a folder)",
     "--picture=/dev/null/x.html": "--picture=/dev/null/x.html cannot be written (",
-    "--export={run}/ar/config.json": "is there already: name a new folder",
+    "--export={run}/ar/config.json": "exists already: give the name of a new folder",
     "--export={run}/ar/config.json/x": "--export={run}/ar/config.json/x cannot be written (",
-    "--export={run}/opdlm": "is there already: name a new folder",
+    "--export={run}/opdlm": "exists already: give the name of a new folder",
     "--export={run}/opdlm/new": "is inside the checkpoint",
     "--export={run}/opdlm/../opdlm/a/new": "is inside the checkpoint",
-    "--export={run}/link": "is there already: name a new folder",
+    "--export={run}/link": "exists already: give the name of a new folder",
     "--export=hf:me/model": "expected a folder of this computer",
     "--export=": "--export=: expected a name, got an empty text",
     "--ckpt=": "--ckpt=: expected a name, got an empty text",
     "--reveal=": "--reveal=: expected a name, got an empty text",
     "--verifier=": "--verifier=: expected a name, got an empty text",
-    "--ckpt=~/nowhere": "{home}/nowhere is no checkpoint",
-    "--seed=-1": "--seed=-1: must be at least 0",
+    "--ckpt=~/nowhere": "{home}/nowhere is not a checkpoint",
+    "--seed=-1": "--seed=-1: expected an integer from 0 to 9223372036854775807",
     "--seed=9223372036854775808": "--seed: expected an integer of at most 9223372036854775807",
     "--seed=18446744073709551616": "--seed: expected an integer of at most 9223372036854775807",
     "--seed=1e3": "--seed: expected an integer, got '1e3'",
@@ -282,7 +282,7 @@ REFUSED = {
     "--top_p=0": "a top_p above 0 and at most 1, got 0.0",
     "--top_p=nan": "--top_p: expected a number or none, got 'nan'",
     "--n=99999999999999999999": "--n: expected an integer of at most 9223372036854775807",
-    "--n=-3": "--n=-3: must be at least 1",
+    "--n=-3": "--n=-3: expected an integer of at least 1",
     "--length=9223372036854775807": "exceed the model's context",
     "--length=99999999999999999999": "--length: expected an integer of at most 9223372036854775807",
     "--block=25": "--block=25 exceeds the model's context of 24",
@@ -485,21 +485,30 @@ def test_a_prompt_never_becomes_a_special_id(run, capsys):
 
 @pytest.mark.parametrize("special", [True, False])
 def test_a_prompt_never_becomes_a_special_id_of_a_hub_tokenizer(tmp_path, capsys, special):
-    """If the file does not mark its end of text as special, such a prompt is refused."""
+    """Whether or not the file marks its end of text as special."""
     tok = Tokenizer(models.BPE({chr(33 + i): i for i in range(90)}, []))
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
     tok.add_tokens([AddedToken("<end>", special=special)])
     net = GPT(GPTConfig(91, CONTEXT, 1, 2, 16)).init_weights(torch.Generator().manual_seed(0))
     checkpoint.save(tmp_path, net, tokenizer.HubTokenizer(tok, 90))
-    flags = [f"--ckpt={tmp_path}", "--device=cpu", "--mode=ar", "--length=2"]
-    assert left([*flags, "--prompt=a<end>b"]) == (0 if special else 2)
-    out, err = capsys.readouterr()
-    if special:
-        assert out.startswith("a<end>b")
-    else:
-        assert not out and "reads a part of it as the end of a text" in err and err.count("\n") == 1
-    assert left([*flags, "--prompt=a<eb"]) == 0
+    text, last = said(capsys, tmp_path, "--mode=ar", "--length=1", "--prompt=a<end>b")
+    assert text.startswith("a<end>b") and numbers(last)[2] == 8
+
+
+def test_a_prompt_with_a_mask_is_refused(tmp_path, capsys, monkeypatch):
+    """Some tokenizers have a token for it, which a text can spell."""
+    real_encode = tokenizer.Tokenizer.encode
+    for i in (TOK.eot, network(0).mask_id):
+
+        def encode(tok, text, special=i):
+            return [*real_encode(tok, text), special]
+
+        monkeypatch.setattr(tokenizer.Tokenizer, "encode", encode)
+        checkpoint.save(tmp_path / "net", network(0), TOK)
+        assert left([f"--ckpt={tmp_path}/net", "--mode=ar", "--device=cpu", "--prompt=One<mask>"]) == 2
+        out, err = capsys.readouterr()
+        assert not out and "--prompt='One<mask>': this model's tokenizer reads a part of it" in err
 
 
 def test_the_home_folder_is_known_after_an_equals_sign(run, tmp_path, monkeypatch, capsys):

@@ -6,7 +6,7 @@
 gives --batch=32 and --batch 32. A type is int, float, bool, str, a Literal, or one of these | None; None is
 written `none`. Hyphens in the name of a flag count as underscores.
 
-Integers have 64 bits. The values of other flags may be limited: `ranges` of `parse`.
+Integers have 64 bits. Narrower ranges are in training/ranges.py.
 
 A program calls `parse` in its main function and ends with `sys.exit(run(main))`. A mistake of the user then
 prints one line on stderr, and the exit code is 2.
@@ -132,12 +132,11 @@ def read_hint(hint) -> tuple[type, tuple | None, bool]:
 
 # 2. from the command line to the dataclass --------------------------------------------------------
 
-def parse(cls, argv: list[str] | None, prog_doc: str | None, presets: dict | None = None,
-          ranges: dict[str, tuple] | None = None):
+def parse(cls, argv: list[str] | None, prog_doc: str | None, presets: dict | None = None):
     """An instance of the dataclass `cls` with the flags of argv set; --help exits with 0, a mistake with 2.
 
-    `presets[NAME]` has the fields that --preset=NAME sets; flags in argv override them. `ranges[NAME]` has
-    the least and the most that --NAME may be, None for no limit. If argv is None, sys.argv is used.
+    `presets[NAME]` has the fields that --preset=NAME sets; flags in argv override them. If argv is None,
+    sys.argv is used.
     """
     flags = flags_of(cls)
     words = list(sys.argv[1:] if argv is None else argv)
@@ -148,9 +147,7 @@ def parse(cls, argv: list[str] | None, prog_doc: str | None, presets: dict | Non
     try:
         given = read_flags(flags, words)
         preset = (presets or {}).get(given.get("preset"), {})
-        values = {**preset, **given}
-        check_ranges(values, ranges or {})
-        return cls(**values)
+        return cls(**{**preset, **given})
     except ValueError as error:                                  # cls.__post_init__ may raise them too
         sys.exit(complain(error))
 
@@ -201,26 +198,6 @@ def is_flag(flags: dict[str, Flag], word: str) -> bool:
         return True
     name = with_underscores(word).partition("=")[0]
     return name.startswith("--") and name[2:] in flags
-
-
-def check_ranges(values: dict, ranges: dict[str, tuple]) -> None:
-    """ValueError if a value is outside its range (least, most); None stands for no limit."""
-    for name, (least, most) in ranges.items():
-        value = values.get(name)
-        if value is None:
-            continue
-        is_too_small = least is not None and value < least
-        is_too_large = most is not None and value > most
-        if not (is_too_small or is_too_large):
-            continue
-        if most is None:
-            expected = f"must be at least {least}"
-        elif least is None:
-            expected = f"must be at most {most}"
-        else:
-            expected = f"expected {least} to {most}"
-        got = f"{value:g}" if isinstance(value, float) else value
-        raise ValueError(f"--{name}={got}: {expected}")
 
 
 def expand_home(options, *names: str) -> None:

@@ -205,6 +205,18 @@ def test_any_text_can_be_drawn_and_a_picture_is_written_whole_or_not_at_all(tmp_
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["empty.png", "states.png"]
 
 
+def test_the_message_of_a_file_that_cannot_be_written_names_the_file(tmp_path):
+    (tmp_path / "folder.html").mkdir()
+    for path in (tmp_path / "folder.html", tmp_path / "missing" / "x.html"):
+        with pytest.raises(OSError) as caught:
+            trace.write_atomically(path, lambda unfinished: open(tmp_path / "nowhere" / "x"))
+        assert caught.value.filename == str(path)
+    with pytest.raises(OSError) as caught:
+        trace.write_atomically(tmp_path / "folder.html", lambda unfinished: unfinished.write_text("x"))
+    assert caught.value.filename == str(tmp_path / "folder.html")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.html", "missing"]
+
+
 def test_speculative_decoding_has_groups_instead_of_blocks():
     """Tokens accepted together share a colour ramp and a frame, and are never shown masked."""
     seen = trace.from_iterations("Hi", list("abcdef"), [0, 0, 0, 1, 2, 2], 4)

@@ -64,10 +64,10 @@ CASES = [
 ]
 
 
-def refused(argv, capsys, cls=Options, presets=None, ranges=None) -> str:
+def refused(argv, capsys, cls=Options) -> str:
     """The message of a mistake: exit code 2, nothing on stdout, exactly one line on stderr."""
     with pytest.raises(SystemExit) as exit:
-        cli.parse(cls, argv, "", presets, ranges)
+        cli.parse(cls, argv, "")
     out, err = capsys.readouterr()
     assert (exit.value.code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("error: ") and err.endswith("\n")
@@ -143,23 +143,6 @@ def test_a_text_may_begin_with_hyphens(text, capsys):
 
 def test_the_last_of_two_texts_wins():
     assert cli.parse(Options, ["--prompt", "-a", "--prompt", "--b c", "--prompt="], "") == Options(prompt="")
-
-
-def test_a_number_may_be_limited_to_a_range(capsys):
-    ranges = {"batch": (1, None), "lr": (1e-9, 1), "length": (2, None), "temperature": (None, 9)}
-    for words, options in [([], Options()), (["--batch=1", "--length=none"], Options(batch=1)),
-                           (["--lr=1", "--temperature=-3"], Options(lr=1.0, temperature=-3.0))]:
-        assert cli.parse(Options, words, "", ranges=ranges) == options
-    for flag, message in [("--batch=0", "--batch=0: must be at least 1"),
-                          ("--batch=-16", "--batch=-16: must be at least 1"),
-                          ("--lr=0", "--lr=0: expected 1e-09 to 1"),
-                          ("--lr=1e9", "--lr=1e+09: expected 1e-09 to 1"),
-                          ("--length=1", "--length=1: must be at least 2"),
-                          ("--temperature=9.5", "--temperature=9.5: must be at most 9")]:
-        assert refused([flag], capsys, ranges=ranges) == f"error: {message}\n"
-    presets = {"ours": {}, "paper": {"a": 10}}
-    message = refused(["--preset=paper"], capsys, WithPreset, presets, {"a": (1, 5)})
-    assert "--a=10: expected 1 to 5" in message
 
 
 @pytest.mark.parametrize("number", [2 ** 63, 2 ** 64, 99999999999999999999, -2 ** 63 - 1])
