@@ -16,7 +16,8 @@ class Range(NamedTuple):
     def __str__(self) -> str:
         kind = "an integer" if isinstance(self.low, int) else "a number"
         if self.above:
-            return f"{kind} above {self.low:g}"
+            at_most = "" if self.high is None else f" and at most {self.high:g}"
+            return f"{kind} above {self.low:g}{at_most}"
         if self.high is None:
             return f"{kind} of at least {self.low:g}"
         return f"{kind} from {self.low} to {self.high}"

@@ -26,13 +26,15 @@ from data import story_world, tokenizer
 from data.corpus import Corpus, open_corpus
 from decoding import reveal
 from decoding.denoiser import Denoiser
-from decoding.sampling import SamplingConfig
+from decoding.sampling import MAX_SEED, SamplingConfig
 from model import checkpoint
 from model.masks import Layout
 from report import metrics
+from report.generate import check_weights
 from training import cli, dist
 from training.log import Log
 from training.optim import lr_schedule
+from training.ranges import Range, check_ranges
 from training.resume import check_writable, latest_state, load_state, save_state, start_progress
 from unmasking.grpo import BLOCK_SETTINGS, FULL_SEQUENCE_SETTINGS, Settings, imitate, scale_logits, train
 from unmasking.policy import Policy, PolicyConfig, save_policy
@@ -42,6 +44,12 @@ SAVE_EVERY = 20                 # updates
 UNMASKING = 5                   # stream of random numbers; opdlm.py has streams 1 to 4
 MIN_PROMPT = 12                 # tokens of a prompt; of shorter ones many would be the same
 MAX_PROMPT = 19
+RANGES = {
+    "alpha": Range(0.0, 1000.0),
+    "updates": Range(1, 10**9),
+    "lr": Range(0.0, 1.0, above=True),
+    "seed": Range(0, MAX_SEED - 1),         # the seed of generated texts is one more
+}
 MAX_TIED_UPDATES = 20           # training stops after as many updates in a row without differences in reward
 
 
@@ -65,7 +73,6 @@ class Config:
     # Machine
     seed: int = 0               # random seed of everything
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"      # auto: cuda, else mps, else cpu
-
 
 # 1. the quality of a text ---------------------------------------------------------------------------------
 
@@ -249,6 +256,8 @@ def describe(record: dict) -> str:
 
 def main(argv: list[str]) -> None:
     config = cli.parse(Config, argv, __doc__)
+    check_ranges(config, RANGES)
+    cli.expand_home(config, "ckpt", "out", "data", "val_data", "expert", "judge")
     device = dist.start(config.device)
 
     # 1. the student
@@ -257,6 +266,7 @@ def main(argv: list[str]) -> None:
     student, layout = checkpoint.load(folder)
     if layout is None:
         raise ValueError(f"--ckpt={config.ckpt} is an AR model: convert it first, with train_tiny.py")
+    check_weights(student, folder)
     student = student.to(device).requires_grad_(False)
     out, length = check_options(config, run, student.config.context)
     is_full_sequence = layout.block >= length
@@ -292,8 +302,6 @@ def check_options(config: Config, run: Path, context: int) -> tuple[Path, int]:
     if max_response(length) < 1:
         raise ValueError(f"--length={length}: too short for prompts of up to {MAX_PROMPT} tokens and a "
                          f"response, use at least {MAX_PROMPT + 1}")
-    if config.updates is not None and config.updates < 1:
-        raise ValueError(f"--updates={config.updates}: must be at least 1")
     out = check_writable(Path(config.out or run))
     if config.resume and not latest_state(out / "policy" / STATE):
         raise ValueError(f"nothing to resume in {out}: it has no policy/{STATE}; run without --resume")
@@ -317,7 +325,9 @@ def load_judge(name: str | None, run: Path):
         raise ValueError(f"{run} has no ar folder, but text is scored by an AR model: name the one that the "
                          "student was made from, --judge=NAME")
     folder = checkpoint.ar_folder(name or str(run / "ar"))
-    return checkpoint.load(folder)[0]
+    judge, _ = checkpoint.load(folder)
+    check_weights(judge, folder)
+    return judge
 
 
 if __name__ == "__main__":

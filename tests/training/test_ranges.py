@@ -12,9 +12,11 @@ class Config:
     steps: int = 1
     lr: float | None = None
     weight: float = 0.0
+    share: float | None = None
 
 
-RANGES = {"steps": Range(1, 100), "lr": Range(0.0, above=True), "weight": Range(0.0)}
+RANGES = {"steps": Range(1, 100), "lr": Range(0.0, above=True), "weight": Range(0.0),
+          "share": Range(0.0, 1.0, above=True)}
 
 
 @pytest.mark.parametrize("values, message", [
@@ -24,6 +26,8 @@ RANGES = {"steps": Range(1, 100), "lr": Range(0.0, above=True), "weight": Range(
     ({"lr": -1.0}, "--lr=-1.0: expected a number above 0"),
     ({"lr": 0.0}, "--lr=0.0: expected a number above 0"),
     ({"weight": -1e-9}, "--weight=-1e-09: expected a number of at least 0"),
+    ({"share": 0.0}, "--share=0.0: expected a number above 0 and at most 1"),
+    ({"share": 1.5}, "--share=1.5: expected a number above 0 and at most 1"),
     ({"weight": math.nan}, "--weight=nan: expected a number of at least 0"),
 ])
 def test_a_number_outside_of_its_range(values, message):
@@ -33,5 +37,5 @@ def test_a_number_outside_of_its_range(values, message):
 
 
 def test_the_ends_of_a_range_and_none_are_allowed():
-    for values in ({}, {"steps": 100}, {"lr": 1e-300}, {"lr": 1e300}, {"weight": 0.0}, {"lr": None}):
+    for values in ({}, {"steps": 100}, {"lr": 1e-300}, {"lr": 1e300}, {"weight": 0.0}, {"share": 1.0}, {"lr": None}):
         check_ranges(Config(**values), RANGES)

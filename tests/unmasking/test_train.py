@@ -181,7 +181,62 @@ def test_there_must_be_something_to_resume(student, capsys):
 
 def test_there_must_be_an_update(student, capsys):
     assert run("--updates=0") == 2
-    assert "--updates=0: must be at least 1" in capsys.readouterr().err
+    assert "--updates=0: expected an integer from 1 to 1000000000" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag, message", [
+    ("--updates=-5", "--updates=-5: expected an integer from 1 to 1000000000"),
+    ("--updates=99999999999999999999", "--updates: expected an integer of at most 9223372036854775807"),
+    ("--alpha=-1", "--alpha=-1.0: expected a number from 0.0 to 1000.0"),
+    ("--alpha=1e9", "--alpha=1000000000.0: expected a number from 0.0 to 1000.0"),
+    ("--alpha=nan", "--alpha: expected a number, got 'nan'"),
+    ("--lr=0", "--lr=0.0: expected a number above 0 and at most 1"),
+    ("--lr=-0.1", "--lr=-0.1: expected a number above 0 and at most 1"),
+    ("--lr=1e30", "--lr=1e+30: expected a number above 0 and at most 1"),
+    ("--seed=-1", "--seed=-1: expected an integer from 0 to 9223372036854775806"),
+    ("--seed=9223372036854775807", "--seed=9223372036854775807: expected an integer from 0 to"),
+    ("--seed=18446744073709551616", "--seed: expected an integer of at most 9223372036854775807"),
+    ("--length=-5", "--length=-5: too short for prompts of up to 19 tokens"),
+    ("--length=0", "--length=0: too short for prompts of up to 19 tokens"),
+    ("--expert=static:99999999999999999999", "static:COUNT takes a number of at most 2147483647"),
+    ("--out=", "--out=: expected a name, got an empty text"),
+    ("--judge=", "--judge=: expected a name, got an empty text"),
+    ("--out=run/opdlm/config.json/x", "--out=run/opdlm/config.json/x cannot be written"),
+])
+def test_a_value_that_cannot_be_is_one_sentence_before_any_work(student, flag, message, monkeypatch, capsys):
+    monkeypatch.setattr(train, "train_policy", lambda *_: pytest.fail("it trained"))
+    before = sorted(student.rglob("*"))
+    try:
+        code = run(flag)
+    except SystemExit as exit:
+        code = exit.code
+    out, err = capsys.readouterr()
+    assert code == 2 and not out and message in err and err.count("\n") == 1
+    assert sorted(student.rglob("*")) == before
+
+
+def test_the_largest_seed_has_texts(student):
+    assert run("--updates=1", "--length=22", f"--seed={2 ** 63 - 2}") == 0
+
+
+def test_the_home_folder_is_known_after_an_equals_sign(student, monkeypatch):
+    monkeypatch.setenv("HOME", str(student.parent))
+    monkeypatch.setenv("USERPROFILE", str(student.parent))
+    assert run("--updates=1", "--length=22", "--ckpt=~/run", "--out=~/other") == 0
+    assert load_policy(student.parent / "other/policy").config.block == 4
+    assert not Path("~").exists()
+
+
+def test_a_student_that_is_not_finite_is_named(student, capsys):
+    net, layout = checkpoint.load("run/opdlm")
+    with torch.no_grad():
+        net.ln_f.weight[3] = float("nan")
+    checkpoint.save("run/opdlm", net, TOK, layout, reveal="leftmost:0.9")
+    assert run("--updates=1") == 2
+    assert "run/opdlm: the tensor ln_f.weight has 1 numbers that are not finite" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="judge: the tensor ln_f.weight has 1"):
+        checkpoint.save("judge", net, TOK)
+        train.load_judge("judge", student)
 
 
 def test_an_ar_model_has_no_masks_to_reveal(student, capsys):
