@@ -37,5 +37,7 @@ def test_a_number_outside_of_its_range(values, message):
 
 
 def test_the_ends_of_a_range_and_none_are_allowed():
-    for values in ({}, {"steps": 100}, {"lr": 1e-300}, {"lr": 1e300}, {"weight": 0.0}, {"share": 1.0}, {"lr": None}):
+    allowed = (
+        {}, {"steps": 100}, {"lr": 1e-300}, {"lr": 1e300}, {"weight": 0.0}, {"share": 1.0}, {"lr": None})
+    for values in allowed:
         check_ranges(Config(**values), RANGES)
