@@ -31,9 +31,19 @@ from model import checkpoint
 from model.masks import Layout
 from report import metrics
 from training import cli, dist
+from training.flags import Range, check_ranges, expand_home
+from training.lock import FolderLock
 from training.log import Log
 from training.optim import lr_schedule
-from training.resume import check_writable, latest_state, load_state, save_state, start_progress
+from training.resume import (
+    SigtermFlag,
+    check_results,
+    check_writable,
+    latest_state,
+    load_state,
+    save_state,
+    start_progress,
+)
 from unmasking.grpo import BLOCK_SETTINGS, FULL_SEQUENCE_SETTINGS, Settings, imitate, scale_logits, train
 from unmasking.policy import Policy, PolicyConfig, save_policy
 
@@ -65,6 +75,9 @@ class Config:
     # Machine
     seed: int = 0               # random seed of everything
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"      # auto: cuda, else mps, else cpu
+
+
+RANGES = {"alpha": Range(0.0), "lr": Range(0.0, above=True), "seed": Range(0, 2**63 - 2)}
 
 
 # 1. the quality of a text ---------------------------------------------------------------------------------
@@ -247,8 +260,10 @@ def describe(record: dict) -> str:
 
 # 4. the command -------------------------------------------------------------------------------------------
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     config = cli.parse(Config, argv, __doc__)
+    config = expand_home(config, "ckpt", "out", "data", "val_data", "judge")
+    check_ranges(config, RANGES)
     device = dist.start(config.device)
 
     # 1. the student
@@ -282,8 +297,11 @@ def main(argv: list[str]) -> None:
 
     # 4. imitation, GRPO with a large alpha, GRPO with --alpha
     header = {**asdict(config), "resume": None}
-    train_policy(student, layout, teacher, corpus, stories, settings, ends, config.seed, out, header,
-                 config.resume)
+    with SigtermFlag() as sigterm, FolderLock(out):
+        (out / "policy").mkdir(exist_ok=True)
+        train_policy(student, layout, teacher, corpus, stories, settings, ends, config.seed, out, header,
+                     config.resume)
+    return sigterm.exit_code
 
 
 def check_options(config: Config, run: Path, context: int) -> tuple[Path, int]:
@@ -295,6 +313,7 @@ def check_options(config: Config, run: Path, context: int) -> tuple[Path, int]:
     if config.updates is not None and config.updates < 1:
         raise ValueError(f"--updates={config.updates}: must be at least 1")
     out = check_writable(Path(config.out or run))
+    check_results(out, (), ("policy.jsonl",))
     if config.resume and not latest_state(out / "policy" / STATE):
         raise ValueError(f"nothing to resume in {out}: it has no policy/{STATE}; run without --resume")
     return out, length
