@@ -30,7 +30,7 @@ from model.masks import AR, Layout
 from report import generate, html, terminal, trace
 from training import cli
 from training.dist import find_device
-from training.ranges import Range, check_ranges
+from training.flags import Range, check_ranges, expand_home
 from unmasking import policy  # registers --reveal=policy:FOLDER
 
 LAST_RUN = Path("out/tiny")
@@ -96,7 +96,6 @@ class Options:
         if self.picture is not None and Path(self.picture).suffix.lower() not in PICTURES:
             endings = " or ".join(PICTURES)
             raise ValueError(f"--picture={self.picture}: expected a file name that ends in {endings}")
-        cli.expand_home(self, "ckpt", "verifier", "reveal", "light", "schedule", "picture", "export")
         if any(0xD800 <= ord(character) < 0xE000 for character in self.prompt):
             raise ValueError(f"--prompt={self.prompt!r}: expected text in UTF-8, got other bytes; set the "
                              "terminal to UTF-8")
@@ -286,6 +285,7 @@ def check_writable(flag: str, path: Path) -> None:
 
 def main(argv: list[str]) -> None:
     options = cli.parse(Options, argv, __doc__)
+    options = expand_home(options, "ckpt", "verifier", "reveal", "light", "schedule", "picture", "export")
     if options.export:
         export(options)
         return

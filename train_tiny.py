@@ -11,7 +11,6 @@ evaluation, report.
 Results in --out: ar/, opdlm/, best/ (checkpoints), log.jsonl, summary.json, curves.png, states.png.
 """
 import copy
-import os
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -37,10 +36,10 @@ from report.compare import Evaluator, sample_prompt_ids
 from report.generate import PROMPT_LENGTHS
 from training import cli, dist
 from training.chunked_kl import chunked_kl
+from training.flags import Range, check_ranges, expand_home
 from training.lock import FolderLock
 from training.log import Log
 from training.optim import LEARNING_RATES, Muon, SkipNonFinite, length_schedule, lr_schedule, make_optimizer
-from training.ranges import Range, check_ranges
 from training.resume import RunState, SigtermFlag, Terminated, check_results, latest_state
 
 STATE = "state.safetensors"     # in --out: everything that --resume needs
@@ -151,7 +150,6 @@ RANGES = {      # values allowed; --block depends on the length, and --width is 
     "seed": Range(0, 2**63 - 1),
     "eval_every": Range(1, STEPS),
 }
-PATHS = ("data", "val_data", "init", "out")         # flags in which ~ is the home folder
 
 
 # 1. the AR model ----------------------------------------------------------------------------------------
@@ -417,13 +415,6 @@ def resolve_options(config: Config, corpus: Corpus) -> Config:
     return config
 
 
-def expand_home(config: Config) -> Config:
-    """The configuration with ~ replaced by the home folder: a shell does that only at the start of a word."""
-    paths = {name: getattr(config, name) for name in PATHS}
-    paths = {name: os.path.expanduser(path) for name, path in paths.items() if path is not None}
-    return replace(config, **paths)
-
-
 def check_out_dir(config: Config) -> Path:
     """The folder --out. ValueError if it holds another AR model than --init, or nothing to resume from."""
     out = Path(config.out)
@@ -472,7 +463,8 @@ def save_student(student, tok, recipe: opdlm.Recipe, out: Path, name: str) -> No
 
 
 def main(argv: list[str]) -> int:
-    config = expand_home(cli.parse(Config, argv, __doc__, PRESETS))
+    config = cli.parse(Config, argv, __doc__, PRESETS)
+    config = expand_home(config, "data", "val_data", "init", "out")
     check_ranges(config, RANGES)
     make_recipe(config, eot=0)                                   # refuses settings that do not go together
     device = dist.start(config.device)

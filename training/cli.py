@@ -6,7 +6,7 @@
 gives --batch=32 and --batch 32. A type is int, float, bool, str, a Literal, or one of these | None; None is
 written `none`. Hyphens in the name of a flag count as underscores.
 
-Integers have 64 bits. Narrower ranges are in training/ranges.py.
+Integers have 64 bits. Narrower ranges are in training/flags.py.
 
 A program calls `parse` in its main function and ends with `sys.exit(run(main))`. A mistake of the user then
 prints one line on stderr, and the exit code is 2.
@@ -198,20 +198,6 @@ def is_flag(flags: dict[str, Flag], word: str) -> bool:
         return True
     name = with_underscores(word).partition("=")[0]
     return name.startswith("--") and name[2:] in flags
-
-
-def expand_home(options, *names: str) -> None:
-    """Replace ~ at the beginning of these flags, which name files or models. ValueError if one is empty.
-
-    A shell replaces it in --out ~/run, but not in --out=~/run.
-    """
-    for name in names:
-        value = getattr(options, name)
-        if value == "":
-            raise ValueError(f"--{name}=: expected a name, got an empty text; leave the flag out to have "
-                             "its default")
-        if value is not None:
-            setattr(options, name, os.path.expanduser(value))
 
 
 def with_underscores(word: str) -> str:

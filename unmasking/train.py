@@ -32,10 +32,19 @@ from model.masks import Layout
 from report import metrics
 from report.generate import check_weights
 from training import cli, dist
+from training.flags import Range, check_ranges, expand_home
+from training.lock import FolderLock
 from training.log import Log
 from training.optim import lr_schedule
-from training.ranges import Range, check_ranges
-from training.resume import check_writable, latest_state, load_state, save_state, start_progress
+from training.resume import (
+    SigtermFlag,
+    check_results,
+    check_writable,
+    latest_state,
+    load_state,
+    save_state,
+    start_progress,
+)
 from unmasking.grpo import BLOCK_SETTINGS, FULL_SEQUENCE_SETTINGS, Settings, imitate, scale_logits, train
 from unmasking.policy import Policy, PolicyConfig, save_policy
 
@@ -254,10 +263,10 @@ def describe(record: dict) -> str:
 
 # 4. the command -------------------------------------------------------------------------------------------
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     config = cli.parse(Config, argv, __doc__)
+    config = expand_home(config, "ckpt", "out", "data", "val_data", "expert", "judge")
     check_ranges(config, RANGES)
-    cli.expand_home(config, "ckpt", "out", "data", "val_data", "expert", "judge")
     device = dist.start(config.device)
 
     # 1. the student
@@ -292,8 +301,11 @@ def main(argv: list[str]) -> None:
 
     # 4. imitation, GRPO with a large alpha, GRPO with --alpha
     header = {**asdict(config), "resume": None}
-    train_policy(student, layout, teacher, corpus, stories, settings, ends, config.seed, out, header,
-                 config.resume)
+    with SigtermFlag() as sigterm, FolderLock(out):
+        (out / "policy").mkdir(exist_ok=True)
+        train_policy(student, layout, teacher, corpus, stories, settings, ends, config.seed, out, header,
+                     config.resume)
+    return sigterm.exit_code
 
 
 def check_options(config: Config, run: Path, context: int) -> tuple[Path, int]:
@@ -303,6 +315,7 @@ def check_options(config: Config, run: Path, context: int) -> tuple[Path, int]:
         raise ValueError(f"--length={length}: too short for prompts of up to {MAX_PROMPT} tokens and a "
                          f"response, use at least {MAX_PROMPT + 1}")
     out = check_writable(Path(config.out or run))
+    check_results(out, (), ("policy.jsonl",))
     if config.resume and not latest_state(out / "policy" / STATE):
         raise ValueError(f"nothing to resume in {out}: it has no policy/{STATE}; run without --resume")
     return out, length

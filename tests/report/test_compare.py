@@ -1,10 +1,14 @@
-"""evaluate_model: which of the held-out stories are scored."""
+"""Which held-out stories are scored; summary.json is valid JSON and is written through a link."""
+import json
+import math
+
 import pytest
 import torch
 
 from decoding import reveal
 from model.masks import Layout
 from report import compare, metrics
+from report.compare import write_json
 
 EOT = 10
 
@@ -37,3 +41,21 @@ def test_a_model_of_long_blocks_is_scored_on_the_first_64_stories(tiny, block, n
     assert numbers["val_nats"] != pytest.approx(fewer["val_nats"], rel=1e-6)
     assert checked                                               # the stories that end; all of them are valid
     assert numbers["valid"] == pytest.approx(len(checked) / 70)
+
+
+def test_numbers_that_are_not_finite_become_null(tmp_path):
+    numbers = {"ar": {"val_nats": math.nan, "tok_s": 2.5}, "after": [math.inf]}
+    write_json(tmp_path / "new/summary.json", numbers)
+    text = (tmp_path / "new/summary.json").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    assert json.loads(text) == {"ar": {"val_nats": None, "tok_s": 2.5}, "after": [None]}
+
+
+def test_a_linked_file_is_written_on_its_disk(tmp_path):
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "summary.json"
+    link.symlink_to(tmp_path / "disk/target.json")
+    for value in (1, 2):
+        write_json(link, value)
+        assert link.is_symlink() and json.loads((tmp_path / "disk/target.json").read_text()) == value
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["target.json"]

@@ -11,6 +11,7 @@ from typing import Literal
 import pytest
 
 from training import cli
+from training.flags import expand_home
 
 
 @dataclass
@@ -157,14 +158,13 @@ def test_the_home_folder_is_known_after_an_equals_sign(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("USERPROFILE", "/home/me")
     options = Options(prompt="~/x", tag="~", verifier=None)
-    cli.expand_home(options, "tag", "verifier")
+    options = expand_home(options, "tag", "verifier")
     assert options == Options(prompt="~/x", tag="/home/me", verifier=None)
     for name in ("hf:a/b", "a~", "./~", "a/~/b"):
         options = Options(tag=name)
-        cli.expand_home(options, "tag")
-        assert options.tag == name
+        assert expand_home(options, "tag").tag == name
     with pytest.raises(ValueError, match="--tag=: expected a name, got an empty text"):
-        cli.expand_home(Options(tag=""), "tag")
+        expand_home(Options(tag=""), "tag")
 
 
 def test_flags_override_a_preset():

@@ -1,10 +1,10 @@
-"""Numbers outside of their range are refused in one sentence."""
+"""Numbers outside of their range are refused in one sentence; ~ is the home folder."""
 import math
 from dataclasses import dataclass
 
 import pytest
 
-from training.ranges import Range, check_ranges
+from training.flags import Range, check_ranges, expand_home
 
 
 @dataclass
@@ -23,8 +23,8 @@ RANGES = {"steps": Range(1, 100), "lr": Range(0.0, above=True), "weight": Range(
     ({"steps": 0}, "--steps=0: expected an integer from 1 to 100"),
     ({"steps": -64}, "--steps=-64: expected an integer from 1 to 100"),
     ({"steps": 10**30}, f"--steps={10**30}: expected an integer from 1 to 100"),
-    ({"lr": -1.0}, "--lr=-1.0: expected a number above 0"),
-    ({"lr": 0.0}, "--lr=0.0: expected a number above 0"),
+    ({"lr": -1.0}, "--lr=-1: expected a number above 0"),
+    ({"lr": 0.0}, "--lr=0: expected a number above 0"),
     ({"weight": -1e-9}, "--weight=-1e-09: expected a number of at least 0"),
     ({"share": 0.0}, "--share=0.0: expected a number above 0 and at most 1"),
     ({"share": 1.5}, "--share=1.5: expected a number above 0 and at most 1"),
@@ -41,3 +41,19 @@ def test_the_ends_of_a_range_and_none_are_allowed():
         {}, {"steps": 100}, {"lr": 1e-300}, {"lr": 1e300}, {"weight": 0.0}, {"share": 1.0}, {"lr": None})
     for values in allowed:
         check_ranges(Config(**values), RANGES)
+
+
+@dataclass
+class Paths:
+    out: str = "~/run"
+    data: str | None = None
+    init: str = "hf:gpt2"
+    text: str = "~"
+
+
+def test_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert expand_home(Paths(), "out", "data", "init") == Paths("/home/me/run")
+    assert expand_home(Paths("a/~/b", data="~"), "out", "data") == Paths("a/~/b", data="/home/me")
+    with pytest.raises(ValueError, match="--out=: expected a name"):
+        expand_home(Paths(""), "out")

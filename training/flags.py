@@ -1,4 +1,6 @@
-"""The values that a flag may have, beyond its type."""
+"""The values of flags, beyond their types: ranges of numbers, and paths that begin with ~."""
+import os
+from dataclasses import replace
 from typing import NamedTuple
 
 
@@ -28,4 +30,21 @@ def check_ranges(config, ranges: dict[str, Range]) -> None:
     for name, allowed in ranges.items():
         value = getattr(config, name)
         if value is not None and value not in allowed:
-            raise ValueError(f"--{name}={value}: expected {allowed}")
+            got = f"{value:g}" if isinstance(value, float) else value
+            raise ValueError(f"--{name}={got}: expected {allowed}")
+
+
+def expand_home(config, *names: str):
+    """The configuration with ~ at the beginning of these fields replaced. ValueError if one of them is empty.
+
+    A shell replaces it in --out ~/run, but not in --out=~/run.
+    """
+    paths = {}
+    for name in names:
+        value = getattr(config, name)
+        if value == "":
+            raise ValueError(f"--{name}=: expected a name, got an empty text; leave the flag out to have its "
+                             "default")
+        if value is not None:
+            paths[name] = os.path.expanduser(value)
+    return replace(config, **paths)
