@@ -53,7 +53,7 @@ Preset = Literal["paper", "mdlm", "opdlm", "opdlm-off", "kd", "sft", "sdar"]
 @dataclass
 class Config:
     # Data and output
-    data: str | None = None     # tinystories, tinystories-full, toy, or a text file; default: tinystories
+    data: str | None = None     # tinystories, tinystories-full, toy, file or folder; default: tinystories
     val_data: str | None = None     # held-out text file; default: every 20th text of --data
     vocab: int = 2048           # ids of the BPE learned from a text
     init: str = "scratch"       # scratch: pretrain an AR model; FOLDER or hf:NAME[@REVISION]: load one

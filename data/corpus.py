@@ -1,4 +1,4 @@
-"""One corpus from any source: TinyStories, a text file, or the synthetic story world."""
+"""One corpus from any source: TinyStories, text files, or the synthetic story world."""
 from pathlib import Path
 
 import numpy as np

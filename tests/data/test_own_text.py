@@ -4,6 +4,7 @@ mistake is one sentence, and no text is taken for something else than what it is
 import gzip
 import json
 import os
+import re
 import string
 import subprocess
 import sys
@@ -18,8 +19,10 @@ import train_tiny
 from data import tinystories, tokenizer
 from data.corpus import open_corpus
 from data.tinystories import EOT, load
+from report import metrics
 from tests.data.test_tinystories import FIFTY, files_under, joined, read_stories, texts_of
 from tests.data.test_tokenizer import byte_level, gpt2, space_first  # noqa: F401  (a fixture)
+from training import cli
 
 ROOT = Path(__file__).parents[2]
 SPELLED = ["a<s>b</s>c", "<s>", "</s> x", "x [MASK] y", "<|im_start|>user", f"one{EOT}two", "<unk>",
@@ -182,6 +185,27 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         id_bytes, growth = map(int, done.stdout.split())
         assert id_bytes > 20_000_000 and growth < 4 * id_bytes, f"{growth:,} bytes for {id_bytes:,} of ids"
+
+
+def test_a_run_on_a_book_and_then_from_its_checkpoint(monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "matmul_rate", lambda _: 1.0)
+    write("play.txt", prose(6000))
+    small = ["--data=play.txt", "--vocab=300", "--layers=1", "--width=64", "--length=48", "--batch=2",
+             "--pretrain_batch=2", "--pretrain_steps=1", "--warm_steps=1", "--distill_steps=2",
+             "--device=cpu"]
+    for flags in (["--out=book"], ["--init=book/ar", "--out=converted"]):
+        if "--init=book/ar" in flags:
+            small = [flag for flag in small if not flag.startswith(("--layers", "--width", "--vocab"))]
+        assert cli.run(train_tiny.main, [*small, *flags]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        said = [line for line in lines if "windows start anywhere" in line]
+        assert len(said) == 1
+        assert re.fullmatch(r"play\.txt: 1 text of 1\d,\d{3} tokens: windows start anywhere in it", said[0])
+        numbers = json.loads(Path(flags[-1].removeprefix("--out="), "summary.json").read_text())
+        assert 0 < numbers["after"]["val_nats"] < 12
+    held = open_corpus("play.txt", None, 300)
+    pieces = metrics.held_out(held.val, tinystories.stories(held.val, held.tokenizer.eot), 128, 48)
+    assert len(pieces) > 5, "the held-out end is evaluated in pieces, not only its first window"
 
 
 # 2. runs of one character, spellings of special tokens ------------------------------------------------
