@@ -212,7 +212,8 @@ def test_all_that_the_code_imports_is_required():
                 imported |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 imported.add(node.module.partition(".")[0])
-    assert imported - own - set(sys.stdlib_module_names) - required == set()
+    packages = {{"PIL": "pillow"}.get(name, name) for name in imported}
+    assert packages - own - set(sys.stdlib_module_names) - required == set()
     assert "-r requirements.txt" in (ROOT / "requirements-dev.txt").read_text().splitlines()
 
 

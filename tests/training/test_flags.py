@@ -26,7 +26,7 @@ RANGES = {"steps": Range(1, 100), "lr": Range(0.0, above=True), "weight": Range(
     ({"lr": -1.0}, "--lr=-1: expected a number above 0"),
     ({"lr": 0.0}, "--lr=0: expected a number above 0"),
     ({"weight": -1e-9}, "--weight=-1e-09: expected a number of at least 0"),
-    ({"share": 0.0}, "--share=0.0: expected a number above 0 and at most 1"),
+    ({"share": 0.0}, "--share=0: expected a number above 0 and at most 1"),
     ({"share": 1.5}, "--share=1.5: expected a number above 0 and at most 1"),
     ({"weight": math.nan}, "--weight=nan: expected a number of at least 0"),
 ])
