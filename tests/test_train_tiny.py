@@ -303,7 +303,7 @@ def test_what_saves_memory_changes_no_loss():
         (["--init=run/opdlm"], "is a student already (block 4)"),
         (["--init=run"], "of a run: ar or opdlm"),
         (["--init=other"], "run/ar is not the AR model of --init=other"),
-        (["--init=bare"], "tokenizer.json: without one ids are no text"),
+        (["--init=bare"], "and so is tokenizer.json: ids cannot be turned into text"),
         (["--init=run/ar", "--length=97"], "--length=97 is more than the 96 positions of --init=run/ar"),
         (["--max_prompt=0"], "--max_prompt"),
         (["--max_prompt=96"], "does not fit after a prompt of up to 96 tokens in --length=96"),

@@ -32,7 +32,7 @@ def greedy_ar(net, prompt: torch.Tensor, length: int) -> torch.Tensor:
         new = position[begin:end]                                # the positions of this forward pass
         mask = (position[:end] <= new[:, None])[None, None]
         read = row * len(new) + len(new) - 1
-        slots = caches[0].place(new.expand(B, -1))
+        slots = caches[0].flat_index(new.expand(B, -1))
         logits = net(tokens[:, begin:end], mask, new, read, caches, slots)
         tokens[:, end] = logits.argmax(-1)
         begin = end

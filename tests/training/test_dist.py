@@ -136,7 +136,8 @@ def assert_same_runs(a, b):
     two = json.loads((b / "summary.json").read_text())
     for name in one:
         assert two[name]["val_nats"] == pytest.approx(one[name]["val_nats"], abs=0.005)
-    assert abs(one["after"]["val_nats"] - one["before"]["val_nats"]) > 0.02
+    # What was learned is more than the tolerance above, so the comparison means something.
+    assert abs(one["after"]["val_nats"] - one["before"]["val_nats"]) > 0.01
 
 
 def test_the_whole_command_in_two_processes(alone):

@@ -236,7 +236,8 @@ def test_a_full_disk_destroys_nothing(tiny, tmp_path, what):
             save(4)
         except ValueError as error:
             message = str(error).replace("can't", "cannot")
-            os._exit(7 if "cannot be written" in message and "make room" in message else 1)
+            advice = "make room" if what == "state" else "free some space"
+            os._exit(7 if "cannot be written" in message and advice in message else 1)
     save(3)
     process = FORK.Process(target=save_on_full_disk)
     process.start()
