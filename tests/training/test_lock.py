@@ -18,10 +18,11 @@ ROOT = Path(__file__).parents[2]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 FORK = multiprocessing.get_context("fork")
 PROGRAM = """
-import sys, time
+import signal, sys, time
 from training import cli, dist
 from training.lock import FolderLock
 from training.resume import SigtermFlag
+signal.signal(signal.SIGINT, signal.default_int_handler)    # jobs in the background begin by ignoring it
 def main(argv):
     dist.start("cpu")
     with SigtermFlag() as sigterm, FolderLock(argv[0]):
@@ -47,7 +48,7 @@ def start_holder(folder):
 def test_a_second_run_is_refused_and_the_first_not_disturbed(tmp_path):
     first = start_holder(tmp_path)
     second = start(tmp_path)
-    out, error = second.communicate(timeout=60)
+    out, error = second.communicate(timeout=120)
     assert second.returncode == 2 and out == "" and error.count("\n") == 1
     message = f"another run writes to {tmp_path} (process {first.pid} on {socket.gethostname()})"
     assert message in error and "use another --out" in error
@@ -60,7 +61,7 @@ def test_a_second_run_is_refused_and_the_first_not_disturbed(tmp_path):
 def test_a_run_that_is_stopped_removes_its_lock(sent, code, tmp_path):
     run = start_holder(tmp_path / "run")
     run.send_signal(sent)
-    _, error = run.communicate(timeout=60)
+    _, error = run.communicate(timeout=120)
     assert run.returncode == code and "Traceback" not in error
     assert list(tmp_path.iterdir()) == []                        # the folder was made by the run, and empty
 
@@ -151,7 +152,7 @@ def test_of_many_runs_that_start_at_once_one_gets_a_stale_lock(tmp_path):
         runs = [FORK.Process(target=hold, args=(tmp_path, results)) for _ in range(6)]
         for run in runs:
             run.start()
-        got = [results.get(timeout=30) for _ in runs]
+        got = [results.get(timeout=120) for _ in runs]
         for run in runs:
             run.join(30)
         assert sorted(got) == [0] * 5 + [1]
