@@ -281,7 +281,7 @@ def split_long(text: str, reserve: int) -> list[str]:
 
 
 def find_cut(text: str, begin: int, end: int) -> int:
-    """The last index in begin + 1 .. end at which the text can be cut; `end` if there is none."""
+    """The last index in begin + 1 .. end where the text can be cut; else `end`, perhaps within a token."""
     nearby = max(begin + 1, end - 4096)
     for boundary, first in ((BEFORE_SPACE, nearby), (BETWEEN_TOKENS, nearby), (BETWEEN_TOKENS, begin + 1)):
         cuts = [match.start() for match in boundary.finditer(text, first, end + 2)]
