@@ -40,7 +40,7 @@ STORY_WORLD = "toy"         # the name of the story world (data/corpus.py), of n
 
 HOLD_OUT = 20               # every 20th story is held out if there is no held-out file
 HELD_SHARE = (1 / 40, 1 / 10)   # if they have less or more of the characters, ends of long texts are held out
-LONG_TEXT = 5000            # visible characters of a text whose end can be held out
+LONG_TEXT = 6000            # visible characters of a text whose end can be held out
 HELD_CHARS = 1000           # characters of such an end, at least: about a window of 256 tokens
 CHUNK = 1 << 18             # bytes read at a time, and characters tokenized at a time
 PART = 1 << 16              # characters of a part, about; longer texts are read and tokenized in parts
