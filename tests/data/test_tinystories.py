@@ -163,10 +163,7 @@ def test_the_end_of_a_single_text_is_held_out(write, out, text):
         corpus = load(write(content), None, 300, out)
         (train,), (held,) = (texts_of(stream, corpus.tokenizer) for stream in (corpus.train, corpus.val))
         assert train.split() + held.split() == text.split(), "a word was lost or cut in two"
-        at_most = max(0.07 * len(text), 5)
-        if len(text) >= tinystories.LONG_TEXT:                  # of a long text enough for a window
-            at_most = max(at_most, tinystories.HELD_CHARS + len("word "))
-        assert len(held) <= at_most
+        assert len(held) <= max(0.07 * len(text), 5)
 
 
 def test_a_single_text_with_a_held_out_file_is_not_split(write, out):
