@@ -96,7 +96,7 @@ def test_a_state_of_two_processes_is_resumed_in_one_and_in_two(one, tmp_path):
 
 # the whole command in two processes -----------------------------------------------------------------------
 
-SHORT = ("--data=stories.txt", "--vocab=300", "--pretrain_steps=30", "--pretrain_batch=4", "--warm_steps=32",
+SHORT = ("--data=stories.txt", "--vocab=300", "--pretrain_steps=60", "--pretrain_batch=4", "--warm_steps=32",
          "--updates_per_rollout=2", "--layers=1", "--width=64", "--length=64", "--batch=4", "--eval_every=2",
          "--distill_steps=40", "--device=cpu", "--sample_prompt=One day")
 
@@ -136,8 +136,7 @@ def assert_same_runs(a, b):
     two = json.loads((b / "summary.json").read_text())
     for name in one:
         assert two[name]["val_nats"] == pytest.approx(one[name]["val_nats"], abs=0.005)
-    # What was learned is more than the tolerance above, so the comparison means something.
-    assert abs(one["after"]["val_nats"] - one["before"]["val_nats"]) > 0.01
+    assert abs(one["after"]["val_nats"] - one["before"]["val_nats"]) > 0.02
 
 
 def test_the_whole_command_in_two_processes(alone):
