@@ -199,12 +199,12 @@ def response_length(options: Options, prompt_len: int, context: int) -> int:
 
 @torch.inference_mode()
 def write_texts(options: Options, generator: generate.TextGenerator, tok) -> tuple[opdlm.Rollout, float]:
-    """The texts, and the seconds they took. A text starts after an end-of-text token, as in training."""
-    ids = [tok.eot, *tok.encode(options.prompt)]
+    """The texts, and the seconds they took. A text begins with the token `bos`, as in training."""
+    ids = [tok.bos, *tok.encode(options.prompt)]
     length = response_length(options, len(ids), generator.net.config.context)
     prompt = torch.tensor([ids] * options.n, device=generator.net.wte.weight.device)
     began = time.perf_counter()
-    text = generator(prompt, length, options.seed, range(options.n), tok.eot)
+    text = generator(prompt, length, options.seed, range(options.n), tok.ends)
     return text, time.perf_counter() - began
 
 

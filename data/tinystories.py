@@ -8,6 +8,7 @@
     3. tokenize                `tokenize` writes the streams
 
 A stream is `eot s1 eot s2 ... eot sn eot`: every story follows an end-of-text, with which a sampler begins.
+If a tokenizer begins texts with another token than it ends them: `bos s1 eot bos s2 eot ... sn eot bos`.
 """
 import codecs
 import hashlib
@@ -54,7 +55,7 @@ class Corpus:
     @cached_property
     def starts(self) -> np.ndarray:
         """The index of each training story."""
-        return stories(self.train, self.tokenizer.eot)
+        return stories(self.train, self.tokenizer.bos)
 
 
 def load(data: str, val: str | None, vocab_size: int, folder: str | Path,
@@ -77,13 +78,13 @@ def load(data: str, val: str | None, vocab_size: int, folder: str | Path,
     return Corpus(train, held_out, tok, name)
 
 
-def stories(stream: np.ndarray, eot: int) -> np.ndarray:
-    """(stories,) int64, ascending: the index of each `eot` that a story follows, so of all but the last."""
+def stories(stream: np.ndarray, bos: int) -> np.ndarray:
+    """(stories,) int64, ascending: the index of each `bos` that a story follows, so of all but the last."""
     step = 1 << 24  # in parts, since comparing all of tinystories-full at once takes half a gigabyte
     found = []
     for begin in range(0, len(stream), step):
         part = stream[begin:begin + step]
-        found.append(np.flatnonzero(part == eot) + begin)
+        found.append(np.flatnonzero(part == bos) + begin)
     return np.concatenate(found)[:-1]
 
 
@@ -243,12 +244,12 @@ def write_stream(path: Path, texts: Iterable[str], tok: Tokenizer, chars: int) -
     dtype = id_type(tok)
     progress = tqdm(desc=path.stem, total=chars, unit="ch", unit_scale=True, disable=None)
     with open(path, "wb") as file, progress:
-        np.array([tok.eot], dtype=dtype).tofile(file)
+        np.array([tok.bos], dtype=dtype).tofile(file)
         while batch := list(take_chars(texts, CHUNK)):
             ids = []
             for story in tok.encode_batch(batch):
                 ids += story
-                ids.append(tok.eot)
+                ids += tok.between
             np.array(ids, dtype=dtype).tofile(file)
             progress.update(sum(map(len, batch)))
 

@@ -12,7 +12,7 @@ from model import checkpoint
 from tests.test_sample import make_checkpoint
 from training import cli
 
-SMALL = sample.SMALL
+SMALL = sample.PRETRAINED
 
 
 @pytest.fixture(autouse=True)
