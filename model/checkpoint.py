@@ -171,7 +171,8 @@ def read_layout(config: dict, context: int) -> Layout | None:
         return Layout(**layout)
     if is_a2d(config):
         block = config.get("block_size", 4)
-        config_check.check_student({"block": block, "context_block": block}, context)
+        allowed = config_check.Expected(int, 1, context)
+        config_check.check_values({"block_size": block}, {"block_size": allowed})
         return Layout.of(block, "paper", "block")
     return None
 
@@ -183,7 +184,9 @@ def read_mask_id(folder: Path, config: dict) -> int | None:
     if not is_a2d(config):
         return None
     mask_id = config.get("mask_token_id", tokenizer_mask_id(folder))
-    return QWEN3_MASK if mask_id is None else mask_id
+    mask_id = QWEN3_MASK if mask_id is None else mask_id
+    config_check.check_values({"mask_token_id": mask_id}, config_check.LLAMA_KEYS, missing_allowed=True)
+    return mask_id
 
 
 def tokenizer_mask_id(folder: Path) -> int | None:
@@ -221,7 +224,7 @@ def llama_config(config: dict, mask_id: int | None = None) -> "LlamaConfig":
     from model.llama import LlamaConfig
 
     family = config["model_type"].removeprefix("a2d-")
-    config = {"block_size": 4, **config}
+    config = dict(config)
     config_check.check_values(config, config_check.LLAMA_KEYS)
     heads = config["num_attention_heads"]
     check_fixed(config, FIXED[family])

@@ -80,7 +80,6 @@ LLAMA_KEYS = {
     "layer_types": Expected(list, optional=True),
     "tie_word_embeddings": FLAG,
     "mask_token_id": Expected(int, 0, 10 ** 7, optional=True),
-    "block_size": COUNT,
 }
 ROPE_KEYS = {       # of rope_parameters and rope_scaling
     "rope_theta": LLAMA_KEYS["rope_theta"],
