@@ -27,7 +27,7 @@ from torch import Tensor
 
 from decoding import reveal
 from decoding.denoiser import Denoiser
-from decoding.sampling import SamplingConfig, uniforms
+from decoding.sampling import SamplingConfig, is_end, padding_id, uniforms
 from model import masks
 from model.masks import Layout
 
@@ -82,14 +82,15 @@ class PlainDenoiser:
 
 @torch.no_grad()
 def rollout(denoiser: Denoiser | PlainDenoiser, prompt: Tensor, length: int, rule: reveal.Rule, u: Tensor,
-            eot: int, sampling: SamplingConfig = SamplingConfig(),
+            eot: int | tuple[int, ...], sampling: SamplingConfig = SamplingConfig(),
             prompt_len: Tensor | None = None) -> Rollout:
     """Generate up to `length` tokens after each row of `prompt` (B, P), until an end-of-text token.
 
     `rule` decides which masked positions are revealed at a step (decoding/reveal.py). `u` (B, P + length, S)
     holds uniform random numbers, S per position: those that sample its token (one, or one per step for rules
-    that sample anew at each step), then those that the rule itself uses. `sampling` is temperature, top-k and
-    top-p. `prompt_len` (B,) gives the prompts' lengths where they differ.
+    that sample anew at each step), then those that the rule itself uses. `eot` is the end-of-text token, or
+    all of them. `sampling` is temperature, top-k and top-p. `prompt_len` (B,) gives the lengths of the prompts
+    where they differ.
     """
     B, P = prompt.shape
     K = denoiser.layout.block
@@ -143,7 +144,7 @@ def rollout(denoiser: Denoiser | PlainDenoiser, prompt: Tensor, length: int, rul
 
         # Go to the next block once no mask is left; stop once an end-of-text has no mask before it.
         still_masked = masked & ~revealed
-        is_eot = (block == eot) & inside
+        is_eot = is_end(block, eot) & inside
         no_mask_before = still_masked.cumsum(1) == 0
         text_done = (is_eot & no_mask_before).any(1)             # (B,)
         block_done = ~still_masked.any(1)
@@ -152,16 +153,17 @@ def rollout(denoiser: Denoiser | PlainDenoiser, prompt: Tensor, length: int, rul
         step = torch.where(block_done, 0, step + 1)
 
     tokens = tokens[:, :-K]
-    tokens = tokens.masked_fill(tokens == denoiser.mask_id, eot)  # masks remain only after the end of a text
+    is_mask = tokens == denoiser.mask_id                         # they remain only after the end of a text
+    tokens = tokens.masked_fill(is_mask, padding_id(eot))
     response_mask = find_response(tokens, prompt_len, end, eot)
     return Rollout(tokens, order[:, :-K], response_mask, denoiser.forwards, denoiser.positions)
 
 
-def find_response(tokens: Tensor, prompt_len: Tensor, end: Tensor, eot: int) -> Tensor:
+def find_response(tokens: Tensor, prompt_len: Tensor, end: Tensor, eot: int | tuple[int, ...]) -> Tensor:
     """(B, T) bool: positions from prompt_len to end, up to and including the first end-of-text among them."""
     position = torch.arange(tokens.size(1), device=tokens.device)
     response = (position >= prompt_len[:, None]) & (position < end[:, None])
-    is_eot = (tokens == eot) & response
+    is_eot = is_end(tokens, eot) & response
     eots_before = is_eot.cumsum(1) - is_eot.long()
     return response & (eots_before == 0)
 
@@ -186,7 +188,7 @@ def data_text(student, teacher, texts: Tensor, P: int, R: int, u: Tensor, recipe
     prompt_len = torch.full((len(texts),), P, device=texts.device)
     response_mask = find_response(tokens, prompt_len, prompt_len + R, recipe.eot)
     in_response = torch.arange(P + R, device=texts.device) >= P
-    tokens = torch.where(in_response & ~response_mask, recipe.eot, tokens)
+    tokens = torch.where(in_response & ~response_mask, padding_id(recipe.eot), tokens)
     if recipe.layout.block > R:  # a full-sequence model also has to learn the padding
         response_mask = response_mask | in_response
     no_cost = torch.zeros_like(prompt_len)
@@ -380,7 +382,7 @@ class Recipe:
     target: Callable
     weight: Callable
     layout: Layout
-    eot: int                                    # id of the end-of-text token
+    eot: int | tuple[int, ...]                  # id of the end-of-text token, or of all of them
     rule: reveal.Rule = reveal.parse("leftmost:0.98")   # the reveal rule of rollouts
     sampling: SamplingConfig = SamplingConfig()         # temperature, top-k and top-p of rollouts
     batch: int = 16                             # rows per update, summed over all processes

@@ -222,21 +222,21 @@ def response_length(options: Options, prompt_len: int, context: int) -> int:
 
 
 def encode_prompt(text: str, net, tok) -> list[int]:
-    """The ids of a text's beginning. A text starts after an end-of-text token, as in training."""
+    """The ids of a text's beginning. A text begins with the token `bos`, as in training."""
     ids = tok.encode(text)
-    if tok.eot in ids or net.mask_id in ids:
+    if not {tok.bos, *tok.eos, net.mask_id}.isdisjoint(ids):
         raise ValueError(f"--prompt={text!r}: this model's tokenizer reads a part of it as the end of a text "
                          "or as [MASK]; leave that part out")
-    return [tok.eot, *ids]
+    return [tok.bos, *ids]
 
 
 @torch.inference_mode()
 def write_texts(generator: generate.TextGenerator, prompt_ids: list[int], length: int, seed: int,
-                row_ids: range, eot: int) -> tuple[opdlm.Rollout, float]:
+                row_ids: range, ends: int | tuple[int, ...]) -> tuple[opdlm.Rollout, float]:
     """The texts with these numbers, and the seconds they took."""
     prompt = torch.tensor([prompt_ids] * len(row_ids), device=generator.net.wte.weight.device)
     began = time.perf_counter()
-    text = generator(prompt, length, seed, row_ids, eot)
+    text = generator(prompt, length, seed, row_ids, ends)
     return text, time.perf_counter() - began
 
 
@@ -302,7 +302,7 @@ def main(argv: list[str]) -> None:
     for first in range(0, options.n, rows):
         row_ids = range(first, min(first + rows, options.n))
         try:
-            text, seconds = write_texts(generator, prompt_ids, length, options.seed, row_ids, tok.eot)
+            text, seconds = write_texts(generator, prompt_ids, length, options.seed, row_ids, tok.ends)
         except NotFiniteError as error:
             raise ValueError(f"{used_models(options)}: {error}") from None
         cost.add(text, seconds)

@@ -227,7 +227,7 @@ def pretrain(net: GPT, corpus: Corpus, config: Config, log: Log, state: RunState
         window = get_batch(corpus, row_ids, T + 1, config.seed, device)
         tokens = window[:, :-1]                                  # (B, T)
         next_tokens = window[:, 1:]
-        mask, position = separate_texts(tokens, corpus.tokenizer.eot)
+        mask, position = separate_texts(tokens, corpus.tokenizer.bos)
         logits = net(tokens, mask, position)                     # (B * T, V)
         loss = F.cross_entropy(logits, next_tokens.flatten(), reduction="sum") / (B * T)
         optimizer.zero_grad(set_to_none=True)
@@ -258,10 +258,10 @@ def save_pretraining(net, optimizer, config: Config, state: RunState, sigterm: S
         raise Terminated
 
 
-def separate_texts(tokens: Tensor, eot: int) -> tuple[Tensor, Tensor]:
-    """Mask (B, 1, T, T) and positions (B, T) for windows (B, T) of texts that each start with `eot`."""
+def separate_texts(tokens: Tensor, bos: int) -> tuple[Tensor, Tensor]:
+    """Mask (B, 1, T, T) and positions (B, T) for windows (B, T) of texts that each begin with `bos`."""
     column = torch.arange(tokens.size(1), device=tokens.device)
-    begin = torch.where(tokens == eot, column, 0).cummax(1).values   # (B, T) where the text of a token begins
+    begin = torch.where(tokens == bos, column, 0).cummax(1).values   # (B, T) where the text of a token begins
     same_text = begin[:, :, None] == begin[:, None, :]
     causal = column[:, None] >= column
     return (same_text & causal)[:, None], column - begin
@@ -275,7 +275,8 @@ def get_batch(corpus: Corpus, row_ids: range | list[int], length: int, seed: int
 
 # 2. conversion ------------------------------------------------------------------------------------------
 
-def make_recipe(config: Config, eot: int, show: Callable = repr, vocab: int = 0) -> opdlm.Recipe:
+def make_recipe(config: Config, eot: int | tuple[int, ...], show: Callable = repr,
+                vocab: int = 0) -> opdlm.Recipe:
     """The configuration of a conversion, as values."""
     recipe = opdlm.Recipe(
         source=opdlm.SOURCES[config.source],
@@ -482,7 +483,7 @@ def main(argv: list[str]) -> int:
         prompt = sample_prompt_ids(config.sample_prompt, tok, config.length)
         out = check_out_dir(config)
         state = open_state(config, corpus, out)
-        recipe = make_recipe(config, tok.eot, partial(trace.show, tok), tok.vocab_size)
+        recipe = make_recipe(config, tok.ends, partial(trace.show, tok), tok.vocab_size)
 
         # 2. pretrain the AR model, the teacher
         teacher, is_trained = ar_model(config, corpus, device, state.saved_phase)

@@ -47,11 +47,11 @@ def story_world_tokens() -> list[str]:
 
 
 def story_world_stream(seeds: range, tok: tokenizer.Tokenizer) -> np.ndarray:
-    """The stories of these seeds as a stream of ids: an end-of-text before each story and after the last."""
-    ids = [tok.eot]
+    """The stories of these seeds as a stream of ids, as in data/tinystories.py."""
+    ids = [tok.bos]
     for story in tok.encode_batch([story_world.story(seed) for seed in seeds]):
         ids += story
-        ids.append(tok.eot)
+        ids += tok.between
     return np.array(ids, dtype=tinystories.id_type(tok))
 
 

@@ -9,6 +9,7 @@
     4. tokenize                `tokenize` writes the streams
 
 A stream is `eot s1 eot s2 ... eot sn eot`: every story follows an end-of-text, with which a sampler begins.
+If a tokenizer begins texts with another token than it ends them: `bos s1 eot bos s2 eot ... sn eot bos`.
 """
 import codecs
 import hashlib
@@ -64,12 +65,12 @@ class Corpus:
     @cached_property
     def starts(self) -> np.ndarray:
         """The index of each training story."""
-        return stories(self.train, self.tokenizer.eot)
+        return stories(self.train, self.tokenizer.bos)
 
     def windows(self, length: int) -> Windows:
         """The windows of `length` training tokens: corpus.windows(length)(u) is a batch of them."""
         if length not in self.samplers:
-            self.samplers[length] = Windows(self.train, self.starts, length)
+            self.samplers[length] = Windows(self.train, self.starts, length, self.tokenizer.eot)
         return self.samplers[length]
 
 
@@ -94,13 +95,13 @@ def load(data: str, val: str | None, vocab_size: int, folder: str | Path,
     return Corpus(train, held_out, tok, name)
 
 
-def stories(stream: np.ndarray, eot: int) -> np.ndarray:
-    """(stories,) int64, ascending: the index of each `eot` that a story follows, so of all but the last."""
+def stories(stream: np.ndarray, bos: int) -> np.ndarray:
+    """(stories,) int64, ascending: the index of each `bos` that a story follows, so of all but the last."""
     step = 1 << 24  # in parts, since comparing all of tinystories-full at once takes half a gigabyte
     found = []
     for begin in range(0, len(stream), step):
         part = stream[begin:begin + step]
-        found.append(np.flatnonzero(part == eot) + begin)
+        found.append(np.flatnonzero(part == bos) + begin)
     return np.concatenate(found)[:-1]
 
 
@@ -512,17 +513,22 @@ def tokenize(corpus_folder: Path, files: list[Path], val_files: list[Path] | Non
 def write_stream(path: Path, parts: Iterable[Part], tok: Tokenizer, chars: int) -> None:
     """Write the stream of `parts`. `chars`, about how many characters they have, is for the progress bar."""
     dtype = id_type(tok)
-    eot = np.array([tok.eot], dtype=dtype)
+    bos = np.array([tok.bos], dtype=dtype)
+    between = np.array(tok.between, dtype=dtype)
     progress = tqdm(desc=path.stem, total=chars, unit="ch", unit_scale=True, disable=None)
     with open(path, "wb") as file, progress:
+        bos.tofile(file)
+        num_texts = 0
         for batch in batches(parts, CHUNK):
             is_first = [part.is_first for part in batch]
             for begins, ids in zip(is_first, encode_parts(tok, [part.text for part in batch], is_first)):
-                if begins:
-                    eot.tofile(file)
+                if begins and num_texts:
+                    between.tofile(file)
+                num_texts += begins
                 np.array(ids, dtype=dtype).tofile(file)
             progress.update(sum(len(part.text) for part in batch))
-        eot.tofile(file)
+        if num_texts:
+            between.tofile(file)
 
 
 def batches(parts: Iterable[Part], chars: int) -> Iterator[list[Part]]:

@@ -5,7 +5,9 @@
     gpt2         GPT-2's vocabulary, for checkpoints that were trained with it
     load         the tokenizer of a checkpoint folder: one that `save` wrote, or a `tokenizer.json`
 
-The end of a text is one special token, `<|endoftext|>`. It enters a sequence as the id `eot`, never as text.
+A text begins with the id `bos` and ends with `eot`, which are never encoded from text. Tokenizers of this
+project have one special token for both, `<|endoftext|>`. Those of others may have two, and more ids that end
+a text (`eos`); section 3 says how they are found.
 """
 import base64
 import codecs
@@ -18,9 +20,12 @@ from pathlib import Path
 
 import tiktoken
 import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 EOT = "<|endoftext|>"
+LFS_POINTER = b"version https://git-lfs"
 BYTES = [bytes([value]) for value in range(256)]
+SINGLE_BYTE = "<0x([0-9A-F]{2})>"
 WORDS = r" ?\w+|[^\w\s]|\s+"  # a word with the space before it, a punctuation mark, white space
 LONGEST_BLANK = 1 << 18         # characters of white space in a row; tiktoken fails at about a million
 
@@ -28,14 +33,34 @@ LONGEST_BLANK = 1 << 18         # characters of white space in a row; tiktoken f
 # 1. tokenizers ------------------------------------------------------------------------------------
 
 class Tokenizer:
-    """A `tiktoken.Encoding` with the ids 0 .. vocab_size - 1. The last one is `eot`, the end of a text."""
+    """A `tiktoken.Encoding` with the ids 0 .. vocab_size - 1. The last one is `eot`, the end of a text.
+
+    bos     the id with which a text begins; here `eot`
+    eos     all ids that end a text; the first one is `eot`
+    """
 
     text_prefix = b""           # what `encode` adds before a text
 
     def __init__(self, encoding: tiktoken.Encoding):
         self.encoding = encoding
         self.eot = encoding.eot_token
+        self.bos = self.eot
+        self.eos = (self.eot,)
         self.vocab_size = encoding.max_token_value + 1
+
+    @property
+    def ends(self) -> int | tuple[int, ...]:
+        """The ids that end a generated text, for opdlm.rollout: one id, or several, of which `eot` is first.
+
+        A `bos` ends a text too, since another text begins there.
+        """
+        ids = tuple(dict.fromkeys([*self.eos, self.bos]))
+        return ids[0] if len(ids) == 1 else ids
+
+    @property
+    def between(self) -> list[int]:
+        """The ids between two texts of a stream: `eot` and `bos`, or the one id that is both."""
+        return list(dict.fromkeys([self.eot, self.bos]))
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, never `eot`: a literal `<|endoftext|>` in it is ordinary text."""
@@ -82,6 +107,13 @@ class Tokenizer:
         finally:
             unfinished.unlink(missing_ok=True)
 
+    def save_for_transformers(self, folder: str | Path) -> None:
+        """Write `folder`/tokenizer.json and tokenizer_config.json: the same ids for the same text.
+
+        Only a literal `<|endoftext|>` differs: `transformers` takes it for the special token.
+        """
+        HubTokenizer(to_hub(self.encoding), self.eot).save(folder)
+
     def _token_bytes(self, ids: Iterable[int]) -> list[bytes]:
         """The bytes of each id; none for `eot` and for ids without a token, which a network may have."""
         parts = []
@@ -95,17 +127,23 @@ class HubTokenizer(Tokenizer):
     """The tokenizer of a `tokenizer.json`, for raw text: no template, and no token is added.
 
     Byte-level BPE and the kinds of SentencePiece are supported. The latter encode a text with a space before
-    it, which decoding removes. `eot` is given, since `tokenizer.json` does not say which token it is.
+    it, which decoding removes. `eot`, `bos` (default: `eot`) and the other ids that end a text are given,
+    since `tokenizer.json` does not say which tokens they are.
     """
 
-    def __init__(self, tok: tokenizers.Tokenizer, eot: int):
+    def __init__(self, tok: tokenizers.Tokenizer, eot: int, bos: int | None = None,
+                 other_ends: Iterable[int] = ()):
         tok.no_padding()
         tok.no_truncation()
         tok.encode_special_tokens = True            # "<s>" in a text is three characters
         self.tok = tok
         self.eot = eot
-        self.table = {**bytes_by_id(tok), eot: b""}
-        self.special = special_ids(tok) | {eot}
+        self.bos = eot if bos is None else bos
+        self.eos = tuple(dict.fromkeys([eot, *other_ends]))
+        self.special = special_ids(tok) | {self.bos, *self.eos}
+        self.table = bytes_by_id(tok)
+        for i in (self.bos, *self.eos):
+            self.table[i] = b""
         self.vocab_size = max(self.table) + 1
 
     def encode(self, text: str) -> list[int]:
@@ -116,18 +154,32 @@ class HubTokenizer(Tokenizer):
         return [spell_out(self, encoding.ids) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
-        parts = self._token_bytes([self.eot, *ids])
+        parts = self._token_bytes([self.bos, *ids])
         return b"".join(parts).decode("utf-8", "replace")
 
     def to_json(self) -> str:
-        """The content of tokenizer.json, and `eot`."""
-        return json.dumps({"eot": self.eot, **json.loads(self.tok.to_str())})
+        """The content of tokenizer.json, and the special ids."""
+        ids = {"eot": self.eot}
+        if self.ends != self.eot:
+            ids["bos"] = self.bos
+            ids["eos"] = self.eos
+        return json.dumps({**ids, **json.loads(self.tok.to_str())})
 
     def save(self, folder: str | Path) -> None:
-        """Write `folder`/tokenizer.json, and a tokenizer_config.json that names the end-of-text token."""
+        """Write `folder`/tokenizer.json, and the files that name its special tokens.
+
+        They are tokenizer_config.json, and generation_config.json if several tokens end a text.
+        """
         Path(folder).mkdir(parents=True, exist_ok=True)
-        eot = self.tok.id_to_token(self.eot)
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": eot, "eos_token": eot}
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": self.tok.id_to_token(self.bos),
+            "eos_token": self.tok.id_to_token(self.eot),
+        }
+        if len(self.eos) > 1:
+            generation = {"bos_token_id": self.bos, "eos_token_id": list(self.eos)}
+            generation_json = json.dumps(generation, indent=1)
+            Path(folder, "generation_config.json").write_text(generation_json, encoding="utf-8")
         config_json = json.dumps(config, indent=1)
         Path(folder, "tokenizer_config.json").write_text(config_json, encoding="utf-8")
         Path(folder, "tokenizer.json").write_text(self.tok.to_str(), encoding="utf-8")
@@ -139,17 +191,19 @@ class HubTokenizer(Tokenizer):
         return b" " if encoded == b" a" else b""
 
     def _token_bytes(self, ids: Iterable[int]) -> list[bytes]:
-        """The bytes of each id; none for `eot` and for ids without a token, which a network may have.
+        """The bytes of each id; none for `bos`, `eos` and ids without a token, which a network may have.
 
-        `text_prefix` is removed from the first token with bytes after each `eot`. The first of `ids` is taken
-        for the middle of a text.
+        `text_prefix` is removed from the first token with bytes after each `bos` or `eos`. The first of `ids`
+        is taken for the middle of a text.
         """
+        boundaries = {self.bos, *self.eos}
         parts = []
         prefix = b""  # what to remove from the next token with bytes
         for i in ids:
-            token = self.table.get(int(i), b"")
+            is_boundary = int(i) in boundaries
+            token = b"" if is_boundary else self.table.get(int(i), b"")
             parts.append(token.removeprefix(prefix))
-            if i == self.eot:
+            if is_boundary:
                 prefix = self.text_prefix
             elif token:
                 prefix = b""
@@ -247,14 +301,46 @@ INVISIBLE = [value for value in range(256) if value not in VISIBLE]
 ALPHABET = {chr(value): value for value in VISIBLE}
 for _n, _value in enumerate(INVISIBLE):
     ALPHABET[chr(256 + _n)] = _value
+CHARACTERS = {value: character for character, value in ALPHABET.items()}
+WORD_CHARACTERS = r"\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\u200c\u200d"   # what \w is in tiktoken's patterns
 
 
 def sentence_piece(token: str) -> bytes:
     """The bytes of a SentencePiece token: a space is the character U+2581; <0x0A> is a single byte."""
-    single_byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
+    single_byte = re.fullmatch(SINGLE_BYTE, token)
     if single_byte:
         return bytes.fromhex(single_byte[1])
     return token.replace("\u2581", " ").encode()
+
+
+def to_hub(encoding: tiktoken.Encoding) -> tokenizers.Tokenizer:
+    """The same tokenizer for the package `tokenizers`.
+
+    `tiktoken` looks up a piece of the pattern, and otherwise merges the two neighbours whose union has the
+    lowest id. So every pair of tokens whose union is a token is a merge, in the order of the unions' ids.
+    """
+    tokens = [encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)]
+    known = set(tokens)
+    merges = []
+    for token in tokens:
+        for k in range(1, len(token)):
+            if token[:k] in known and token[k:] in known:
+                merges.append((to_alphabet(token[:k]), to_alphabet(token[k:])))
+    vocab = {to_alphabet(token): i for i, token in enumerate(tokens)}
+    tok = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
+    pattern = encoding._pat_str.replace(r"[^\w\s]", rf"[^{WORD_CHARACTERS}\s]")
+    pattern = pattern.replace(r"\w", f"[{WORD_CHARACTERS}]")
+    split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    byte_level_split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tok.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level_split])
+    tok.decoder = decoders.ByteLevel()
+    tok.add_special_tokens([EOT])
+    return tok
+
+
+def to_alphabet(token: bytes) -> str:
+    """The bytes of a token in GPT-2's alphabet."""
+    return "".join(CHARACTERS[value] for value in token)
 
 
 # 3. the tokenizer of a folder ---------------------------------------------------------------------
@@ -285,6 +371,7 @@ def load(folder: str | Path) -> Tokenizer:
 
 def load_bpe(path: Path) -> Tokenizer:
     """The tokenizer that `Tokenizer.save` wrote."""
+    refuse_lfs_pointer(path)
     try:
         stored = json.loads(path.read_bytes())
         tokens = [base64.b64decode(token, validate=True) for token in stored["tokens"]]
@@ -292,7 +379,7 @@ def load_bpe(path: Path) -> Tokenizer:
         if not is_complete or len(set(tokens)) < len(tokens):
             raise ValueError("a token is missing or occurs twice")
         return build(stored["pattern"], tokens)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a tokenizer file ({type(error).__name__}: {error}): copy it again"
                          ) from error
 
@@ -300,48 +387,110 @@ def load_bpe(path: Path) -> Tokenizer:
 def load_hub(folder: Path, config: dict) -> HubTokenizer:
     """The tokenizer of the folder's tokenizer.json; `config` is the content of its config.json."""
     path = folder / "tokenizer.json"
+    refuse_lfs_pointer(path)
     try:
-        tok = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        tok = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8-sig"))
     except Exception as error:  # the package raises plain Exceptions
-        raise ValueError(f"{path} is not a tokenizer file ({error}): copy it again") from error
-    return HubTokenizer(tok, end_of_text(tok, config, folder))
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path} is not a tokenizer file ({reason}): copy it again") from error
+    bos, eos = boundary_ids(tok, config, folder)
+    return HubTokenizer(tok, eos[0], bos, eos[1:])
 
 
-def end_of_text(tok: tokenizers.Tokenizer, config: dict, folder: Path) -> int:
-    """The id of the token with which texts begin, or if none is named, of the one with which they end.
+def boundary_ids(tok: tokenizers.Tokenizer, config: dict, folder: Path) -> tuple[int, list[int]]:
+    """The id that begins a text, and all ids that end one, from the files of a folder.
 
-    This project begins every text with it.
+    For each of the two, in this order: the ids in config.json and in generation_config.json, the words in
+    tokenizer_config.json and special_tokens_map.json, and for the end `<|endoftext|>`. Ids 1 and 2, which
+    transformers writes to the config.json of a Llama if nobody says otherwise, come after the words. Ids that
+    the vocabulary does not have do not count, nor do ids of ordinary tokens, which occur within texts.
+
+    The first one found begins a text; without one, an end does. All that are found end a text; the one that
+    also begins a text is the first of them, so that it is the one between the texts of a stream.
     """
-    tokenizer_config = read_json(folder / "tokenizer_config.json")
-    candidates = [
-        config.get("bos_token_id"),
-        tokenizer_config.get("bos_token"),
-        config.get("eos_token_id"),
-        tokenizer_config.get("eos_token"),
-        EOT,
-    ]
-    for candidate in candidates:
-        if isinstance(candidate, list) and candidate:
-            candidate = candidate[0]
-        if isinstance(candidate, dict):
-            candidate = candidate.get("content")
-        if isinstance(candidate, str):
-            candidate = tok.token_to_id(candidate)
-        if isinstance(candidate, int) and tok.id_to_token(candidate) is not None:
-            return candidate
-    raise ValueError(f"{folder} does not say with which token texts begin or end: "
-                     "write bos_token_id to its config.json")
+    words = {**read_json(folder / "special_tokens_map.json"), **read_json(folder / "tokenizer_config.json")}
+    generation = read_json(folder / "generation_config.json")
+    found = {}
+    for name, default in (("bos", 1), ("eos", 2)):
+        key = f"{name}_token_id"
+        configured = checked_ids(config, key, folder / "config.json")
+        ids = configured + checked_ids(generation, key, folder / "generation_config.json")
+        ids = [i for i in ids if not is_ordinary(tok, i)]
+        word_ids = checked_word(tok, words, f"{name}_token", folder)
+        is_default = configured == [default] and config.get("model_type") == "llama"
+        if is_default and word_ids:
+            ids = word_ids + [i for i in ids if i != default]
+        found[name] = list(dict.fromkeys(ids + word_ids))
+    if not (found["eos"] or found["bos"]) and tok.token_to_id(EOT) is not None:
+        found["eos"] = [tok.token_to_id(EOT)]
+    if not (found["eos"] or found["bos"]):
+        raise ValueError(f"{folder} does not say with which token texts begin or end: write bos_token_id and "
+                         "eos_token_id, the ids of special tokens, to its config.json")
+    eos = found["eos"] or found["bos"][:1]
+    bos = (found["bos"] or eos)[0]
+    if bos in eos:
+        eos = list(dict.fromkeys([bos, *eos]))
+    return bos, eos
+
+
+def checked_ids(config: dict, key: str, path: Path) -> list[int]:
+    """The ids that a settings file gives: one, a list or none. ValueError if they are no ids."""
+    value = config.get(key)
+    ids = value if isinstance(value, list) else [value]
+    if value is None:
+        ids = []
+    for i in ids:
+        if type(i) is not int or i < 0:
+            raise ValueError(f"{path}: {key} should be the id of a token or a list of ids, got "
+                             f"{repr(value)[:60]}")
+    return ids
+
+
+def checked_word(tok: tokenizers.Tokenizer, words: dict, key: str, folder: Path) -> list[int]:
+    """The id of the special token that a tokenizer's settings name, as a list; empty if they name none."""
+    word = words.get(key)
+    if isinstance(word, dict):
+        word = word.get("content")
+    if word is None:
+        return []
+    if not isinstance(word, str):
+        raise ValueError(f"{folder / 'tokenizer_config.json'}: {key} should be the text of a token, got "
+                         f"{repr(word)[:60]}")
+    i = tok.token_to_id(word)
+    return [] if i is None else [i]
+
+
+def is_ordinary(tok: tokenizers.Tokenizer, i: int) -> bool:
+    """Whether an id has no token, or one that a text may contain."""
+    token = tok.id_to_token(i) if i < 1 << 32 else None
+    if token is None:
+        return True
+    if i in tok.get_added_tokens_decoder():
+        return False
+    is_marker = re.fullmatch(r"<[^<>]+>|\[[A-Z]+\]", token) and not re.fullmatch(SINGLE_BYTE, token)
+    return not is_marker or i in tok.encode(token, add_special_tokens=False).ids
 
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file; an empty one if the file does not exist."""
     if not path.is_file():
         return {}
+    refuse_lfs_pointer(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))  # a byte order mark is removed
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): copy it again") from error
-    return content if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got a {type(content).__name__}: copy it again")
+    return content
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """ValueError if the file is the pointer that git leaves where the content was not downloaded."""
+    with open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`, or "
+                             "download the file")
 
 
 # 4. new tokenizers --------------------------------------------------------------------------------

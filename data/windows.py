@@ -9,13 +9,14 @@ import numpy as np
 class Windows:
     """The windows of `length` ids of a stream. `starts` are the indices in `stream` at which texts begin.
 
-    A text of n ids (with the end-of-text before it) counts ceil(n / length) windows. If no text is longer
+    A text of n ids (with the token that begins it) counts ceil(n / length) windows. If no text is longer
     than a window, texts at the end of the stream, where no complete window begins, are left out. Making this
     takes time and memory in proportion to the number of texts: keep it for all batches (`Corpus.windows`).
     """
 
-    def __init__(self, stream: np.ndarray, starts: np.ndarray, length: int):
+    def __init__(self, stream: np.ndarray, starts: np.ndarray, length: int, eot: int | None = None):
         self.stream = stream
+        self.eot = stream[0] if eot is None else eot     # what fills a window at the end of the stream
         self.length = length
         ends = np.append(starts[1:], len(stream) - 1)
         self.sizes = ends - starts                               # ids of each text
@@ -34,11 +35,10 @@ class Windows:
 
         A window that ends after the stream is padded with end-of-text.
         """
-        eot = self.stream[0]
         rows = []
         for begin in self.begins(u):
             row = self.stream[begin:][:self.length]
-            rows.append(np.pad(row, (0, self.length - len(row)), constant_values=eot))
+            rows.append(np.pad(row, (0, self.length - len(row)), constant_values=self.eot))
         return np.stack(rows).astype(np.int64)
 
     def begins(self, u: np.ndarray) -> np.ndarray:

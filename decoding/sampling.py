@@ -35,6 +35,19 @@ def uniforms(seed: int, stream: int, rows: range, shape: tuple) -> Tensor:
     return torch.from_numpy(np.stack(numbers))
 
 
+def is_end(tokens: Tensor, eot: int | tuple[int, ...]) -> Tensor:
+    """Bool, the shape of `tokens`: whether a token ends its text. `eot` is one id, or several."""
+    if isinstance(eot, tuple):
+        ends = torch.tensor(eot, device=tokens.device)
+        return torch.isin(tokens, ends)
+    return tokens == eot
+
+
+def padding_id(eot: int | tuple[int, ...]) -> int:
+    """The end-of-text that texts are padded with: the first one."""
+    return eot[0] if isinstance(eot, tuple) else eot
+
+
 def inverse_cdf(probs: Tensor, u: Tensor) -> Tensor:
     """(M,) tokens: where the cumulative distribution of `probs` (M, V) first exceeds `u` (M,) in [0, 1).
 

@@ -44,7 +44,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from decoding.denoiser import Denoiser
-from decoding.sampling import SamplingConfig, inverse_cdf
+from decoding.sampling import SamplingConfig, inverse_cdf, is_end, padding_id
 from model.gpt import Cache
 from model.masks import Layout
 
@@ -63,13 +63,14 @@ class SpeculativeText:
 
 
 @torch.no_grad()
-def speculative_decode(student, layout: Layout, prompt: Tensor, length: int, u: Tensor, eot: int,
-                       sampling: Callable = SamplingConfig(), teacher=None,
+def speculative_decode(student, layout: Layout, prompt: Tensor, length: int, u: Tensor,
+                       eot: int | tuple[int, ...], sampling: Callable = SamplingConfig(), teacher=None,
                        prompt_len: Tensor | None = None) -> SpeculativeText:
     """Generate up to `length` tokens after each row of `prompt` (B, P), until an end-of-text token.
 
     The text has the distribution of the `teacher`; without one, that of the student as an AR model. `u`
-    (B, P + length, 3) holds uniform random numbers, three per position: DRAFT, ACCEPT, RESAMPLE.
+    (B, P + length, 3) holds uniform random numbers, three per position: DRAFT, ACCEPT, RESAMPLE. `eot` is the
+    end-of-text token, or all of them.
     `prompt_len` (B,) gives the prompts' lengths where they differ.
     """
     B, P = prompt.shape
@@ -107,7 +108,7 @@ def speculative_decode(student, layout: Layout, prompt: Tensor, length: int, u: 
         # Keep the accepted drafts and the token after them, up to the first end-of-text.
         last_new = (size + num_accepted)[:, None]
         is_new = (index <= last_new) & (index < end[:, None])    # (B, A + 1)
-        is_eot = is_new & (new_tokens == eot)
+        is_eot = is_new & is_end(new_tokens, eot)
         eots_before = is_eot.cumsum(1) - is_eot.long()
         is_new = is_new & (eots_before == 0)
         tokens = tokens.scatter(1, index, torch.where(is_new, new_tokens, student.mask_id))
@@ -118,7 +119,8 @@ def speculative_decode(student, layout: Layout, prompt: Tensor, length: int, u: 
         iteration += 1
 
     tokens = tokens[:, :T]
-    tokens = tokens.masked_fill(tokens == student.mask_id, eot)  # masks remain only after the end of a text
+    is_mask = tokens == student.mask_id                          # they remain only after the end of a text
+    tokens = tokens.masked_fill(is_mask, padding_id(eot))
     forwards, positions = verifier.cost
     return SpeculativeText(tokens, accepted_in[:, :T], forwards, positions)
 

@@ -171,7 +171,8 @@ def read_layout(config: dict, context: int) -> Layout | None:
         return Layout(**layout)
     if is_a2d(config):
         block = config.get("block_size", 4)
-        config_check.check_student({"block": block, "context_block": block}, context)
+        allowed = config_check.Expected(int, 1, context)
+        config_check.check_values({"block_size": block}, {"block_size": allowed})
         return Layout.of(block, "paper", "block")
     return None
 
@@ -183,7 +184,9 @@ def read_mask_id(folder: Path, config: dict) -> int | None:
     if not is_a2d(config):
         return None
     mask_id = config.get("mask_token_id", tokenizer_mask_id(folder))
-    return QWEN3_MASK if mask_id is None else mask_id
+    mask_id = QWEN3_MASK if mask_id is None else mask_id
+    config_check.check_values({"mask_token_id": mask_id}, config_check.LLAMA_KEYS, missing_allowed=True)
+    return mask_id
 
 
 def tokenizer_mask_id(folder: Path) -> int | None:
@@ -221,7 +224,7 @@ def llama_config(config: dict, mask_id: int | None = None) -> "LlamaConfig":
     from model.llama import LlamaConfig
 
     family = config["model_type"].removeprefix("a2d-")
-    config = {"block_size": 4, **config}
+    config = dict(config)
     config_check.check_values(config, config_check.LLAMA_KEYS)
     heads = config["num_attention_heads"]
     check_fixed(config, FIXED[family])
@@ -322,7 +325,7 @@ def load(name: str | Path,
             state[MASK] = torch.zeros(config.width)
             if layout:
                 mask_file = read_config(name).get("mask_file", MASK_FILE)
-                state[MASK] = read_file(folder, mask_file, "config.json")[MASK]
+                state[MASK] = read_file(folder, mask_file, "mask_file in config.json")[MASK]
         check_shapes(net, state)
         if dtype:
             state = {key: x.to(dtype) for key, x in state.items()}
@@ -408,7 +411,8 @@ def from_hf(net, state: dict[str, Tensor]) -> dict[str, Tensor]:
     is_tied = "lm_head.weight" not in net.state_dict()
     if is_tied and head is not None and table is not None:
         if not torch.equal(head, table):
-            raise ValueError("lm_head.weight is not the embedding, but config.json ties the two")
+            raise ValueError("lm_head.weight is not the embedding, but config.json ties the two "
+                             "(tie_word_embeddings)")
         del state["lm_head.weight"]
 
     for key, x in state.items():
@@ -442,7 +446,8 @@ def check_shapes(net, state: dict[str, Tensor]) -> None:
             raise ValueError(f"unexpected tensor {name}: {config.family} with this config.json has none")
         expected_shape = shape_in_file(config, key, expected[key])
         if key not in state:
-            raise ValueError(f"{name} is missing: expected a tensor of shape {expected_shape}")
+            hint = ", or tie_word_embeddings in config.json" if key == "lm_head.weight" else ""
+            raise ValueError(f"{name} is missing: expected a tensor of shape {expected_shape}{hint}")
         if state[key].shape != expected[key].shape:
             shape = shape_in_file(config, key, state[key])
             raise ValueError(f"{name}: expected shape {expected_shape}, got {shape}; config.json has "
@@ -474,7 +479,8 @@ def save(folder: str | Path, net: "GPT | Llama", tokenizer, layout: Layout | Non
     """
     if state is None:
         state = {name: p.detach().cpu().contiguous() for name, p in net.state_dict().items()}
-    special_ids = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
+    eos = list(tokenizer.eos)
+    special_ids = {"bos_token_id": tokenizer.bos, "eos_token_id": eos if len(eos) > 1 else eos[0]}
     with files.replace_folder(Path(folder), OWN_FILES) as new_folder:
         write_files(new_folder, net.config, state, layout, {**special_ids, **extra})
         tokenizer.save(new_folder)
@@ -497,6 +503,10 @@ def export(name: str | Path, folder: str | Path, dtype: torch.dtype | None = Non
         for file in TOKENIZER_FILES:
             if (source / file).is_file():
                 shutil.copyfile(source / file, new_folder / file)
+        if (source / "bpe.json").is_file():
+            from data import tokenizer  # only here is a tokenizer more than a file
+
+            tokenizer.load(source).save_for_transformers(new_folder)
 
 
 def write_files(folder: Path, config: "GPTConfig | LlamaConfig", state: dict[str, Tensor],
@@ -517,5 +527,17 @@ def write_files(folder: Path, config: "GPTConfig | LlamaConfig", state: dict[str
             own_keys["mask_file"] = MASK_FILE
         else:
             own_keys["mask_token_id"] = config.mask
-    content = json.dumps({**extra, **to_hf_config(config), **own_keys}, indent=1)
+    dtype = next(iter(tensors.values())).dtype
+    settings = {**extra, **to_hf_config(config), **own_keys, "dtype": ""}
+    content = json.dumps(with_dtype(settings, str(dtype).removeprefix("torch.")), indent=1)
     (folder / "config.json").write_text(content, encoding="utf-8")
+
+
+def with_dtype(config: dict, dtype: str) -> dict:
+    """The same settings, with `dtype` wherever they name one: `transformers` loads weights in that."""
+    result = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and key != "trained":
+            value = with_dtype(value, dtype)
+        result[key] = dtype if key in ("dtype", "torch_dtype") else value
+    return result

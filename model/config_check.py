@@ -8,10 +8,13 @@ Every message names the key, what was expected and what came.
 import math
 from dataclasses import dataclass
 
+LONGEST_TEXT = 1000
+MAX_DEPTH = 20
+
 
 @dataclass(frozen=True)
 class Expected:
-    """What a value must be: an `int` or `float` from `least` to `most`, a `bool`, a `str` or a `dict`."""
+    """What a value must be: an `int` or `float` from `least` to `most`, a `bool`, `str`, `list` or `dict`."""
     kind: type
     least: float = -math.inf
     most: float = math.inf
@@ -25,6 +28,8 @@ class Expected:
             return is_number and self.least <= value <= self.most
         if type(value) is not self.kind:
             return False
+        if self.kind is str:
+            return value.isprintable() and len(value) <= LONGEST_TEXT
         return self.kind is not int or self.least <= value <= self.most
 
     def __str__(self) -> str:
@@ -32,7 +37,9 @@ class Expected:
             return f"an integer from {self.least} to {self.most}"
         if self.kind is float:
             return f"a number from {self.least:g} to {self.most:g}"
-        return {bool: "true or false", str: "a text", dict: "an object"}[self.kind]
+        text = f"a text of at most {LONGEST_TEXT} characters"
+        names = {bool: "true or false", str: text, dict: "an object", list: "a list"}
+        return names[self.kind]
 
 
 COUNT = Expected(int, 1, 10 ** 7)
@@ -70,9 +77,9 @@ LLAMA_KEYS = {
     "rope_theta": Expected(float, 1e-3, 1e15, optional=True),
     "rope_parameters": OBJECT,
     "rope_scaling": OBJECT,
+    "layer_types": Expected(list, optional=True),
     "tie_word_embeddings": FLAG,
     "mask_token_id": Expected(int, 0, 10 ** 7, optional=True),
-    "block_size": COUNT,
 }
 ROPE_KEYS = {       # of rope_parameters and rope_scaling
     "rope_theta": LLAMA_KEYS["rope_theta"],
@@ -134,12 +141,16 @@ def check_values(config: dict, expected: dict[str, Expected], where: str = "conf
 
 def check_unsupported(config: dict) -> None:
     """ValueError for a key of NEUTRAL with another value, wherever in config.json it is."""
-    objects = [config]
+    objects = [(config, 0)]
     while objects:
-        current = objects.pop()
+        current, depth = objects.pop()
+        if depth > MAX_DEPTH:
+            raise ValueError(f"config.json is nested too deeply: expected at most {MAX_DEPTH} levels")
+        if isinstance(current, list):
+            current = dict(enumerate(current))
         for key, value in current.items():
-            if isinstance(value, dict):
-                objects.append(value)
+            if isinstance(value, (dict, list)):
+                objects.append((value, depth + 1))
             neutral = NEUTRAL.get(key)
             if neutral is not None and value not in neutral:
                 raise ValueError(f"{key} in config.json: expected {shown(neutral[-1])}, got {shown(value)} "

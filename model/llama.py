@@ -42,7 +42,8 @@ class LlamaConfig:
         if self.head_size % 2:
             raise ValueError(f"head_size={self.head_size}: must be even, RoPE rotates pairs of channels")
         if self.mask is not None and not 0 <= self.mask < self.vocab:
-            raise ValueError(f"mask id {self.mask} is outside the vocabulary: expected 0 to {self.vocab - 1}")
+            raise ValueError(f"mask id {self.mask} is outside the vocabulary: expected 0 to {self.vocab - 1} "
+                             "(mask_token_id in config.json)")
 
     @property
     def matrices(self) -> int:

@@ -45,8 +45,9 @@ class Evaluator:
         is_story_world = corpus.name == "toy"
         self.check = story_world.check if is_story_world else None
         count = 512 if is_story_world else 128
-        starts = stories(corpus.val, corpus.tokenizer.eot)
-        self.held_out = metrics.held_out(corpus.val, starts, count, length)
+        starts = stories(corpus.val, corpus.tokenizer.bos)
+        separator = len(corpus.tokenizer.between)
+        self.held_out = metrics.held_out(corpus.val, starts, count, length, separator)
         self.metrics = {}       # of each model: ar, before, after
         self.traces = {}        # one story of each model
 
@@ -117,9 +118,9 @@ def sample_prompt_ids(prompt: str | None, tokenizer, length: int) -> Tensor | No
     """(P,) ids of --sample_prompt, if given. ValueError if SAMPLE_TOKENS more do not fit into `length`."""
     if prompt is None:
         return None
-    ids = [tokenizer.eot, *tokenizer.encode(prompt)]
+    ids = [tokenizer.bos, *tokenizer.encode(prompt)]
     if len(ids) + SAMPLE_TOKENS > length:
-        raise ValueError(f"--sample_prompt has {len(ids)} tokens (with the end-of-text that begins it), and "
+        raise ValueError(f"--sample_prompt has {len(ids)} tokens (with the one that begins a text), and "
                          f"{SAMPLE_TOKENS} more must fit in the {length} positions: shorten it")
     return torch.tensor(ids)
 
@@ -130,7 +131,7 @@ def evaluate_model(net, teacher, layout: Layout, rule, held_out: list[Tensor], t
                    seed: int, check: Callable | None = None) -> tuple[dict, trace.Trace]:
     """All metrics of a model on held-out stories, and the trace of the first text that it generated."""
     generator = generate.diffusion_generator(net, layout, rule)
-    texts, seconds = generate.generate_texts(generator, held_out, tokenizer.eot, length, seed)
+    texts, seconds = generate.generate_texts(generator, held_out, tokenizer.ends, length, seed)
     scored = held_out if layout.block <= LONG_BLOCK else held_out[:FEW_STORIES]
     numbers = metrics.likelihood(net, scored, layout, tokenizer)
     numbers |= metrics.text_metrics(teacher, texts, seconds, tokenizer, check)

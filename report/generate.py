@@ -10,7 +10,7 @@ from torch import Tensor
 import opdlm
 from decoding.denoiser import Denoiser
 from decoding.reveal import Rule
-from decoding.sampling import SamplingConfig
+from decoding.sampling import SamplingConfig, padding_id
 from model.masks import Layout
 from report import metrics, trace
 
@@ -27,7 +27,7 @@ class TextGenerator:
     make_trace: Callable    # (prompt, pieces, order) -> Trace
     num_masks: int = 0      # masks of a forward pass that are not positions of the text
 
-    def __call__(self, prompt: Tensor, length: int, seed: int, row_ids: range, eot: int,
+    def __call__(self, prompt: Tensor, length: int, seed: int, row_ids: range, eot: int | tuple,
                  prompt_len: Tensor | None = None) -> opdlm.Rollout:
         """Continue each row of `prompt` (B, P) by up to `length` tokens; `row_ids` key its random numbers."""
         shape = (prompt.size(1) + length, self.num_random)
@@ -77,8 +77,8 @@ def speculative_generator(student, layout: Layout, teacher=None,
     return TextGenerator(student, 3, generate, make_trace, num_masks)
 
 
-def generate_texts(generator: TextGenerator, stories: list[Tensor], eot: int, length: int, seed: int,
-                   batch: int = 128, min_prompt: int = 1) -> tuple[list, float]:
+def generate_texts(generator: TextGenerator, stories: list[Tensor], eot: int | tuple[int, ...], length: int,
+                   seed: int, batch: int = 128, min_prompt: int = 1) -> tuple[list, float]:
     """One text per story, and the seconds that all took.
 
     The prompts are the first `min_prompt` to `min_prompt + 7` tokens of the stories, in turn. All responses
@@ -93,7 +93,7 @@ def generate_texts(generator: TextGenerator, stories: list[Tensor], eot: int, le
         row_ids = range(first, min(first + batch, len(stories)))
         prompts = [stories[k][:min_prompt + k % PROMPT_LENGTHS] for k in row_ids]
         prompt_lens = torch.tensor(list(map(len, prompts)))
-        tokens = metrics.padded(prompts, eot).to(device)         # (B, P)
+        tokens = metrics.padded(prompts, padding_id(eot)).to(device)   # (B, P)
         rollout = generator(tokens, response_len, seed, row_ids, eot, prompt_lens.to(device))
         texts.append((rollout, prompt_lens))
     return texts, time.perf_counter() - began
@@ -140,6 +140,6 @@ def continue_prompt(net, prompt: Tensor, length: int, layout: Layout, rule: Rule
     """The trace of up to `length` tokens after `prompt` (P,); sample.py generates the same with this seed."""
     generator = diffusion_generator(net, layout, rule)
     prompt = prompt[None].to(net.wte.weight.device)              # (1, P)
-    rollout = generator(prompt, length, seed, range(1), tokenizer.eot)
+    rollout = generator(prompt, length, seed, range(1), tokenizer.ends)
     prompt_text = tokenizer.decode(prompt[0].tolist())
     return generator.traces(rollout, prompt_text, tokenizer)[0]

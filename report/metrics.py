@@ -25,28 +25,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import opdlm
+from decoding.sampling import is_end
 from model.masks import Layout
 from training import dist
 
 # 1. held-out likelihood ---------------------------------------------------------------------------
 
-def held_out(stream: np.ndarray, starts: np.ndarray, count: int, length: int) -> list[Tensor]:
+def held_out(stream: np.ndarray, starts: np.ndarray, count: int, length: int,
+             separator: int = 1) -> list[Tensor]:
     """The first `count` stories of a token stream, each from its end-of-text to the next, as ids.
 
     `starts` holds the positions of the end-of-text tokens that begin a story. Longer stories are cut to
     `length` ids. If there are fewer than `count` stories, the windows that follow in the long ones are added,
     up to `count` in all. The first token of such a window is the last one of the window before it: a first
     token is context and is not scored, so each token is scored once.
+
+    `separator` is the number of ids between two stories: 2 if an end-of-text does not begin the next story.
     """
     ends = [*starts[1:count + 1], len(stream) - 1]
     first = []              # (begin, stop) of the first window of each story
     following = []          # the same of all other windows
     for begin, end in zip(starts[:count], ends):
-        stop = min(end + 1, begin + length)
+        last = end + 1 - separator      # the story's own end-of-text
+        stop = min(last + 1, begin + length)
         first.append((begin, stop))
-        while stop <= end and len(following) < count:
+        while stop <= last and len(following) < count:
             begin = stop - 1
-            stop = min(end + 1, begin + length)
+            stop = min(last + 1, begin + length)
             following.append((begin, stop))
     stories = []
     for begin, stop in (first + following)[:count]:
@@ -145,7 +150,7 @@ def text_metrics(teacher, texts: list, seconds: float, tokenizer, check: Callabl
         "positions_per_tok": positions / num_tokens,
     }
     if check:
-        stories = [tokenizer.decode(ids) for ids in finished(texts, tokenizer.eot)]
+        stories = [tokenizer.decode(ids) for ids in finished(texts, tokenizer.ends)]
         num_valid = sum(check(story) is None for story in stories)
         metrics["valid"] = num_valid / len(responses)            # an unfinished story is not valid
     return metrics
@@ -173,13 +178,13 @@ def unigram_entropy(responses: list[list[int]]) -> float:
     return float(-(share * np.log(share)).sum())
 
 
-def finished(texts: list, eot: int) -> list[list[int]]:
+def finished(texts: list, eot: int | tuple[int, ...]) -> list[list[int]]:
     """The ids, prompt included, of those texts that end with end-of-text."""
     found = []
     for rollout, prompt_lens in texts:
         responses = response_ids(rollout)
         for tokens, prompt_len, response in zip(rollout.tokens.cpu(), prompt_lens, responses):
-            if response[-1] == eot:
+            if is_end(torch.tensor(response[-1]), eot):
                 found.append(tokens[:prompt_len].tolist() + response)
     return found
 

@@ -91,7 +91,7 @@ def valid(text: opdlm.Rollout, tokenizer) -> Tensor:
     for tokens, response_mask in zip(text.tokens, text.response_mask):
         last = int(response_mask.nonzero()[-1])
         ids = tokens[:last + 1].tolist()                         # the prompt is part of the story
-        is_finished = ids[-1] == tokenizer.eot
+        is_finished = ids[-1] in {*tokenizer.eos, tokenizer.bos}
         scores.append(float(is_finished and story_world.check(tokenizer.decode(ids)) is None))
     return torch.tensor(scores)
 
@@ -140,7 +140,7 @@ def max_response(length: int) -> int:
 
 
 def make_generator(student, layout: Layout, stories: Callable, settings: Settings, seed: int,
-                   eot: int) -> Callable:
+                   eot: int | tuple[int, ...]) -> Callable:
     """generate(rule, update, count): the Rollout of `count` texts after each prompt of an update.
 
     `stories(row_ids)` returns training texts (B, T). Prompts are their first MIN_PROMPT to MAX_PROMPT tokens.
@@ -211,7 +211,7 @@ def train_policy(student, layout: Layout, teacher, corpus: Corpus, stories: Call
     else:
         progress = start_progress(state_file, header)
     done = max(progress["step"], first)
-    generate = make_generator(student, layout, stories, settings, seed, corpus.tokenizer.eot)
+    generate = make_generator(student, layout, stories, settings, seed, corpus.tokenizer.ends)
     quality = make_quality(corpus, teacher, generate)
 
     imitation_end, _, end = ends

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from data import tokenizer
+from data import story_world, tokenizer
+from data.corpus import story_world_tokens
 from tests.conftest import sentence_pieces
 
 SHARED = Path(__file__).parents[2].parent / "shared/data"
@@ -189,6 +190,34 @@ def test_gpt2_without_network_says_what_to_do(monkeypatch):
         tokenizer.gpt2()
 
 
+@pytest.mark.parametrize("name", ["bpe", "words", "story world", "shipped"])
+def test_transformers_has_the_same_ids(name, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    if name == "story world":
+        tok = tokenizer.word_level(story_world_tokens())
+    elif name == "shipped":
+        tok = tokenizer.load(Path(__file__).parents[2] / "model/pretrained")
+    else:
+        tok = vocabularies()[name]
+    tok.save_for_transformers(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert len(theirs) == tok.vocab_size and theirs.eos_token_id == theirs.bos_token_id == tok.eot
+    texts = [text for text in ODD + random_texts(500) + CORPUS if "<|endoftext|>" not in text]
+    texts += [story_world.story(i) for i in range(20)]
+    for text in texts:
+        ids = tok.encode(text)
+        assert theirs(text)["input_ids"] == ids and theirs.decode(ids) == text
+    ours = tokenizer.load(tmp_path)
+    assert ours.encode_batch(ODD) == tok.encode_batch(ODD) and ours.ends == tok.eot
+
+
+def test_gpt2_for_transformers_has_the_same_ids(gpt2, tmp_path):
+    gpt2.save_for_transformers(tmp_path)
+    ours = tokenizer.load(tmp_path)
+    texts = ODD + random_texts(300)
+    assert ours.encode_batch(texts) == gpt2.encode_batch(texts) and ours.ends == gpt2.eot
+
+
 # a checkpoint's tokenizer.json ------------------------------------------------------------------------
 
 def byte_level() -> Tokenizer:
@@ -253,23 +282,127 @@ def test_a_saved_checkpoint_s_tokenizer_is_the_same_tokenizer(checkpoint_folder,
     assert again.encode_batch(ODD) == tok.encode_batch(ODD)
 
 
-ENDS = {        # what a text begins with; where none is named, what it ends with
+ENDS = {        # config.json, tokenizer_config.json, and the id that begins a text and those that end one
     "the config's first": (
-        {"bos_token_id": 1, "eos_token_id": 0, "vocab_size": 320}, {"bos_token": "<s>"}, 1),
-    "the tokenizer's": ({"eos_token_id": 1}, {"bos_token": "<s>"}, 0),
-    "an end": ({"bos_token_id": None, "eos_token_id": [1, 0]}, {"bos_token": None}, 1),
-    "the tokenizer's end": ({}, {"eos_token": "</s>"}, 1),
-    "not one that the vocabulary does not have": ({"bos_token_id": 50256, "eos_token_id": 1}, {}, 1),
+        {"bos_token_id": 1, "eos_token_id": 0, "vocab_size": 320}, {"bos_token": "<s>"}, 1, (0,)),
+    "the tokenizer's": ({"eos_token_id": 1}, {"bos_token": "<s>"}, 0, (1,)),
+    "an end": ({"bos_token_id": None, "eos_token_id": [1, 0]}, {"bos_token": None}, 1, (1, 0)),
+    "the tokenizer's end": ({}, {"eos_token": "</s>"}, 1, (1,)),
+    "not one that the vocabulary does not have": (
+        {"bos_token_id": 50256, "eos_token_id": 1}, {}, 1, (1,)),
+    "a begin alone": ({"bos_token_id": 1}, {}, 1, (1,)),
+    "a begin that is one of the ends": (
+        {"bos_token_id": 0, "eos_token_id": [1, 0]}, {"eos_token": "</s>"}, 0, (0, 1)),
+    "ends of all files": ({"bos_token_id": 0, "eos_token_id": 0}, {"eos_token": "</s>"}, 0, (0, 1)),
+    "ordinary ids of the config": (
+        {"bos_token_id": 2, "eos_token_id": 3}, {"bos_token": "<s>", "eos_token": "</s>"}, 0, (1,)),
+    "a Llama's defaults": (
+        {"model_type": "llama", "bos_token_id": 1, "eos_token_id": 2},
+        {"bos_token": "<s>", "eos_token": "<s>"}, 0, (0,)),
 }
 
 
 @pytest.mark.parametrize("case", ENDS)
-def test_texts_begin_with_what_the_checkpoint_says(tmp_path, case):
-    config, tokenizer_config, expected = ENDS[case]
+def test_texts_begin_and_end_with_what_the_checkpoint_says(tmp_path, case):
+    config, tokenizer_config, bos, eos = ENDS[case]
     byte_level().save(str(tmp_path / "tokenizer.json"))
     for name, content in (("config.json", config), ("tokenizer_config.json", tokenizer_config)):
         (tmp_path / name).write_text(json.dumps(content))
-    assert tokenizer.load(tmp_path).eot == expected
+    tok = tokenizer.load(tmp_path)
+    assert (tok.bos, tok.eos, tok.eot) == (bos, eos, eos[0])
+    tok.save(tmp_path / "again")
+    again = tokenizer.load(tmp_path / "again")
+    assert (again.bos, again.eos, again.to_json()) == (tok.bos, tok.eos, tok.to_json())
+
+
+def test_what_lies_between_texts(tmp_path):
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    hub = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for bos, eot, others, ends, between in (
+        (0, 0, (), 0, [0]), (None, 1, (), 1, [1]), (0, 1, (), (1, 0), [1, 0]), (0, 0, (1,), (0, 1), [0]),
+        (0, 1, (5,), (1, 5, 0), [1, 0]),
+    ):
+        tok = tokenizer.HubTokenizer(hub, eot, bos, others)
+        assert (tok.ends, tok.between) == (ends, between)
+
+
+@pytest.mark.parametrize("special", [["<|endoftext|>"], []], ids=["special", "none"])
+def test_an_ordinary_token_is_no_end(tmp_path, special):
+    """LlamaConfig's default ids 1 and 2 are "!" and another character of this vocabulary."""
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tok.train_from_iterator(CORPUS, trainers.BpeTrainer(
+        vocab_size=320, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=special))
+    tok.save(str(tmp_path / "tokenizer.json"))
+    for ids in ({"bos_token_id": 1, "eos_token_id": 2}, {"bos_token_id": 0, "eos_token_id": 1},
+                {"bos_token_id": 150, "eos_token_id": [200, 300]}, {"bos_token_id": 10 ** 12}):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **ids}))
+        if special:
+            loaded = tokenizer.load(tmp_path)
+            assert (loaded.bos, loaded.eos) == (0, (0,))
+        else:
+            with pytest.raises(ValueError, match="does not say with which token texts begin or end"):
+                tokenizer.load(tmp_path)
+
+
+def test_the_ends_of_generation_config_count(tmp_path):
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 0}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 0]}))
+    assert tokenizer.load(tmp_path).ends == (0, 1)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "<s>"}}))
+    tok = tokenizer.load(tmp_path)
+    assert (tok.bos, tok.eos) == (0, (0, 1))
+
+
+ABSURD_IDS = [-1, 1.0, True, "1", "</s>", {}, {"a": 1}, [-1, 0], [None], [[0]], ["<s>"], [0.0], float("nan")]
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("key", ["bos_token_id", "eos_token_id"])
+def test_ids_that_are_none_are_one_sentence(tmp_path, name, key):
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    for value in ABSURD_IDS:
+        (tmp_path / name).write_text(json.dumps({key: value}))
+        with pytest.raises(ValueError, match=f"{name}: {key} should be the id of a token") as caught:
+            tokenizer.load(tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [5, True, [], ["<s>"], {"content": 5}, 1.5])
+def test_words_that_are_none_are_one_sentence(tmp_path, value):
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": value}))
+    with pytest.raises(ValueError, match="tokenizer_config.json: bos_token should be the text of a token"):
+        tokenizer.load(tmp_path)
+
+
+FILES = ["tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json", "bpe.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_damaged_files_are_one_sentence(tmp_path, name):
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    for content in ("[" * 200_000, "[]", "5", '"x"', "", "{", "\0" * 100,
+                    "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n"):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=name.replace(".", r"\.")) as caught:
+            tokenizer.load(tmp_path)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
+    with pytest.raises(ValueError, match="git lfs pull"):
+        tokenizer.load(tmp_path)
+
+
+def test_byte_order_marks_do_not_matter(tmp_path):
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    (tmp_path / "config.json").write_text("{}")
+    before = tokenizer.load(tmp_path).to_json()
+    for path in tmp_path.iterdir():
+        path.write_text(path.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    assert tokenizer.load(tmp_path).to_json() == before
 
 
 def test_a_checkpoint_s_tokenizer_that_cannot_be_used_is_refused(tmp_path):
@@ -310,6 +443,6 @@ def test_gpt2_s_tokenizer_json_is_gpt2(gpt2, tmp_path):
 
 def test_the_real_tokenizer_s_ids(stories260k):
     tok = tokenizer.load(stories260k)
-    assert (tok.eot, tok.vocab_size) == (1, 512)
+    assert (tok.bos, tok.eos, tok.vocab_size) == (1, (2,), 512)
     assert tok.encode("Once upon a time") == [403, 407, 261, 378]    # as llama2.c has them
     assert tok.pieces([1, 403, 407, 261, 378]) == ["", "Once", " upon", " a", " time"]

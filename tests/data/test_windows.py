@@ -97,6 +97,11 @@ def test_a_window_is_a_piece_of_the_stream():
         assert len(piece) == 20 or begin in starts
 
 
+def test_a_window_after_the_stream_is_filled_with_the_end_of_text():
+    stream = np.array([1, 5, 6, 2, 1])                          # bos, a text, eot, bos
+    assert Windows(stream, np.array([0]), 8, eot=2)(np.array([0.5])).tolist() == [[1, 5, 6, 2, 1, 2, 2, 2]]
+
+
 def test_random_numbers_of_24_bits_reach_all_of_a_book():
     """With a power of two as the number of windows, the fractional parts have few different values."""
     length = 256
@@ -119,7 +124,7 @@ def test_the_texts_are_counted_once_per_length_and_not_per_batch():
     sizes = np.full(1_000_000, 3)
     sizes[17] = 5000
     stream, _ = make_stream(sizes.tolist())
-    corpus = Corpus(stream, stream[:4], type("Tok", (), {"eot": EOT}), "many")
+    corpus = Corpus(stream, stream[:4], type("Tok", (), {"bos": EOT, "eot": EOT}), "many")
     train_tiny.get_batch(corpus, range(2), 64, 0, "cpu")
     assert corpus.windows(64) is corpus.windows(64) and corpus.windows(65) is not corpus.windows(64)
     tracemalloc.start()

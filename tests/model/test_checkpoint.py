@@ -426,7 +426,9 @@ def test_buffers_and_a_tied_head_in_a_file_do_not_matter(tmp_path):
 def test_a_student_is_exported_whole_and_without_code_of_others(student, tmp_path):
     checkpoint.export(student, tmp_path / "out")
     before = {p.name: p.read_bytes() for p in student.iterdir()}
-    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+    after = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    assert after.keys() - before.keys() == {"tokenizer.json", "tokenizer_config.json"}  # for transformers
+    assert {name: after[name] for name in before} == before
     released(tmp_path / "a2d", mask_token_id=7)
     checkpoint.export(tmp_path / "a2d", tmp_path / "qwen3")
     config = checkpoint.read_config(tmp_path / "qwen3")
@@ -507,6 +509,59 @@ def test_what_transformers_saves_is_loaded(tmp_path, kind):
     assert torch.allclose(net(tokens).view(2, 12, -1), theirs(tokens).logits, atol=1e-5, rtol=1e-5)
 
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype", None])
+def test_transformers_loads_an_export_in_the_dtype_of_its_tensors(tmp_path, dtype, key):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    for source in DTYPES:
+        folder, _ = llama_folder(tmp_path / f"{source}-{key}", source)
+        was = str(source).removeprefix("torch.")
+        nested = {"text_config": {"dtype": was, "torch_dtype": was}, "dtype": None}
+        edit_config(folder, **nested, **({key: was} if key else {}))
+        for asked in (dtype, None):
+            out = tmp_path / f"{source}-{key}-{asked}"
+            checkpoint.export(folder, out, asked)
+            expected = str(asked or source).removeprefix("torch.")
+            config = checkpoint.read_config(out)
+            assert {config["dtype"], config.get("torch_dtype", expected)} == {expected}
+            assert set(config["text_config"].values()) == {expected}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f"{torch.float32}-{key}-{dtype}")
+    assert next(theirs.parameters()).dtype == dtype
+
+
+def test_a_saved_checkpoint_names_its_dtype(tmp_path):
+    for dtype in DTYPES:
+        folder, _ = llama_folder(tmp_path / str(dtype), dtype)
+        assert checkpoint.read_config(folder)["dtype"] == str(dtype).removeprefix("torch.")
+
+
+def test_auto_tokenizer_of_an_export_is_the_tokenizer(student, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    checkpoint.export(student, tmp_path / "out")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert len(theirs) == TOK.vocab_size and theirs("One ball.")["input_ids"] == TOK.encode("One ball.")
+    assert tokenizer.load(tmp_path / "out").to_json() == TOK.to_json()
+
+
+def test_files_of_an_export_have_the_usual_permissions(student, tmp_path):
+    umask = os.umask(0o022)
+    checkpoint.export(student, tmp_path / "out")
+    os.umask(umask)
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "out").iterdir()}
+    assert set(modes.values()) == {"0o644"} and len(modes) == 6
+
+
+def test_an_export_deletes_no_folder_of_others(student, tmp_path):
+    for name in ("out.old", "out.new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "letter.txt").write_text("dear")
+    checkpoint.export(student, tmp_path / "out")
+    assert all((tmp_path / name / "letter.txt").read_text() == "dear" for name in ("out.old", "out.new"))
+
+
 # a real checkpoint --------------------------------------------------------------------------------------
 
 def test_the_real_checkpoint_tells_its_story(stories260k, capsys):
@@ -520,7 +575,7 @@ def test_the_real_checkpoint_s_loss_on_stories_it_has_not_seen(stories260k):
     """Its authors report about 1.32 nats per token over all of them."""
     texts = stories260k_texts()
     tok = tokenizer.load(stories260k)
-    rows = [torch.tensor([tok.eot, *tok.encode(text)][:256]) for text in texts[:24]]
+    rows = [torch.tensor([tok.bos, *tok.encode(text)][:256]) for text in texts[:24]]
     numbers = metrics.likelihood(checkpoint.load(stories260k)[0], rows, AR, tok)
     assert 1.2 < numbers["val_nats"] < 1.4 and 0.8 < numbers["bits_per_byte"] < 1.0
 
