@@ -21,7 +21,7 @@ def test_a_second_run_in_the_folder_is_refused(student, capsys):     # noqa: F81
 
 @pytest.mark.parametrize("flag, message", [
     ("--lr=-1", "--lr=-1: expected a number above 0"),
-    ("--alpha=-2", "--alpha=-2: expected a number of at least 0"),
+    ("--alpha=-2", "--alpha=-2: expected a number from 0.0 to 1000.0"),
     ("--seed=-1", "--seed=-1: expected an integer from 0 to"),
     ("--out=", "--out=: expected a name"),
 ])
