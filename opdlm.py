@@ -89,8 +89,8 @@ def rollout(denoiser: Denoiser | PlainDenoiser, prompt: Tensor, length: int, rul
     `rule` decides which masked positions are revealed at a step (decoding/reveal.py). `u` (B, P + length, S)
     holds uniform random numbers, S per position: those that sample its token (one, or one per step for rules
     that sample anew at each step), then those that the rule itself uses. `eot` is the end-of-text token, or
-    all of them. `sampling` is temperature, top-k and top-p. `prompt_len` (B,) gives the lengths of the prompts
-    where they differ.
+    all of them. `sampling` is temperature, top-k and top-p. `prompt_len` (B,) gives the lengths of prompts
+    that differ.
     """
     B, P = prompt.shape
     K = denoiser.layout.block
