@@ -19,7 +19,7 @@ Shapes: B rows, T positions, P prompt, R = T - P response, K block size, V vocab
 N positions in the loss, S random numbers per position.
 """
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -103,7 +103,7 @@ def rollout(denoiser: Denoiser | PlainDenoiser, prompt: Tensor, length: int, rul
         prompt_len = torch.full((B,), P, device=device)
     end = prompt_len + length                                    # (B,)
 
-  # The canvas: everything after the prompt is MASK. K extra positions, since the last block may overhang.
+    # The canvas: everything after the prompt is MASK. K extra positions: the last block may overhang.
     tokens = F.pad(prompt, (0, length + K), value=denoiser.mask_id)
     position = torch.arange(tokens.size(1), device=device)
     tokens = tokens.masked_fill(position >= prompt_len[:, None], denoiser.mask_id)
@@ -168,12 +168,25 @@ def find_response(tokens: Tensor, prompt_len: Tensor, end: Tensor, eot: int | tu
     return response & (eots_before == 0)
 
 
-# Three sources of text. Each takes `texts` (B, T), training texts whose first P tokens are the prompt.
+# Four sources of text. Each takes `texts` (B, T), training texts whose first P tokens are the prompt.
 
 def student_text(student, teacher, texts: Tensor, P: int, R: int, u: Tensor, recipe: "Recipe") -> Rollout:
     """Written by the student itself: on-policy, as in the paper."""
     denoiser = Denoiser(student, recipe.layout)
     return rollout(denoiser, texts[:, :P], R, recipe.rule, u, recipe.eot, recipe.sampling)
+
+
+def student_ar_text(student, teacher, texts: Tensor, P: int, R: int, u: Tensor,
+                    recipe: "Recipe") -> Rollout:
+    """Written by the student as an AR model: on-policy for self-speculative decoding.
+
+    That decoder writes the same text, several tokens at once (decoding/speculative.py). It drafts from one
+    state, a block of masks; therefore `order` is 0 in the response, and each block has this one state.
+    """
+    denoiser = Denoiser(student, masks.AR)
+    text = rollout(denoiser, texts[:, :P], R, reveal.parse("static:1"), u, recipe.eot, recipe.sampling)
+    order = torch.where(text.response_mask, 0, -1)
+    return replace(text, order=order)
 
 
 def teacher_text(student, teacher, texts: Tensor, P: int, R: int, u: Tensor, recipe: "Recipe") -> Rollout:
@@ -250,6 +263,11 @@ def prefix_shown(order: Tensor, response_mask: Tensor, u: Tensor, block: int) ->
     num_shown = (per_block(u, block) * num_response).long()                  # (B, blocks, 1)
     slot = torch.arange(block, device=order.device)
     return join_blocks(slot >= num_shown, order.size(1))
+
+
+def all_masked(order: Tensor, response_mask: Tensor, u: Tensor, block: int) -> Tensor:
+    """Every position: the state from which a block begins, and from which speculative decoding drafts."""
+    return torch.ones_like(response_mask)
 
 
 # 3. target: the distribution that the student should have at a masked position --------------------
@@ -360,8 +378,13 @@ def clean_loss(student, teacher, tokens: Tensor, response_mask: Tensor, P: int,
 
 # 5. step: one equation; its dials give the methods of several papers ------------------------------
 
-SOURCES = {"student": student_text, "teacher": teacher_text, "data": data_text}
-STATES = {"visited": visited, "random": random_mask, "prefix": prefix_shown}
+SOURCES = {
+    "student": student_text,
+    "student-ar": student_ar_text,
+    "teacher": teacher_text,
+    "data": data_text,
+}
+STATES = {"visited": visited, "random": random_mask, "prefix": prefix_shown, "all": all_masked}
 TARGETS = {"teacher": teacher_probs, "onehot": one_hot}
 WEIGHTS = {"mean": mean_of_masked, "first": first_masked_x8, "1/t": inverse_t}
 METHODS = {                       # source of x0, states x_t, target q, weight
@@ -392,21 +415,30 @@ class Recipe:
     max_prompt: int = 16  # prompt lengths are uniform over 1 .. max_prompt tokens
     seed: int = 0
     clean_weight: float = 0.0                   # weight of clean_loss
+    clean_source: Callable | None = None        # whose text clean_loss reads; None: the text of the update
     divergence: Callable = distill_loss         # from target to student, per position
     head: Callable = F.linear  # the student's output layer; training/chunked_kl.py has a lean one
     show: Callable = repr  # token ids as text, for a debugger: p recipe.show(noisy[0])
 
     def __post_init__(self):
-        if self.states is visited and self.source is not student_text:
+        if self.states is visited and self.source not in (student_text, student_ar_text):
             raise ValueError("states=visited needs source=student: only the student's rollouts have "
-                             "denoising states; use states=random or states=prefix")
-        if self.clean_weight and (self.layout.context_block, self.layout.logit_shift) != (1, 1):
+                             "denoising states; use states=random, states=prefix or states=all")
+        is_ar_model = (self.layout.context_block, self.layout.logit_shift) == (1, 1)
+        if self.source is student_ar_text and not is_ar_model:
+            raise ValueError("--source=student-ar needs --align=ar --context=causal: otherwise the student "
+                             "is not an AR model; use --source=student")
+        if self.clean_weight and not is_ar_model:
             raise ValueError("--clean_weight needs --align=ar --context=causal: otherwise the student is not "
                              "an AR model")
 
 
-def train_step(student, teacher, text: Rollout, P: int, u: Tensor, recipe: Recipe, optimizer) -> dict:
-    """One forward and backward pass on a text whose response begins at P; `u` (B, T, 2) picks the states."""
+def train_step(student, teacher, text: Rollout, P: int, u: Tensor, recipe: Recipe, optimizer,
+               clean_text: Rollout | None = None) -> dict:
+    """One forward and backward pass on a text whose response begins at P; `u` (B, T, 2) picks the states.
+
+    clean_loss reads `clean_text`; without it, the same text.
+    """
     optimizer.zero_grad(set_to_none=True)  # at the beginning, to free memory for the activations
     tokens = text.tokens                                                     # (B, T)
     response_mask = text.response_mask[:, P:]                                # (B, R)
@@ -423,7 +455,9 @@ def train_step(student, teacher, text: Rollout, P: int, u: Tensor, recipe: Recip
     loss = (kl * weight).sum()
     num_clean = 0
     if recipe.clean_weight:
-        clean, num_clean = clean_loss(student, teacher, tokens, response_mask, P, recipe)
+        clean_text = clean_text or text
+        clean_response = clean_text.response_mask[:, P:]
+        clean, num_clean = clean_loss(student, teacher, clean_text.tokens, clean_response, P, recipe)
         loss = loss + recipe.clean_weight * clean
     loss = loss / recipe.batch
     loss.backward()
@@ -464,6 +498,9 @@ def train(student, teacher, data: Callable, recipe: Recipe, optimizer, length: C
         u_rollout = uniforms(recipe.seed, ROLLOUT, row_ids, (P + R, S)).to(texts.device)
         u_state = uniforms(recipe.seed, STATE, row_ids, (P + R, 2)).to(texts.device)
         text = recipe.source(student, teacher, texts, P, R, u_rollout, recipe)
+        clean_text = text
+        if recipe.clean_source:
+            clean_text = recipe.clean_source(student, teacher, texts, P, R, u_rollout, recipe)
 
         num_passes = len(updates) * recipe.grad_accum
         B = len(row_ids) // num_passes
@@ -471,7 +508,8 @@ def train(student, teacher, data: Callable, recipe: Recipe, optimizer, length: C
             part = slice(i * B, (i + 1) * B)
             batch = take_rows(text, part, P, K)
             u_batch = u_state[part, :batch.tokens.size(1)]
-            record = train_step(student, teacher, batch, P, u_batch, recipe, optimizer)
+            clean_batch = take_rows(clean_text, part, P, K)
+            record = train_step(student, teacher, batch, P, u_batch, recipe, optimizer, clean_batch)
             record["step"] = first + i // recipe.grad_accum + 1
             record["forwards"] = int(batch.forwards.sum())
             record["positions"] = int(batch.positions.sum())

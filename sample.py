@@ -1,6 +1,7 @@
 """Generate text from a checkpoint.
 
-    python sample.py --prompt "Once upon a time"            block by block, coloured by step
+    python sample.py --prompt "Once upon a time"            as the checkpoint was trained to, coloured by step
+    python sample.py --mode=diffusion --prompt "One day"    block by block
     python sample.py --mode=ar --prompt "Once upon a time"  the AR model that the student was made from
     python sample.py --mode=speculative --verifier=self     drafted and verified by the same model
     python sample.py --reveal=static:1 --n=4                another reveal rule, four texts
@@ -14,7 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,10 +25,11 @@ import opdlm
 from data import tokenizer
 from decoding import reveal, scheduling
 from decoding.denoiser import Denoiser
-from decoding.sampling import MAX_SEED, NotFiniteError, SamplingConfig
+from decoding.sampling import MAX_SEED, MAX_TEMPERATURE, NotFiniteError, SamplingConfig
 from model import checkpoint
 from model.masks import AR, Layout
 from report import generate, html, terminal, trace
+from report.generate import MAX_SELF_BLOCK
 from training import cli
 from training.dist import find_device
 from training.flags import Range, check_ranges, expand_home
@@ -36,7 +38,6 @@ from unmasking import policy  # registers --reveal=policy:FOLDER
 LAST_RUN = Path("out/tiny")
 PRETRAINED = Path(__file__).parent / "model/pretrained"
 MAX_TOKENS = 1024           # of a response, unless --length is given
-MAX_SELF_BLOCK = 64         # of --verifier=self, whose forward passes have block * block masks
 RANGES = {
     "length": Range(1),
     "n": Range(1),
@@ -44,6 +45,7 @@ RANGES = {
     "block": Range(1),
     "fps": Range(0.1, 1000),
 }
+DIFFUSION_FLAGS = ("reveal", "confidence", "schedule")      # no other --mode uses them
 PICTURES = {".png": trace.picture, ".html": html.save}
 
 
@@ -51,15 +53,15 @@ PICTURES = {".png": trace.picture, ".html": html.save}
 class Options:
     # Model
     ckpt: str | None = None     # run, checkpoint or hf:NAME[@REVISION]; default: out/tiny, or shipped
-    mode: Literal["diffusion", "ar", "speculative", "verified"] = "diffusion"   # verified is speculative
-    verifier: str = "teacher"   # of drafts: teacher (the run's AR model), self, or an AR checkpoint
+    mode: Literal["diffusion", "ar", "speculative", "verified"] | None = None   # default: the checkpoint's
+    verifier: str | None = None     # teacher (the run's AR model), self, or an AR checkpoint
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     # Text
     prompt: str = ""            # text to continue
     length: int | None = None   # longest response, tokens; default: what the context allows, at most 1024
     n: int = 1                  # number of texts; many are generated in batches of about 32,768 tokens
     seed: int = 0               # random seed; text i of a seed is the same for every --n
-    temperature: float = 1.0    # 0, or less than 1e-6: always the most likely token
+    temperature: float | None = None    # 0: always the most likely token; default: the checkpoint's
     top_k: int | None = None    # sample from the k most likely tokens
     top_p: float | None = None  # sample from the fewest tokens with this total probability
     # Diffusion
@@ -79,15 +81,17 @@ class Options:
         if self.mode == "verified":
             self.mode = "speculative"
         check_ranges(self, RANGES)
-        SamplingConfig(self.temperature, self.top_k, self.top_p)     # refuses values out of range
+        temperature = 1.0 if self.temperature is None else self.temperature
+        SamplingConfig(temperature, self.top_k, self.top_p)          # refuses values out of range
         if self.dtype and not self.export:
             raise ValueError("--dtype is the number format of --export: give --export=FOLDER too")
         if (self.light is None) != (self.schedule is None):
             raise ValueError("--light names the smaller model and --schedule its steps: give both or neither")
         unused = {
+            None: (),
             "diffusion": (),
             "ar": ("reveal", "confidence", "block", "schedule"),
-            "speculative": ("reveal", "confidence", "schedule"),
+            "speculative": DIFFUSION_FLAGS,
         }
         for name in unused[self.mode]:
             value = getattr(self, name)
@@ -101,7 +105,29 @@ class Options:
                              "terminal to UTF-8")
 
 
-def find_checkpoint(name: str | None, mode: str) -> Path:
+def with_defaults(options: Options) -> Options:
+    """The options, with the checkpoint's --mode, --verifier and --temperature where they are not given."""
+    folder = find_checkpoint(options.ckpt, options.mode)
+    config = checkpoint.read_config(folder)
+    if "student" not in config:
+        config = {}                                              # in AR models these keys have other meanings
+    trained_mode = config.get("mode", "diffusion")
+    temperature = config.get("temperature", 1.0)
+    if trained_mode not in ("diffusion", "speculative"):
+        raise ValueError(f"{folder}/config.json: expected mode diffusion or speculative, got "
+                         f"{trained_mode!r}")
+    if type(temperature) not in (int, float) or not 0 <= temperature <= MAX_TEMPERATURE:
+        raise ValueError(f"{folder}/config.json: expected a temperature from 0 to {MAX_TEMPERATURE}, got "
+                         f"{temperature!r}")
+    defaults = {"mode": trained_mode, "temperature": temperature}
+    if any(getattr(options, name) for name in DIFFUSION_FLAGS):
+        defaults["mode"] = "diffusion"
+    defaults["verifier"] = "self" if trained_mode == "speculative" else "teacher"
+    missing = {name: value for name, value in defaults.items() if getattr(options, name) is None}
+    return replace(options, **missing)
+
+
+def find_checkpoint(name: str | None, mode: str | None) -> Path:
     """The folder of a checkpoint: within a run, of the model that `mode` uses; by default the last run."""
     part = "ar" if mode == "ar" else "opdlm"
     if name is None:
@@ -291,6 +317,7 @@ def main(argv: list[str]) -> None:
         return
     if options.picture is not None:
         check_writable("picture", Path(options.picture))
+    options = with_defaults(options)
     generator, tok = load_generator(options)
     prompt_ids = encode_prompt(options.prompt, generator.net, tok)
     length = response_length(options, len(prompt_ids), generator.net.config.context)

@@ -33,7 +33,7 @@ from model.gpt import GPT, GPTConfig, checkpointed
 from model.masks import AR, Layout
 from report import metrics, trace
 from report.compare import Evaluator, sample_prompt_ids
-from report.generate import PROMPT_LENGTHS
+from report.generate import PROMPT_LENGTHS, can_verify_itself
 from training import cli, dist
 from training.chunked_kl import chunked_kl
 from training.flags import Range, check_ranges, expand_home
@@ -66,17 +66,19 @@ class Config:
     context: Literal["causal", "block"] = "causal"      # how finished text attends to itself
     reveal: str = "leftmost:0.98"   # reveal rule, NAME:ARGUMENT (docs/decoding.md)
     confidence: Literal["largest", "drawn", "margin", "entropy"] | None = None  # default: the rule's own
-    source: Literal["student", "teacher", "data"] = "student"       # who writes the text to learn from
+    source: Literal["student", "student-ar", "teacher", "data"] = "student"    # who writes the training text
     temperature: float = 1.0    # of generated text; match the temperature at which you will decode
     top_k: int | None = None    # generated text is sampled from the k most likely tokens
     top_p: float | None = None  # generated text is sampled from the fewest tokens with this total probability
-    states: Literal["visited", "random", "prefix"] = "visited"      # partially masked states to learn on
+    states: Literal["visited", "random", "prefix", "all"] = "visited"  # masked states to learn on
     target: Literal["teacher", "onehot"] = "teacher"    # the teacher's distributions, or the text itself
     weight: Literal["mean", "first", "1/t"] = "first"   # loss weight of a masked position (docs/method.md)
     clean_weight: float = 0.0   # weight of the student's loss as an AR model, for --verifier=self
+    clean_text: Literal["own", "data"] = "own"  # of that loss: the update's own text, or training text
     warm_steps: int | None = None   # first updates, on training text; default: 540 on toy, 230 on text
     updates_per_rollout: int = 1    # updates on each generated batch of texts
     max_prompt: int = 16        # prompts have 1 to this many tokens
+    max_response: int | None = None     # tokens of a text to learn from, after its prompt; default: --length
     # Optimization
     pretrain_steps: int | None = None   # AR updates; default: 480 on toy, 640 on text, 0 with --init
     pretrain_batch: int | None = None   # windows per AR update; default: 32 on toy, 16 on text
@@ -137,6 +139,7 @@ RANGES = {      # values allowed; --block depends on the length, and --width is 
     "warm_steps": Range(0, STEPS),
     "updates_per_rollout": Range(1, ROWS),
     "max_prompt": Range(1, ROWS),
+    "max_response": Range(1, ROWS),
     "pretrain_steps": Range(0, STEPS),
     "pretrain_batch": Range(1, ROWS),
     "distill_steps": Range(1, STEPS),
@@ -294,6 +297,7 @@ def make_recipe(config: Config, eot: int | tuple[int, ...], show: Callable = rep
         max_prompt=config.max_prompt,
         seed=config.seed,
         clean_weight=config.clean_weight,
+        clean_source=opdlm.data_text if config.clean_text == "data" else None,
         show=show,
     )
     return replace(recipe, **chunked_kl(config.kl, config.target, vocab))
@@ -320,7 +324,8 @@ class Conversion:
         device = student.wte.weight.device
         self.data = partial(get_batch, corpus, length=config.length, seed=config.seed, device=device)
         self.set_lr = lr_schedule(optimizer, config.lr_schedule, config.distill_steps)
-        self.length = length_schedule(config.block, config.length, config.length_ramp)
+        longest = min(config.length, config.max_response or config.length)
+        self.length = length_schedule(config.block, longest, config.length_ramp)
         self.state = state
         state.start_phase("distil", student, optimizer)
         self.progress = state.progress
@@ -457,10 +462,13 @@ def header(config: Config, net, device) -> dict:
 
 
 def save_student(student, tok, recipe: opdlm.Recipe, out: Path, name: str) -> None:
-    """Write the student to --out/name, with the reveal rule that it was trained with."""
+    """Write the student to --out/name, with the way of decoding that it was trained with."""
     rule = recipe.rule
+    is_speculative = recipe.source is opdlm.student_ar_text
     dist.save_checkpoint(out / name, student, tok, recipe.layout,
-                         reveal=str(rule), confidence=rule.confidence.__name__)
+                         reveal=str(rule), confidence=rule.confidence.__name__,
+                         mode="speculative" if is_speculative else "diffusion",
+                         temperature=recipe.sampling.temperature)
 
 
 def main(argv: list[str]) -> int:
@@ -507,7 +515,7 @@ def main(argv: list[str]) -> int:
         teacher = dist.compile_blocks(teacher, config.compile)
 
         # 4. evaluate both before distillation
-        evaluator = Evaluator(teacher, corpus, config.length, config.seed, log, prompt)
+        evaluator = Evaluator(teacher, corpus, config.length, config.seed, log, prompt, recipe.sampling)
         pretrain_tokens = config.pretrain_steps * config.pretrain_batch * config.length
         evaluator.evaluate("ar", teacher, AR, reveal.parse("static:1"), pretrain_tokens)
         evaluator.evaluate("before", student, recipe.layout, recipe.rule, 0)
@@ -531,7 +539,10 @@ def main(argv: list[str]) -> int:
         sigterm.saves_first = False
 
         # 6. evaluate and report
-        evaluator.evaluate("after", student, recipe.layout, recipe.rule, conversion.progress["tokens"])
+        train_tokens = conversion.progress["tokens"]
+        evaluator.evaluate("after", student, recipe.layout, recipe.rule, train_tokens)
+        if can_verify_itself(recipe.layout):
+            evaluator.evaluate_speculative(student, recipe.layout, train_tokens)
         if dist.is_first():
             evaluator.publish(out)
     return sigterm.exit_code

@@ -11,10 +11,11 @@ punctuation mark is a token. Its laws, in the order in which `check` tests them:
     object    the thing has a property that such a thing can have, and what is found is what was lost
     place     the place of the last sentence is the place of the first
 
-The order of the file: the words, the sentences, the plots; `story` and `tell`, which write; `check` and
-`parse`, which read; `words`. Both sides share the table of sentences and one idea: the first mention of a
-thing decides what it is, and every later mention must agree. The writer chooses a word at the first mention
-and repeats it afterwards. The checker, which has only the text, remembers the first mention and compares.
+The order of the file: the words, the sentences, the plots; `story` and `tell`, which write; `parse`,
+`check` and `breaks`, which read; `words`. Both sides share the table of sentences and one idea: the first
+mention of a thing decides what it is, and every later mention must agree. The writer chooses a word at the
+first mention and repeats it afterwards. The checker, which has only the text, remembers the first mention and
+compares.
 """
 import random
 import re
@@ -104,6 +105,8 @@ PLOTS = {
     for helper in HELPERS
 }
 
+KINDS = [event.partition(" ")[0] for event in PLOTS["diver"]]     # have, lose, cry, meet, find, thank, end
+
 # 4. writing ---------------------------------------------------------------------------------------
 
 PIECES = {
@@ -192,12 +195,48 @@ def check(text: str) -> str | None:
     return next((law for law in ("name", "pronoun", "object", "place") if law in broken), None)
 
 
+def breaks(text: str) -> list[set[str]]:
+    """For each sentence, the laws that it breaks; one more set if the story ends too early.
+
+    All sets are empty exactly if `check` returns None. A sentence is judged by what came before it: its event
+    has to follow the event of the sentence before, and its words have to agree with the first mention. So a
+    story can recover from an error. A sentence that is not one of this world stands for the next event.
+    """
+    found = []
+    world = {}                          # slot -> word of its first mention
+    helper = None                       # of the event that loses the thing, or finds it
+    num_events = 0                      # the events told so far
+    for sentence in re.split(r"(?<=\.) ", text):
+        parsed = parse(sentence)
+        if parsed is None:
+            found.append({"grammar"})
+            num_events += 1
+            continue
+        event, mentioned = parsed
+        kind, _, event_helper = event.partition(" ")
+        helper = helper or event_helper
+        laws = set()
+        if KINDS.index(kind) != num_events or event_helper not in ("", helper):
+            laws.add("plot")
+        num_events = KINDS.index(kind) + 1
+        mentions = [("animal" if slot in HELPERS else slot, word) for slot, word in mentioned]
+        world = {**dict(reversed(mentions)), **world}            # the first mention of a slot stays
+        for slot, word in mentions:
+            if not agrees(slot, word, world) and slot in LAW_OF:
+                laws.add(LAW_OF[slot])
+        found.append(laws)
+    if num_events < len(KINDS):
+        found.append({"plot"})
+    return found
+
+
 def agrees(slot, word, world):
-    """Whether a mention agrees with the first mention of its slot."""
+    """Whether a mention agrees with the first mention of its slot, as far as `world` has it."""
     if slot in PRONOUNS:
-        return word == PRONOUNS[slot][world["name"] in GIRLS]
+        return "name" not in world or word == PRONOUNS[slot][world["name"] in GIRLS]
     if slot == "object":
-        return word == world["object"] and word in options("object", world, None)
+        is_possible = "colour" not in world or word in options("object", world, None)
+        return word == world["object"] and is_possible
     return word == world[slot]
 
 

@@ -14,15 +14,16 @@ from tqdm import tqdm
 
 from data import story_world
 from data.tinystories import Corpus, stories
-from model.masks import Layout
+from decoding.sampling import SamplingConfig
+from model.masks import AR, Layout
 from report import curves, generate, metrics, trace
 from training.log import to_json
 
 SAMPLE_TOKENS = 32      # tokens generated after --sample_prompt
 LONG_BLOCK = 32         # tokens; the likelihood takes one pass per token of a block, so longer blocks ...
 FEW_STORIES = 64        # ... are scored on this many stories only
-TABLE_METRICS = ("val_nats", "bits_per_byte", "gen_nats", "valid", "distinct2", "entropy", "tok_per_fwd",
-                 "positions_per_tok", "tok_s")
+TABLE_METRICS = ("val_nats", "bits_per_byte", "gen_nats", "valid", "broken", "recovery", "agreement",
+                 "distinct2", "entropy", "tok_per_fwd", "bytes_per_fwd", "positions_per_tok", "tok_s")
 
 
 # 1. during a run ----------------------------------------------------------------------------------
@@ -31,11 +32,12 @@ class Evaluator:
     """Evaluates the models of a run on the same held-out stories, and writes the results to the log.
 
     There are 512 stories of the story world, which come with a validity checker, or 128 of another corpus.
-    `sample_prompt` (P,) is also continued at each evaluation, with the same random numbers each time.
+    All models generate text with the same `sampling`. `sample_prompt` (P,) is also continued at each
+    evaluation, with the same random numbers each time.
     """
 
     def __init__(self, teacher, corpus: Corpus, length: int, seed: int, log,
-                 sample_prompt: Tensor | None = None):
+                 sample_prompt: Tensor | None = None, sampling: SamplingConfig = SamplingConfig()):
         self.teacher = teacher
         self.tokenizer = corpus.tokenizer
         self.length = length
@@ -43,23 +45,34 @@ class Evaluator:
         self.log = log
         self.sample_prompt = sample_prompt
         is_story_world = corpus.name == "toy"
-        self.check = story_world.check if is_story_world else None
+        self.judge = story_world.breaks if is_story_world else None
+        self.sampling = sampling
         count = 512 if is_story_world else 128
         starts = stories(corpus.val, corpus.tokenizer.bos)
         separator = len(corpus.tokenizer.between)
         self.held_out = metrics.held_out(corpus.val, starts, count, length, separator)
-        self.metrics = {}       # of each model: ar, before, after
+        self.metrics = {}       # of each column of the table: ar, before, after, speculative
         self.traces = {}        # one story of each model
 
     def evaluate(self, name: str, net, layout: Layout, rule, train_tokens: int) -> None:
         """Evaluate a model in full: name is ar, before or after."""
-        self.metrics[name], self.traces[name] = evaluate_model(
-            net, self.teacher, layout, rule, self.held_out, self.tokenizer, self.length, self.seed,
-            self.check)
-        self.metrics[name]["train_tokens"] = train_tokens
+        generator = generate.diffusion_generator(net, layout, rule, self.sampling)
+        self.add_column(name, net, layout, generator, train_tokens)
         model = "ar" if name == "ar" else "student"
         self.log.write({"phase": "eval", "of": model, "tokens": train_tokens, **self.metrics[name]})
         self.log_sample(name, net, layout, rule, model, train_tokens)
+
+    def evaluate_speculative(self, student, layout: Layout, train_tokens: int) -> None:
+        """Evaluate the student as an AR model whose text it drafts itself, several tokens at once."""
+        generator = generate.speculative_generator(student, layout, None, self.sampling)
+        self.add_column("speculative", student, AR, generator, train_tokens)
+
+    def add_column(self, name: str, net, layout: Layout, generator: generate.TextGenerator,
+                   train_tokens: int) -> None:
+        self.metrics[name], self.traces[name] = evaluate_model(
+            net, self.teacher, layout, generator, self.held_out, self.tokenizer, self.length, self.seed,
+            self.judge)
+        self.metrics[name]["train_tokens"] = train_tokens
 
     def quick_eval(self, net, layout: Layout, train_tokens: int, rule) -> float:
         """val_nats of the student on the first 32 stories."""
@@ -127,14 +140,14 @@ def sample_prompt_ids(prompt: str | None, tokenizer, length: int) -> Tensor | No
 
 # 2. one model -------------------------------------------------------------------------------------
 
-def evaluate_model(net, teacher, layout: Layout, rule, held_out: list[Tensor], tokenizer, length: int,
-                   seed: int, check: Callable | None = None) -> tuple[dict, trace.Trace]:
+def evaluate_model(net, teacher, layout: Layout, generator: generate.TextGenerator, held_out: list[Tensor],
+                   tokenizer, length: int, seed: int,
+                   judge: Callable | None = None) -> tuple[dict, trace.Trace]:
     """All metrics of a model on held-out stories, and the trace of the first text that it generated."""
-    generator = generate.diffusion_generator(net, layout, rule)
     texts, seconds = generate.generate_texts(generator, held_out, tokenizer.ends, length, seed)
     scored = held_out if layout.block <= LONG_BLOCK else held_out[:FEW_STORIES]
     numbers = metrics.likelihood(net, scored, layout, tokenizer)
-    numbers |= metrics.text_metrics(teacher, texts, seconds, tokenizer, check)
+    numbers |= metrics.text_metrics(teacher, texts, seconds, tokenizer, judge)
 
     rollout, prompt_lens = texts[0]
     prompt_ids = rollout.tokens[0, :prompt_lens[0]].tolist()

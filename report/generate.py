@@ -14,6 +14,7 @@ from decoding.sampling import SamplingConfig, padding_id
 from model.masks import Layout
 from report import metrics, trace
 
+MAX_SELF_BLOCK = 64         # of a student that verifies itself: its forward passes have block * block masks
 MAX_POSITIONS = 2 ** 15     # of the texts that are generated together, which bounds the memory
 PROMPT_LENGTHS = 8      # generate_texts uses this many different prompt lengths in turn
 
@@ -59,6 +60,12 @@ def diffusion_generator(net, layout: Layout, rule: Rule, sampling: Callable = Sa
 
     make_trace = partial(trace.from_order, block=layout.block)
     return TextGenerator(net, rule.numbers(layout.block), generate, make_trace)
+
+
+def can_verify_itself(layout: Layout) -> bool:
+    """Whether a student is an AR model under a causal mask, with blocks short enough for its own drafts."""
+    is_ar_model = (layout.context_block, layout.logit_shift) == (1, 1)
+    return is_ar_model and 1 < layout.block <= MAX_SELF_BLOCK
 
 
 def speculative_generator(student, layout: Layout, teacher=None,

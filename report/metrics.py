@@ -131,8 +131,11 @@ def likelihood(net, stories: list[Tensor], layout: Layout, tokenizer) -> dict:
 # 2. generated text --------------------------------------------------------------------------------
 # `texts` is a list of batches: (Rollout, (B,) prompt lengths).
 
-def text_metrics(teacher, texts: list, seconds: float, tokenizer, check: Callable | None) -> dict:
-    """All metrics of generated texts that took `seconds`; `check(story)` is None if a story is valid."""
+def text_metrics(teacher, texts: list, seconds: float, tokenizer, judge: Callable | None) -> dict:
+    """All metrics of generated texts that took `seconds`.
+
+    `judge(story)` gives for each sentence of a story the set of laws that it breaks (data/story_world.py).
+    """
     rollouts = [rollout for rollout, _ in texts]
     responses = []
     for rollout in rollouts:
@@ -140,20 +143,70 @@ def text_metrics(teacher, texts: list, seconds: float, tokenizer, check: Callabl
     num_tokens = sum(map(len, responses))
     forwards = sum(rollout.forwards.sum().item() for rollout in rollouts)
     positions = sum(rollout.positions.sum().item() for rollout in rollouts)
-    teacher_nats = sum(nats_of(teacher, rollout).sum().item() for rollout in rollouts)
+    num_bytes = sum(response_bytes(*batch, tokenizer) for batch in texts)
+    teacher_nats = 0.0
+    num_argmax = 0
+    for rollout in rollouts:
+        nats, is_argmax = read_by(teacher, rollout)
+        teacher_nats += nats.sum().item()
+        num_argmax += int(is_argmax.sum())
     metrics = {
         "gen_nats": teacher_nats / num_tokens,
         "distinct2": distinct_pairs(responses),
         "entropy": unigram_entropy(responses),
+        "agreement": num_argmax / num_tokens,
         "tok_per_fwd": num_tokens / forwards,
+        "bytes_per_fwd": num_bytes / forwards,
         "tok_s": num_tokens / seconds,
         "positions_per_tok": positions / num_tokens,
     }
-    if check:
-        stories = [tokenizer.decode(ids) for ids in finished(texts, tokenizer.ends)]
-        num_valid = sum(check(story) is None for story in stories)
-        metrics["valid"] = num_valid / len(responses)            # an unfinished story is not valid
+    if judge:
+        metrics |= story_scores(whole_stories(texts, tokenizer), judge)
     return metrics
+
+
+def story_scores(stories: list[tuple[str, bool]], judge: Callable) -> dict:
+    """valid, broken and recovery of stories, each given as (text, whether it ended).
+
+    valid       the share of stories that break no law; an unfinished story breaks the plot
+    broken      laws broken per story; a law that two sentences break counts twice
+    recovery    the share of sentences with a broken law among those after the first such sentence of their
+                story, divided by the share among all sentences up to the first one. At 1 errors do not lead
+                to further errors. It is left out where no story goes on after an error.
+    """
+    num_valid = 0
+    num_broken = 0
+    before = [0, 0]                     # sentences with a broken law, and sentences: up to the first error
+    after = [0, 0]                      # the same of the sentences after it
+    for text, is_finished in stories:
+        laws = judge(text)
+        if not is_finished and not any(laws):
+            laws = [*laws, {"plot"}]
+        num_broken += sum(map(len, laws))
+        has_error = [bool(of_sentence) for of_sentence in laws]
+        first = has_error.index(True) + 1 if any(has_error) else len(laws)
+        num_valid += not any(has_error)
+        before[0] += any(has_error)
+        before[1] += first
+        after[0] += sum(has_error[first:])
+        after[1] += len(has_error[first:])
+    scores = {"valid": num_valid / len(stories), "broken": num_broken / len(stories)}
+    if after[1]:
+        rate_before = before[0] / before[1]
+        rate_after = after[0] / after[1]
+        scores["recovery"] = rate_after / rate_before
+    return scores
+
+
+def response_bytes(rollout: opdlm.Rollout, prompt_lens: Tensor, tokenizer) -> int:
+    """The bytes of all responses."""
+    total = 0
+    rows = zip(rollout.tokens.cpu(), rollout.response_mask.cpu(), prompt_lens)
+    for tokens, response_mask, prompt_len in rows:
+        prompt = tokens[:prompt_len].tolist()
+        text = prompt + tokens[response_mask].tolist()
+        total += len(tokenizer.decode(text).encode()) - len(tokenizer.decode(prompt).encode())
+    return total
 
 
 def response_ids(rollout: opdlm.Rollout) -> list[list[int]]:
@@ -178,20 +231,29 @@ def unigram_entropy(responses: list[list[int]]) -> float:
     return float(-(share * np.log(share)).sum())
 
 
-def finished(texts: list, eot: int | tuple[int, ...]) -> list[list[int]]:
-    """The ids, prompt included, of those texts that end with end-of-text."""
+def whole_stories(texts: list, tokenizer) -> list[tuple[str, bool]]:
+    """Of each text: the story, prompt included, and whether it ended with end-of-text."""
     found = []
     for rollout, prompt_lens in texts:
         responses = response_ids(rollout)
         for tokens, prompt_len, response in zip(rollout.tokens.cpu(), prompt_lens, responses):
-            if is_end(torch.tensor(response[-1]), eot):
-                found.append(tokens[:prompt_len].tolist() + response)
+            story = tokenizer.decode(tokens[:prompt_len].tolist() + response)
+            is_finished = bool(is_end(torch.tensor(response[-1]), tokenizer.ends))
+            found.append((story, is_finished))
     return found
 
 
-@torch.no_grad()
 def nats_of(teacher, rollout: opdlm.Rollout) -> Tensor:
     """(B,) nats of each response under the AR teacher, in float64."""
+    return read_by(teacher, rollout)[0]
+
+
+@torch.no_grad()
+def read_by(teacher, rollout: opdlm.Rollout) -> tuple[Tensor, Tensor]:
+    """(B,) nats of each response under the AR teacher, in float64; (N,) bool of each response token.
+
+    The second says whether a token is the teacher's most likely one, given the text before it.
+    """
     B, T = rollout.tokens.shape
     rows, position = rollout.response_mask.nonzero(as_tuple=True)            # (N,) each
     read = rows * T + position - 1  # an AR model's logits at i - 1 predict token i
@@ -199,7 +261,8 @@ def nats_of(teacher, rollout: opdlm.Rollout) -> Tensor:
     token = rollout.tokens[rows, position]
     token_nats = -log_probs.gather(1, token[:, None])[:, 0]
     zeros = torch.zeros(B, dtype=torch.float64, device=rows.device)
-    return zeros.index_add(0, rows, token_nats.double())
+    is_argmax = log_probs.argmax(-1) == token
+    return zeros.index_add(0, rows, token_nats.double()), is_argmax
 
 
 # 3. FLOPs -----------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import opdlm
 from decoding import reveal
 from decoding.denoiser import Denoiser
 from decoding.sampling import SamplingConfig, inverse_cdf
+from decoding.speculative import speculative_decode
 from model import masks
 from model.masks import AR, Layout
 
@@ -540,14 +541,60 @@ def test_a_rollout_at_temperature_0_is_the_greedy_text_of_the_sampler(tiny, layo
     sources = (
         (opdlm.student_text, Denoiser(student, layout), recipe.rule),
         (opdlm.teacher_text, Denoiser(teacher, AR), reveal.parse("static:1")),
+        (opdlm.student_ar_text, Denoiser(student, AR), reveal.parse("static:1")),
     )
+    if layout.logit_shift == 0:
+        sources = sources[:2]                                    # this student is not an AR model
     for source, denoiser, rule in sources:
         text = source(student, teacher, texts, 3, RESPONSE, u, recipe)
         sampled = opdlm.rollout(denoiser, texts[:, :3], RESPONSE, rule, other_u, EOT, greedy)
         assert torch.equal(text.tokens, sampled.tokens)
-        assert torch.equal(text.order, sampled.order)
+        expected_order = sampled.order.clamp(max=0) if source is opdlm.student_ar_text else sampled.order
+        assert torch.equal(text.order, expected_order)
         warm = source(student, teacher, texts, 3, RESPONSE, u, replace(recipe, sampling=SamplingConfig()))
         assert not torch.equal(text.tokens, warm.tokens)
+
+
+def test_text_of_the_student_as_an_ar_model_is_what_speculative_decoding_writes(tiny):
+    """Token for token at temperature 0; it is learned from a block of masks, from which drafts are made."""
+    student = tiny(seed=1)
+    recipe = replace(make_recipe(), source=opdlm.student_ar_text, sampling=SamplingConfig(0))
+    texts = training_texts(range(4))
+    u = opdlm.uniforms(0, opdlm.ROLLOUT, range(4), (3 + RESPONSE, 3))
+    text = opdlm.student_ar_text(student, None, texts, 3, RESPONSE, u, recipe)
+    drafted = speculative_decode(student, recipe.layout, texts[:, :3], RESPONSE, u, EOT, recipe.sampling)
+    assert torch.equal(text.tokens, drafted.tokens)
+    assert torch.equal(text.response_mask, drafted.accepted_in >= 0)
+    masked = opdlm.visited(text.order, text.response_mask, u[..., :2], 4)
+    assert torch.equal(masked & text.response_mask, text.response_mask)
+
+
+def test_all_positions_of_a_block_can_be_masked(tiny):
+    """On any text: the state `all` is that of the denoising step 0."""
+    text = opdlm.data_text(None, None, training_texts(range(4)), 2, RESPONSE, None, make_recipe("sdar"))
+    order = torch.where(text.response_mask, 0, -1)
+    u = torch.rand(4, order.size(1), 2)
+    everything = opdlm.all_masked(text.order, text.response_mask, u, 4)
+    first = opdlm.visited(order, text.response_mask, u, 4)
+    assert everything.all() and torch.equal(first & text.response_mask, text.response_mask)
+
+
+def test_the_clean_loss_can_read_other_text_than_the_update(tiny):
+    """With clean_source, training text. Two ways to one number: the sum of both losses, each made alone."""
+    def clean_part(recipe, clean_source=None):
+        with_it = replace(recipe, clean_weight=0.5, clean_source=clean_source)
+        (one, *_), (other, *_) = (train(tiny, 1, used)[0] for used in (with_it, recipe))
+        return one["loss"] - other["loss"]
+    own = replace(make_recipe(), source=opdlm.student_ar_text, target=opdlm.one_hot)
+    training_text = make_recipe("sdar")
+    from_data = clean_part(own, opdlm.data_text)
+    assert from_data == pytest.approx(clean_part(training_text), rel=1e-5)
+    assert from_data != pytest.approx(clean_part(own), rel=1e-3)
+
+
+def test_text_of_the_student_as_an_ar_model_needs_one():
+    with pytest.raises(ValueError, match="--source=student-ar needs --align=ar --context=causal"):
+        replace(make_recipe("opdlm"), source=opdlm.student_ar_text, layout=Layout(4, 4, 1))
 
 
 def test_steps_continue_where_they_stopped(tiny):

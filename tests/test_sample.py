@@ -135,6 +135,35 @@ def test_modes_read_their_own_model(run, capsys):
     assert said(capsys, run / "ar", "--mode=ar")[0] == ar and said(capsys, run / "opdlm")[0] == student
 
 
+def test_a_checkpoint_says_how_it_decodes_and_flags_win(tmp_path, capsys):
+    net = network(1)
+    make_checkpoint(tmp_path)
+    decoding = {"reveal": "leftmost:0.9", "mode": "speculative", "temperature": 0}
+    checkpoint.save(tmp_path / "opdlm", net, TOK, LAYOUT, **decoding)
+    short = "--length=12"
+    by_default = said(capsys, tmp_path, short)
+    cold = "--temperature=0"
+    named = said(capsys, tmp_path, short, "--mode=speculative", "--verifier=self", cold)
+    assert by_default[0] == named[0] and numbers(by_default[1]) == numbers(named[1])
+    teacher_text = said(capsys, tmp_path, short, "--mode=ar", cold)[0]
+    assert said(capsys, tmp_path, short, "--verifier=teacher")[0] == teacher_text
+    blocks = said(capsys, tmp_path, short, "--mode=diffusion", cold)
+    assert said(capsys, tmp_path, short, "--reveal=leftmost:0.9")[0] == blocks[0]
+    warm = said(capsys, tmp_path, short, "--temperature=1")
+    assert warm[0] != by_default[0]
+
+
+@pytest.mark.parametrize("key, value", [
+    ("mode", "fast"), ("mode", ["speculative"]), ("temperature", -1), ("temperature", "0"),
+    ("temperature", True)])
+def test_a_checkpoint_with_an_unknown_way_to_decode_is_one_sentence(tmp_path, capsys, key, value):
+    checkpoint.save(tmp_path, network(1), TOK, LAYOUT, **{key: value})
+    assert cli.run(sample.main, [f"--ckpt={tmp_path}", "--length=3"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path}/config.json: expected")
+    assert key in error and repr(value) in error
+
+
 def test_verified_text_is_the_verifier_s(run, capsys):
     """At temperature 0: the text of the run's AR model, of the student itself, or of a named AR model."""
     cold = ["--temperature=0", "--length=12"]

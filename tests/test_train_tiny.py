@@ -83,11 +83,11 @@ def test_end_to_end(capsys):
         "before-state.safetensors",
     }
     numbers = json.loads(Path("run/summary.json").read_text())
-    for name in ("ar", "before", "after"):
-        assert set(compare.TABLE_METRICS) <= set(numbers[name])
+    for name in ("ar", "before", "after", "speculative"):
+        assert set(compare.TABLE_METRICS) - {"recovery"} <= set(numbers[name])
         assert all(map(math.isfinite, numbers[name].values()))
         assert f"{numbers[name]['val_nats']:.3f}" in said and f"\n{name}: " in said
-    assert numbers["ar"]["tok_per_fwd"] == 1.0
+    assert numbers["ar"]["tok_per_fwd"] == 1.0 < numbers["speculative"]["tok_per_fwd"]
     header = json.loads(Path("run/log.jsonl").read_text().splitlines()[0])
     assert {"config", "commit", "torch", "device", "parameters", "matmul_flops"} <= set(header)
     line = (
@@ -95,6 +95,30 @@ def test_end_to_end(capsys):
     )
     assert re.search(line, said)
     assert "\033" not in said
+
+
+def test_what_a_run_trains_is_what_its_table_and_its_checkpoint_say(capsys):
+    """At temperature 0 speculative text is the student's own AR text: the two columns of one model agree."""
+    flags = ["--source=student-ar", "--temperature=0", "--clean_weight=1", "--max_response=20", "--out=run"]
+    assert train("--distill_steps=3", *flags) == 0
+    capsys.readouterr()
+    numbers = json.loads(Path("run/summary.json").read_text())
+    assert numbers["ar"]["agreement"] == 1                       # greedy text of the teacher itself
+    own_steps = [step for step in steps("run", "distil") if step["source"] == "student-ar"]
+    assert own_steps and all(step["len"] <= 20 and step["masked"] == 1 for step in own_steps)
+    config = json.loads(Path("run/opdlm/config.json").read_text())
+    assert (config["mode"], config["temperature"]) == ("speculative", 0)
+    shared = ["--ckpt=run", "--device=cpu", "--length=20", "--prompt=One"]
+    assert cli.run(sample.main, shared) == 0
+    text, cost = capsys.readouterr().out.split("\n\n")
+    assert cli.run(sample.main, [*shared, "--ckpt=run/opdlm", "--mode=ar", "--temperature=0"]) == 0
+    ar_text, ar_cost = capsys.readouterr().out.split("\n\n")
+    assert text == ar_text and cost != ar_cost and "| 1.00 tokens/forward" in ar_cost
+
+
+def test_a_student_that_is_no_ar_model_has_no_speculative_column():
+    assert train("--distill_steps=1", "--align=paper", "--context=block", "--out=run") == 0
+    assert set(json.loads(Path("run/summary.json").read_text())) == {"ar", "before", "after"}
 
 
 @pytest.mark.parametrize("updates, again", [(2, [4, 5, 6]), (3, [5, 6])])

@@ -35,7 +35,7 @@ def evaluate(net, teacher, job: Job, corpus, held: list, config, layout=None) ->
     """
     tok = corpus.tokenizer
     recipe = train_tiny.make_recipe(config, tok.eot)
-    check = story_world.check if corpus.name == "toy" else None
+    check = story_world.breaks if corpus.name == "toy" else None
     result = metrics.likelihood(net, held, layout or recipe.layout, tok)
     if any("verifier=self" in sampler for sampler in job.samplers):
         result["ar_nats"] = metrics.likelihood(net, held, AR, tok)["val_nats"]

@@ -118,7 +118,7 @@ def qualities(options: Options, block: int, seed: int) -> dict[str, dict]:
     found = {}
     for name, generator in generators.items():
         texts, seconds = generate.generate_texts(generator, held, tok.eot, teacher.config.context, seed)
-        found[name] = metrics.text_metrics(teacher, texts, seconds, tok, story_world.check)
+        found[name] = metrics.text_metrics(teacher, texts, seconds, tok, story_world.breaks)
     return found
 
 

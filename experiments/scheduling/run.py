@@ -64,7 +64,7 @@ class Options:
 
 def check_of(options: Options):
     """The checker of the story world, if that is the data."""
-    return story_world.check if options.data == "toy" else None
+    return story_world.breaks if options.data == "toy" else None
 
 
 # 1. what a light step costs -------------------------------------------------------------------------------

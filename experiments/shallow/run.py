@@ -119,7 +119,7 @@ def evaluate_one(
         count = sum(int(denoiser.denoisers[name].positions.sum()) for denoiser in used)
         positions[name] = count / num_tokens
         flops += positions[name] * metrics.body_flops(nets[name].config, context / 2)
-    numbers = metrics.text_metrics(teacher, texts, seconds, tok, story_world.check)
+    numbers = metrics.text_metrics(teacher, texts, seconds, tok, story_world.breaks)
     return numbers | {"positions": positions, "flops": flops}
 
 

@@ -245,3 +245,56 @@ def test_a_block_revealed_in_one_step_costs_validity_and_one_word_at_a_time_does
     rng = random.Random(0)
     assert all(survives(seed, 1, rng) for seed in range(30))
     assert sum(survives(seed, 4, rng) for seed in range(200)) / 200 <= 0.7
+
+
+# laws per sentence ------------------------------------------------------------------------------------
+
+def one_word_changed(seed, rng):
+    """A story with one of its words replaced by another word of the world."""
+    words = [word for word, _ in told(seed)]
+    words[rng.randrange(len(words))] = rng.choice(story_world.words())
+    return text(words)
+
+
+def test_no_sentence_breaks_a_law_exactly_if_the_story_is_accepted():
+    rng = random.Random(2)
+    stories = [story_world.story(seed) for seed in range(140)]
+    stories += [one_word_changed(seed, rng) for seed in range(600)]
+    for seed in range(100):
+        sentences = re.split(r"(?<=\.) ", story_world.story(seed))
+        rng.shuffle(sentences)
+        stories += [" ".join(sentences), " ".join(sentences[:5]), ""]
+    verdict = Counter()
+    for story in stories:
+        is_valid = story_world.check(story) is None
+        breaks_a_law = any(story_world.breaks(story))
+        assert is_valid != breaks_a_law, story
+        verdict[is_valid] += 1
+    assert min(verdict.values()) > 100
+
+
+def test_a_story_recovers_from_an_error():
+    """Each error counts in its sentence, and the sentences after it are judged as before."""
+    story = ("One sunny day, Tom took his red ball to the park. But it slipped from his hand into a deep "
+             "pond. He sat down and cried. Just then, a big duck came by. The duck swam down and got the red "
+             "ball. He hugged the duck and said thank you. Then Tom ran home from the park.")
+    sentences = re.split(r"(?<=\.) ", story)
+    assert story_world.breaks(story) == [set()] * 7
+
+    def laws(i, old, new):
+        assert old in sentences[i]
+        changed = [*sentences]
+        changed[i] = changed[i].replace(old, new)
+        return story_world.breaks(" ".join(changed))
+    assert laws(2, "He", "She") == [set(), set(), {"pronoun"}, *[set()] * 4]
+    assert laws(5, "duck", "frog") == [*[set()] * 5, {"name"}, set()]
+    both = laws(6, "Tom ran home from the park", "Sam ran home from the farm")
+    assert both == [*[set()] * 6, {"name", "place"}]
+    assert laws(2, "sat down", "sat sat") == [set(), set(), {"grammar"}, *[set()] * 4]
+    assert laws(0, "red ball", "soft ball") == [{"object"}, set(), set(), set(), {"object"}, set(), set()]
+    another_helper = laws(4, "The duck swam down and got", "The owl flew up for")
+    assert another_helper == [*[set()] * 4, {"plot", "name"}, set(), set()]
+    without = " ".join(sentences[:3] + sentences[4:])
+    assert story_world.breaks(without)[3] == {"plot"} and not any(story_world.breaks(without)[4:])
+    assert story_world.breaks(" ".join(sentences[:5])) == [*[set()] * 5, {"plot"}]
+    assert story_world.breaks(" ".join([*sentences, sentences[6]])) == [*[set()] * 7, {"plot"}]

@@ -1,4 +1,5 @@
 import math
+import random
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import opdlm
 from data import tokenizer
 from decoding import reveal
+from decoding.denoiser import Denoiser
+from decoding.sampling import SamplingConfig
 from model.gpt import GPT, GPTConfig
 from model.masks import AR, Layout
 from report import generate, metrics
@@ -147,6 +150,7 @@ def example_batch():
 class Letters:
     """Decodes ids to letters."""
     eot = EOT
+    ends = EOT
 
     def decode(self, ids):
         return "".join(chr(97 + i) for i in ids if i != EOT)
@@ -162,6 +166,18 @@ def test_nats_of_generated_text_by_hand(tiny):
     assert metrics.nats_of(net, rollout).tolist() == pytest.approx(expected, rel=1e-6)
 
 
+def argmax_share(net, rollout):
+    """The share of the responses' tokens that the model finds most likely, each after the text before it."""
+    num_right = 0
+    num_tokens = 0
+    for tokens, response_mask in zip(rollout.tokens, rollout.response_mask):
+        for i in response_mask.nonzero().flatten().tolist():
+            logits = net(tokens[None, :i])[-1]
+            num_right += int(logits.argmax() == tokens[i])
+            num_tokens += 1
+    return num_right / num_tokens
+
+
 def test_text_metrics_by_hand(tiny):
     """The responses are 2 3 end and 2 3 2.
 
@@ -174,7 +190,9 @@ def test_text_metrics_by_hand(tiny):
         "gen_nats": metrics.nats_of(net, example_batch()[0]).sum().item() / 6,
         "distinct2": 3 / 4,
         "entropy": math.log(6) - (3 * math.log(3) + 2 * math.log(2)) / 6,
+        "agreement": argmax_share(net, example_batch()[0]),
         "tok_per_fwd": 6 / 4,
+        "bytes_per_fwd": 5 / 4,                      # the end of a text has no bytes
         "positions_per_tok": 15 / 6,
         "tok_s": 2.0,
     }, rel=1e-6)
@@ -199,16 +217,48 @@ def test_gen_nats_is_a_mean_over_tokens(tiny):
     assert in_two_batches == pytest.approx(together, rel=1e-6)
 
 
-@pytest.mark.parametrize("broken_law, share", [(None, 0.5), ("plot", 0.0)])
-def test_valid_is_a_share_of_all_texts_and_needs_an_end(tiny, broken_law, share):
-    checked = []
+@pytest.mark.parametrize("laws, valid, broken", [(set(), 0.5, 0.5), ({"plot"}, 0.0, 1.0)])
+def test_valid_is_a_share_of_all_texts_and_needs_an_end(tiny, laws, valid, broken):
+    judged = []
 
-    def check(story):
-        checked.append(story)
-        return broken_law
-    found = metrics.text_metrics(tiny(), [example_batch()], 1.0, Letters(), check)
-    assert found["valid"] == share
-    assert checked == ["bcd"]                        # with its prompt; the other text has no end
+    def judge(story):
+        judged.append(story)
+        return [laws]
+    found = metrics.text_metrics(tiny(), [example_batch()], 1.0, Letters(), judge)
+    assert (found["valid"], found["broken"]) == (valid, broken)
+    assert judged == ["bcd", "cdc"]                  # with their prompts; the second one has no end
+
+
+def test_greedy_text_of_a_model_agrees_with_it_and_other_text_less(tiny):
+    net = tiny()
+    prompt = torch.tensor([[EOT], [3], [5]])
+    u = opdlm.uniforms(0, 0, range(3), (13, 1))
+    shares = []
+    for temperature in (0, 3):
+        denoiser = Denoiser(net, AR)
+        sampling = SamplingConfig(temperature)
+        text = opdlm.rollout(denoiser, prompt, 12, reveal.parse("static:1"), u, EOT, sampling)
+        texts = [(text, torch.ones(3, dtype=torch.long))]
+        shares.append(metrics.text_metrics(net, texts, 1.0, Letters(), None)["agreement"])
+    assert shares[0] == 1 and shares[1] < 0.8
+
+
+def test_recovery_by_hand():
+    """Up to the first error: 1 of 2 sentences, 1 of 1 and 0 of 3. After it: 1 of 2, and 2 of 3."""
+    laws = {"a": [set(), {"name"}, set(), {"name", "place"}], "b": [{"plot"}, {"plot"}, set(), {"place"}],
+            "c": [set(), set(), set()]}
+    scores = metrics.story_scores([("a", True), ("b", True), ("c", True)], laws.get)
+    assert scores == pytest.approx({"valid": 1 / 3, "broken": 6 / 3, "recovery": (3 / 5) / (2 / 6)})
+    cut = metrics.story_scores([("c", False)], laws.get)
+    assert cut == {"valid": 0, "broken": 1}          # the missing end is an error, and nothing follows it
+
+
+def test_where_errors_are_independent_recovery_is_one():
+    rng = random.Random(0)
+    stories = [[{"name"} if rng.random() < 0.2 else set() for _ in range(7)] for _ in range(20_000)]
+    scores = metrics.story_scores([(number, True) for number in range(len(stories))], stories.__getitem__)
+    assert scores["recovery"] == pytest.approx(1, abs=0.03)
+    assert scores["broken"] == pytest.approx(1.4, abs=0.02)
 
 
 def test_texts_continue_one_to_eight_tokens_of_their_stories(tiny):
