@@ -7,7 +7,7 @@ import torch
 
 from decoding import reveal
 from model.masks import Layout
-from report import compare, metrics
+from report import compare, generate, metrics
 from report.compare import write_json
 
 EOT = 10
@@ -16,6 +16,7 @@ EOT = 10
 class Letters:
     """Decodes ids to letters."""
     eot = EOT
+    ends = EOT
 
     def decode(self, ids):
         return "".join(chr(97 + i) for i in ids)
@@ -32,15 +33,20 @@ def test_a_model_of_long_blocks_is_scored_on_the_first_64_stories(tiny, block, n
     inner = torch.randint(0, EOT, (70, 8), generator=generator)
     held_out = list(torch.nn.functional.pad(inner, (1, 1), value=EOT))
     layout = Layout(block, 1, 1)
-    checked = []
-    numbers, _ = compare.evaluate_model(net, net, layout, reveal.parse("leftmost:0"), held_out, Letters(),
-                                        length=34, seed=0, check=checked.append)
+    judged = []
+
+    def judge(story):
+        judged.append(story)
+        return []
+    generator = generate.diffusion_generator(net, layout, reveal.parse("leftmost:0"))
+    numbers, _ = compare.evaluate_model(net, net, layout, generator, held_out, Letters(), length=34, seed=0,
+                                        judge=judge)
     scored = metrics.likelihood(net, held_out[:num_scored], layout, Letters())
     assert numbers["val_nats"] == pytest.approx(scored["val_nats"], rel=1e-9)
     fewer = metrics.likelihood(net, held_out[:num_scored - 1], layout, Letters())
     assert numbers["val_nats"] != pytest.approx(fewer["val_nats"], rel=1e-6)
-    assert checked                                               # the stories that end; all of them are valid
-    assert numbers["valid"] == pytest.approx(len(checked) / 70)
+    assert len(judged) == 70
+    assert 0 < numbers["valid"] < 1 and numbers["broken"] == pytest.approx(1 - numbers["valid"])
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path):
