@@ -16,6 +16,7 @@ EOT = 10
 class Letters:
     """Decodes ids to letters."""
     eot = EOT
+    ends = (EOT,)
 
     def decode(self, ids):
         return "".join(chr(97 + i) for i in ids)

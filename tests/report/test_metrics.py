@@ -147,6 +147,7 @@ def example_batch():
 class Letters:
     """Decodes ids to letters."""
     eot = EOT
+    ends = (EOT,)
 
     def decode(self, ids):
         return "".join(chr(97 + i) for i in ids if i != EOT)
