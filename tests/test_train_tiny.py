@@ -347,6 +347,7 @@ def test_what_saves_memory_changes_no_loss():
         (["--out=links"], "broken does not exist or cannot be written"),
         (["--kl=top"], "--kl: expected plain, full or topk:K with K at least 1, got 'top'"),
         (["--teacher_dtype=int8"], "--teacher_dtype"),
+        (["--sample_prompt=caf\udce9"], "--sample_prompt='caf\\udce9': expected text in UTF-8, got other"),
     ],
 )
 def test_bad_input_is_one_sentence_and_costs_nothing(flags, said, capsys, finished_run):
