@@ -32,7 +32,7 @@ from report import generate, html, terminal, trace
 from report.generate import MAX_SELF_BLOCK
 from training import cli
 from training.dist import find_device
-from training.flags import Range, check_ranges, expand_home
+from training.flags import Range, check_ranges, check_utf8, expand_home
 from unmasking import policy  # registers --reveal=policy:FOLDER
 
 LAST_RUN = Path("out/tiny")
@@ -100,9 +100,7 @@ class Options:
         if self.picture is not None and Path(self.picture).suffix.lower() not in PICTURES:
             endings = " or ".join(PICTURES)
             raise ValueError(f"--picture={self.picture}: expected a file name that ends in {endings}")
-        if any(0xD800 <= ord(character) < 0xE000 for character in self.prompt):
-            raise ValueError(f"--prompt={self.prompt!r}: expected text in UTF-8, got other bytes; set the "
-                             "terminal to UTF-8")
+        check_utf8("prompt", self.prompt)
 
 
 def with_defaults(options: Options) -> Options:
@@ -184,8 +182,10 @@ def load_rule(options: Options, folder: Path) -> reveal.Rule:
     if confidence not in reveal.CONFIDENCE:
         known = " or ".join(reveal.CONFIDENCE)
         raise ValueError(f"{folder}/config.json: expected confidence {known}, got {confidence!r}")
-    spec = options.reveal or config.get("reveal", "static:1")
-    rule = reveal.parse(spec, options.confidence, confidence)
+    if options.reveal is None:
+        rule = reveal.parse_saved(config, folder / "config.json", options.confidence, confidence)
+    else:
+        rule = reveal.parse(options.reveal, options.confidence, confidence)
     if isinstance(rule, policy.PolicyRule):
         generate.check_weights(rule.policy, rule.folder)
     return rule

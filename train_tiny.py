@@ -36,7 +36,7 @@ from report.compare import Evaluator, sample_prompt_ids
 from report.generate import PROMPT_LENGTHS, can_verify_itself
 from training import cli, dist
 from training.chunked_kl import chunked_kl
-from training.flags import Range, check_ranges, expand_home
+from training.flags import Range, check_ranges, check_utf8, expand_home
 from training.lock import FolderLock
 from training.log import Log
 from training.optim import LEARNING_RATES, Muon, SkipNonFinite, length_schedule, lr_schedule, make_optimizer
@@ -475,6 +475,7 @@ def main(argv: list[str]) -> int:
     config = cli.parse(Config, argv, __doc__, PRESETS)
     config = expand_home(config, "data", "val_data", "init", "out")
     check_ranges(config, RANGES)
+    check_utf8("sample_prompt", config.sample_prompt)
     make_recipe(config, eot=0)                                   # refuses settings that do not go together
     device = dist.start(config.device)
 

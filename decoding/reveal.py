@@ -245,3 +245,17 @@ def parse(spec: str, confidence: str | None = None, default_confidence: str = "l
         raise ValueError(f"--reveal={spec}: {name}:{rule_type.argument} takes a number {allowed}")
     confidence = confidence or rule_type.confidence or default_confidence
     return Rule(name, value, CONFIDENCE[confidence])
+
+
+def parse_saved(config: dict, file: str | os.PathLike, confidence: str | None = None,
+                default_confidence: str = "largest") -> Rule:
+    """The rule in `config`, the content of a checkpoint's config.json; the other arguments are as in `parse`.
+
+    ValueError that names `file` if the rule does not exist or its argument is out of range.
+    """
+    spec = config.get("reveal", "static:1")
+    try:
+        return parse(spec, confidence, default_confidence)
+    except ValueError as error:
+        reason = str(error).removeprefix(f"--reveal={spec}: ")
+        raise ValueError(f"reveal in {file}: {reason}") from None

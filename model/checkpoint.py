@@ -244,10 +244,7 @@ def llama_config(config: dict, mask_id: int | None = None) -> "LlamaConfig":
 def read_rope_theta(config: dict) -> float:
     """The base of the RoPE wavelengths. ValueError for scaled or partial RoPE and for sliding windows."""
     config_check.check_rope(config)
-    other_types = set(config.get("layer_types") or ()) - {"full_attention"}
-    if other_types:
-        names = ", ".join(sorted(map(str, other_types)))
-        raise ValueError(f"layer_types in config.json: expected full_attention, got {names} (not supported)")
+    config_check.check_layer_types(config)
     for settings in (config, config.get("rope_parameters"), config.get("rope_scaling")):
         if settings and settings.get("rope_theta") is not None:
             return float(settings["rope_theta"])

@@ -178,6 +178,16 @@ def check_rope(config: dict) -> None:
         raise ValueError(f"rope_theta in config.json: it has two values, {values}")
 
 
+def check_layer_types(config: dict) -> None:
+    """ValueError if a layer does not attend to all positions before it."""
+    for layer_type in config.get("layer_types") or ():
+        if layer_type != "full_attention":
+            is_name = Expected(str).allows(layer_type)
+            got = layer_type[:60] if is_name else shown(layer_type)
+            raise ValueError(f"layer_types in config.json: expected full_attention, got {got} "
+                             "(not supported)")
+
+
 def check_student(layout: dict, context: int) -> None:
     """ValueError if the three integers of a student's layout are not possible with this context."""
     unknown = sorted(set(layout) - {"block", "context_block", "logit_shift"})

@@ -61,11 +61,11 @@ def refuse_lfs_pointer(path: Path) -> None:
 
 # 2. write -----------------------------------------------------------------------------------------------
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file with the permissions of any new file (safetensors excludes other users)."""
     path.touch()
     mode = path.stat().st_mode
-    save_file(tensors, path, {"format": "pt"})
+    save_file(tensors, path, metadata or {"format": "pt"})
     path.chmod(mode)
 
 

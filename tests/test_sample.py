@@ -339,6 +339,25 @@ def test_a_mistake_is_one_sentence(run, capsys, flag):
     assert sorted(run.rglob("*")) == before
 
 
+@pytest.mark.parametrize("spec, message", [
+    ("best", "there is no reveal rule 'best': use one of"),
+    ("static:0", "static:COUNT takes a number of at least 1"),
+    ("static:x", "expected an integer, got 'x'"),
+    ("", "there is no reveal rule ''"),
+    ("policy:nowhere", "nowhere"),
+])
+def test_a_bad_rule_of_a_checkpoint_names_its_file(run, capsys, spec, message):
+    path = run / "opdlm/config.json"
+    content = path.read_text()
+    path.write_text(content.replace("leftmost:0.9", spec))
+    code = left([f"--ckpt={run}", "--device=cpu", "--length=2"])
+    out, err = capsys.readouterr()
+    assert code == 2 and not out and err.count("\n") == 1
+    assert f"reveal in {path}: {message}" in err
+    assert left([f"--ckpt={run}", "--device=cpu", "--length=2", "--reveal=static:1"]) == 0
+    path.write_text(content)
+
+
 @pytest.mark.parametrize(
     "flag, wrong",
     [

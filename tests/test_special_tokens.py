@@ -34,7 +34,10 @@ def chain_tokenizer():
 
 
 def markov_chain(tok, last="</s>"):
-    """A Llama that follows <s> O n c e `last` x x x ...: its blocks add nothing, its tables are the chain."""
+    """A Llama that follows <s> O n c e `last` x x x ...: its blocks add nothing, its tables are the chain.
+
+    The mean embedding is 0, so [MASK] is followed by every token with the same probability.
+    """
     V = tok.get_vocab_size()
     net = Llama(LlamaConfig(V, 64, 2, 4, 32, 2, 8, 48, eps=1e-6))
     chain = ["<s>", "O", "n", "c", "e", last, "x", "x"]
@@ -47,6 +50,7 @@ def markov_chain(tok, last="</s>"):
             else:
                 net.wte.weight[tok.token_to_id("x"), n] = 1.0
             net.lm_head.weight[tok.token_to_id(after), n] = 20.0
+        net.wte.weight[tok.token_to_id("!")] = -net.wte.weight.sum(0)
     return net
 
 
@@ -133,10 +137,14 @@ def test_stories_of_the_story_world_have_both():
 def test_a_held_out_story_ends_with_its_own_end(two_tokens):
     starts = tinystories.stories(two_tokens.val, 1)
     held_out = metrics.held_out(two_tokens.val, starts, 9, 99, len(two_tokens.tokenizer.between))
-    assert [story.tolist() for story in held_out] == [
-        [1, *two_tokens.tokenizer.encode(f"Once {i}"), 2] for i in (0, 20, 40)]
+    stories = [[1, *two_tokens.tokenizer.encode(f"Once {i}"), 2] for i in (0, 20, 40)]
+    assert [story.tolist() for story in held_out] == stories
     cut = metrics.held_out(two_tokens.val, starts, 9, 4, len(two_tokens.tokenizer.between))
-    assert [len(story) for story in cut] == [4, 4, 4]
+    first_windows = [story[:4] for story in stories]
+    following = []
+    for story in stories:
+        following += [story[3:7], story[6:]]     # of 8 or 9 ids; each begins with the last one before it
+    assert [window.tolist() for window in cut] == first_windows + following
 
 
 def test_windows_of_texts_are_separated_where_they_begin():
@@ -159,7 +167,7 @@ def test_one_end_in_a_tuple_is_the_same_as_one_id(tiny):
     """Bit for bit, with and without cache, and in speculative decoding."""
     net = tiny()
     prompt = torch.tensor([[3, 4], [5, 6]])
-    u = opdlm.uniforms(0, 0, range(2), (22, 3)).double()
+    u = opdlm.uniforms(0, 0, range(2), (22, 3))
     for layout in (AR, Layout(4, 1, 1), Layout(4, 4, 0)):
         texts = []
         for eot in (7, (7,)):

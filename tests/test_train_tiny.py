@@ -269,7 +269,11 @@ def test_text_and_export_of_a_run(capsys, tmp_path):
     assert train("--distill_steps=1", "--out=run") == 0
     for mode, folder in (("ar", "ar"), ("diffusion", "opdlm")):
         assert cli.run(sample.main, ["--ckpt=run", f"--mode={mode}", f"--export={mode}"]) == 0
-        assert contents(mode) == contents(f"run/{folder}")
+        original = contents(f"run/{folder}")
+        exported = contents(mode)
+        added = {str(path) for path in exported.keys() - original.keys()}
+        assert added == {"tokenizer.json", "tokenizer_config.json"}      # for `transformers`
+        assert original.items() <= exported.items()
 
 
 @pytest.mark.parametrize(
@@ -367,6 +371,7 @@ def test_what_saves_memory_changes_no_loss():
         (["--out=links"], "broken does not exist or cannot be written"),
         (["--kl=top"], "--kl: expected plain, full or topk:K with K at least 1, got 'top'"),
         (["--teacher_dtype=int8"], "--teacher_dtype"),
+        (["--sample_prompt=caf\udce9"], "--sample_prompt='caf\\udce9': expected text in UTF-8, got other"),
     ],
 )
 def test_bad_input_is_one_sentence_and_costs_nothing(flags, said, capsys, finished_run):

@@ -1,4 +1,4 @@
-"""The values of flags, beyond their types: ranges of numbers, and paths that begin with ~."""
+"""The values of flags, beyond their types: ranges of numbers, paths that begin with ~, text in UTF-8."""
 import os
 from dataclasses import replace
 from typing import NamedTuple
@@ -35,7 +35,9 @@ def check_ranges(config, ranges: dict[str, Range]) -> None:
 
 
 def expand_home(config, *names: str):
-    """The configuration with ~ at the beginning of these fields replaced. ValueError if one of them is empty.
+    """The configuration with ~ at the beginning of these fields replaced.
+
+    ValueError if one of them is empty, or if ~ is followed by the name of an unknown user.
 
     A shell replaces it in --out ~/run, but not in --out=~/run.
     """
@@ -45,6 +47,18 @@ def expand_home(config, *names: str):
         if value == "":
             raise ValueError(f"--{name}=: expected a name, got an empty text; leave the flag out to have its "
                              "default")
-        if value is not None:
-            paths[name] = os.path.expanduser(value)
+        if value is None:
+            continue
+        paths[name] = os.path.expanduser(value)
+        if paths[name].startswith("~"):
+            user = value.split("/")[0]
+            raise ValueError(f"--{name}={value}: the home folder of {user} is not known; write ./{value} for "
+                             "a folder of that name")
     return replace(config, **paths)
+
+
+def check_utf8(name: str, text: str | None) -> None:
+    """ValueError if a text of the command line had bytes that are not UTF-8: Python reads surrogates then."""
+    if text is not None and any(0xD800 <= ord(character) < 0xE000 for character in text):
+        raise ValueError(f"--{name}={text!r}: expected text in UTF-8, got other bytes; set the terminal to "
+                         "UTF-8")

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from model.files import write_tensors
 from training.dist import full_state, gather, gather_objects, is_first, local_params, scatter_like
 
 # 1. files -----------------------------------------------------------------------------------------
@@ -99,7 +100,7 @@ def write_state(path: Path, tensors: dict[str, Tensor], progress: str) -> None:
     new = path.with_name(f"{path.name}.{os.getpid()}.part")
     metadata = {"noted": progress, "checksum": str(checksum(tensors, progress))}
     try:
-        save_file(tensors, new, metadata)
+        write_tensors(new, tensors, metadata)
         if path.exists():
             shutil.move(path, follow(previous_state(path)))      # a link may lead to another file system
         os.replace(new, path)

@@ -66,7 +66,7 @@ MAX_TIED_UPDATES = 20           # training stops after as many updates in a row 
 class Config:
     # Student and output
     ckpt: str = "out/tiny"      # student: a run's folder, a checkpoint, or hf:NAME[@REVISION]
-    out: str | None = None      # folder for policy/ and policy.jsonl; default: that of --ckpt
+    out: str | None = None      # folder for policy/ and policy.jsonl; default: --ckpt, if it is a folder
     resume: bool = False        # continue the training in --out
     # Data
     data: str | None = None     # prompts: tinystories, toy, or a text file; default: tinystories
@@ -267,6 +267,9 @@ def main(argv: list[str]) -> int:
     config = cli.parse(Config, argv, __doc__)
     config = expand_home(config, "ckpt", "out", "data", "val_data", "expert", "judge")
     check_ranges(config, RANGES)
+    if config.out is None and config.ckpt.startswith("hf:"):
+        raise ValueError(f"--ckpt={config.ckpt}: expected --out=FOLDER beside it, since the policy is not "
+                         "written into the cache of the hub")
     device = dist.start(config.device)
 
     # 1. the student
@@ -323,9 +326,10 @@ def check_options(config: Config, run: Path, context: int) -> tuple[Path, int]:
 
 def choose_expert(name: str | None, folder: Path, is_full_sequence: bool) -> reveal.Rule:
     """The rule that the policy imitates. ValueError if it needs more than the inputs of a policy."""
-    if name is None:
-        name = "leftmost:0.95" if is_full_sequence else checkpoint.read_config(folder)["reveal"]
-    expert = reveal.parse(name)
+    if name is None and not is_full_sequence:
+        expert = reveal.parse_saved(checkpoint.read_config(folder), folder / "config.json")
+    else:
+        expert = reveal.parse(name or "leftmost:0.95")
     if expert.rolls or expert.confidence is not reveal.largest:
         raise ValueError(f"--expert={expert}: cannot be imitated, since it is random or its confidence is "
                          "not the largest probability; use leftmost:P, threshold:P, static:COUNT or factor:F")

@@ -519,15 +519,17 @@ def test_transformers_loads_an_export_in_the_dtype_of_its_tensors(tmp_path, dtyp
     for source in DTYPES:
         folder, _ = llama_folder(tmp_path / f"{source}-{key}", source)
         was = str(source).removeprefix("torch.")
-        nested = {"text_config": {"dtype": was, "torch_dtype": was}, "dtype": None}
-        edit_config(folder, **nested, **({key: was} if key else {}))
+        values = {"dtype": None, "vision_config": {"dtype": was, "torch_dtype": was}}
+        if key:
+            values[key] = was
+        edit_config(folder, **values)
         for asked in (dtype, None):
             out = tmp_path / f"{source}-{key}-{asked}"
             checkpoint.export(folder, out, asked)
             expected = str(asked or source).removeprefix("torch.")
             config = checkpoint.read_config(out)
             assert {config["dtype"], config.get("torch_dtype", expected)} == {expected}
-            assert set(config["text_config"].values()) == {expected}
+            assert set(config["vision_config"].values()) == {expected}
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f"{torch.float32}-{key}-{dtype}")
     assert next(theirs.parameters()).dtype == dtype
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from training.flags import Range, check_ranges, expand_home
+from training.flags import Range, check_ranges, check_utf8, expand_home
 
 
 @dataclass
@@ -57,3 +57,20 @@ def test_home(monkeypatch):
     assert expand_home(Paths("a/~/b", data="~"), "out", "data") == Paths("a/~/b", data="/home/me")
     with pytest.raises(ValueError, match="--out=: expected a name"):
         expand_home(Paths(""), "out")
+
+
+def test_the_home_of_an_unknown_user_is_no_folder_of_that_name():
+    with pytest.raises(ValueError) as caught:
+        expand_home(Paths("~no-such-user/run"), "out")
+    assert str(caught.value) == ("--out=~no-such-user/run: the home folder of ~no-such-user is not known; "
+                                 "write ./~no-such-user/run for a folder of that name")
+    assert expand_home(Paths("./~no-such-user/run"), "out").out == "./~no-such-user/run"
+
+
+def test_text_is_utf8():
+    for text in ("", "café", "\U0001f600", None):
+        check_utf8("prompt", text)
+    with pytest.raises(ValueError) as caught:
+        check_utf8("prompt", "caf\udce9")
+    assert str(caught.value) == ("--prompt='caf\\udce9': expected text in UTF-8, got other bytes; set the "
+                                 "terminal to UTF-8")

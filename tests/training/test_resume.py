@@ -78,6 +78,17 @@ def test_the_last_two_states_are_kept_and_a_new_run_deletes_them(tiny, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["state.notes.part"]
 
 
+def test_a_state_has_the_permissions_of_any_new_file(tiny, tmp_path):
+    path = tmp_path / "state"
+    net, optimizer = train_little(tiny, 1)
+    for umask, mode in ((0o022, 0o644), (0o077, 0o600), (0o002, 0o664)):
+        before = os.umask(umask)
+        save_state(path, net, optimizer, {"step": 1})
+        os.umask(before)
+        assert path.stat().st_mode & 0o777 == mode
+    assert read_state(path)[1] == {"step": 1}
+
+
 def resume_step(path, tiny):
     net, optimizer = train_little(tiny, 1, seed=5)
     return load_state(path, net, optimizer, {})["step"]
@@ -221,7 +232,7 @@ def test_a_full_disk_destroys_nothing(tiny, tmp_path, what):
     """A limit on the size of files simulates it: the write really fails."""
     path = tmp_path / what
     net, optimizer = train_little(tiny)
-    tokenizer = SimpleNamespace(eot=0, save=lambda folder: None)
+    tokenizer = SimpleNamespace(bos=0, eos=(0,), save=lambda folder: None)
 
     def save(step):
         if what == "state":

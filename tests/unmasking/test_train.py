@@ -201,6 +201,7 @@ def test_there_must_be_an_update(student, capsys):
     ("--expert=static:99999999999999999999", "static:COUNT takes a number of at most 2147483647"),
     ("--out=", "--out=: expected a name, got an empty text"),
     ("--judge=", "--judge=: expected a name, got an empty text"),
+    ("--ckpt=hf:some/student", "--ckpt=hf:some/student: expected --out=FOLDER beside it"),
     ("--out=run/opdlm/config.json/x", "--out=run/opdlm/config.json/x cannot be written"),
 ])
 def test_a_value_that_cannot_be_is_one_sentence_before_any_work(student, flag, message, monkeypatch, capsys):
@@ -213,6 +214,16 @@ def test_a_value_that_cannot_be_is_one_sentence_before_any_work(student, flag, m
     out, err = capsys.readouterr()
     assert code == 2 and not out and message in err and err.count("\n") == 1
     assert sorted(student.rglob("*")) == before
+
+
+def test_a_bad_rule_of_the_student_names_its_file(student, capsys):
+    path = student / "opdlm/config.json"
+    content = path.read_text()
+    path.write_text(content.replace("leftmost:0.9", "leftmost:7"))
+    assert run("--updates=1", "--length=22") == 2
+    assert "reveal in run/opdlm/config.json: leftmost:P takes a number from 0 to 1" in capsys.readouterr().err
+    path.write_text(content.replace('"reveal"', '"unknown"'))    # then it is static:1
+    assert run("--updates=1", "--length=22") == 0
 
 
 def test_the_largest_seed_has_texts(student):
