@@ -408,6 +408,7 @@ class Recipe:
     eot: int | tuple[int, ...]                  # id of the end-of-text token, or of all of them
     rule: reveal.Rule = reveal.parse("leftmost:0.98")   # the reveal rule of rollouts
     sampling: SamplingConfig = SamplingConfig()         # temperature, top-k and top-p of rollouts
+    sampled_target: bool = False                # targets after temperature, top-k and top-p
     batch: int = 16                             # rows per update, summed over all processes
     shard_rows: Callable = lambda rows: rows  # the part of a range of rows that this process works on
     grad_accum: int = 1                         # gradient accumulation steps per update
@@ -449,6 +450,8 @@ def train_step(student, teacher, text: Rollout, P: int, u: Tensor, recipe: Recip
     rows, slots = in_loss.nonzero(as_tuple=True)                             # (N,) each
     position = slots + P
     target = recipe.target(teacher, tokens, rows, position)                  # (N, V)
+    if recipe.sampled_target:
+        target = recipe.sampling(target)
     logits = student_logits(student, tokens, noisy, P, recipe.layout, rows, position, recipe.head)
     kl = recipe.divergence(target, logits)                                   # (N,)
     weight = recipe.weight(masked, response_mask, recipe.layout.block)[in_loss]

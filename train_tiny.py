@@ -56,7 +56,7 @@ class Config:
     data: str | None = None     # tinystories, tinystories-full, toy, file or folder; default: tinystories
     val_data: str | None = None     # held-out text file; default: every 20th text of --data
     vocab: int = 2048           # ids of the BPE learned from a text
-    init: str = "scratch"       # scratch: pretrain an AR model; FOLDER or hf:NAME[@REVISION]: load one
+    init: str = "scratch"       # scratch: pretrain an AR model; FOLDER or hf:NAME[@REVISION]: load it
     out: str = "out/tiny"       # folder for checkpoints, log, summary and pictures
     resume: bool = False        # continue the run in --out, up to --distill_steps
     preset: Preset | None = None    # named settings (docs/method.md); flags given beside it win
@@ -71,7 +71,7 @@ class Config:
     top_k: int | None = None    # generated text is sampled from the k most likely tokens
     top_p: float | None = None  # generated text is sampled from the fewest tokens with this total probability
     states: Literal["visited", "random", "prefix", "all"] = "visited"  # masked states to learn on
-    target: Literal["teacher", "onehot"] = "teacher"    # the teacher's distributions, or the text itself
+    target: Literal["teacher", "sampled", "onehot"] = "teacher"  # sampled: after --temperature, --top_p ...
     weight: Literal["mean", "first", "1/t"] = "first"   # loss weight of a masked position (docs/method.md)
     clean_weight: float = 0.0   # weight of the student's loss as an AR model, for --verifier=self
     clean_text: Literal["own", "data"] = "own"  # of that loss: the update's own text, or training text
@@ -284,7 +284,8 @@ def make_recipe(config: Config, eot: int | tuple[int, ...], show: Callable = rep
     recipe = opdlm.Recipe(
         source=opdlm.SOURCES[config.source],
         states=opdlm.STATES[config.states],
-        target=opdlm.TARGETS[config.target],
+        target=opdlm.TARGETS["teacher" if config.target == "sampled" else config.target],
+        sampled_target=config.target == "sampled",
         weight=opdlm.WEIGHTS[config.weight],
         layout=Layout.of(config.block, config.align, config.context),
         eot=eot,
@@ -510,7 +511,10 @@ def main(argv: list[str]) -> int:
             state.check_teacher(teacher)
 
         # 3. convert: the student is a copy of the teacher under another attention mask
-        student = dist.shard_and_compile(copy.deepcopy(teacher).init_mask(), config.compile)
+        student = copy.deepcopy(teacher)
+        if config.init == "scratch" or not checkpoint.is_student(config.init):
+            student.init_mask()
+        student = dist.shard_and_compile(student, config.compile)
         optimizer = SkipNonFinite(make_optimizer(config.optimizer, student, config.lr), config.grad_accum)
         teacher = teacher.requires_grad_(False).to(getattr(torch, config.teacher_dtype))
         teacher = dist.compile_blocks(teacher, config.compile)

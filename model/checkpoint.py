@@ -282,12 +282,21 @@ def to_hf_config(config: "GPTConfig | LlamaConfig") -> dict:
 
 
 def ar_folder(name: str) -> Path:
-    """The folder of the AR model `name`. ValueError if it is a student: that cannot be converted again."""
+    """The folder of the AR model `name`: also of a student that is one under a causal mask, whose conversion
+    then goes on. ValueError for other students.
+    """
     _, layout = read_layout_and_config(name)
-    if layout:
-        raise ValueError(f"--init={name} is a student already (block {layout.block}): give the AR model that "
-                         "it was converted from, for example a run's ar folder")
+    if layout and (layout.context_block, layout.logit_shift) != (1, 1):
+        raise ValueError(f"--init={name} is a student already (block {layout.block}), and not an AR model "
+                         "under a causal mask: give the AR model that it was converted from, for example a "
+                         "run's ar folder")
     return fetch(name)
+
+
+def is_student(name: str | Path) -> bool:
+    """Whether a checkpoint is a student, so that its [MASK] vector has been trained."""
+    _, layout = read_layout_and_config(name)
+    return layout is not None
 
 
 def sizes_from_checkpoint(name: str, length: int | None, default_length: int) -> dict:

@@ -592,6 +592,28 @@ def test_the_clean_loss_can_read_other_text_than_the_update(tiny):
     assert from_data != pytest.approx(clean_part(own), rel=1e-3)
 
 
+def test_a_sampled_target_is_what_the_teacher_would_be_sampled_from(tiny):
+    """At temperature 0 its most likely token, so that the KL is a cross-entropy; at 1 the teacher itself."""
+    losses = {}
+    for name, changes in {
+        "teacher": {},
+        "at 1": {"sampled_target": True},
+        "cold": {"sampled_target": True, "sampling": SamplingConfig(0)},
+        "by hand": {"sampling": SamplingConfig(0), "target": argmax_of_teacher},
+        "top 2": {"sampled_target": True, "sampling": SamplingConfig(top_k=2)},
+    }.items():
+        recipe = replace(make_recipe("sdar"), **{"target": opdlm.teacher_probs, **changes})
+        losses[name] = train(tiny, 1, recipe)[0][0]["loss"]
+    assert losses["at 1"] == losses["teacher"]
+    assert losses["cold"] == losses["by hand"]
+    assert len({losses["teacher"], losses["cold"], losses["top 2"]}) == 3
+
+
+def argmax_of_teacher(teacher, tokens, rows, position):
+    probs = opdlm.teacher_probs(teacher, tokens, rows, position)
+    return F.one_hot(probs.argmax(-1), probs.size(-1)).to(probs)
+
+
 def test_text_of_the_student_as_an_ar_model_needs_one():
     with pytest.raises(ValueError, match="--source=student-ar needs --align=ar --context=causal"):
         replace(make_recipe("opdlm"), source=opdlm.student_ar_text, layout=Layout(4, 4, 1))

@@ -116,6 +116,18 @@ def test_what_a_run_trains_is_what_its_table_and_its_checkpoint_say(capsys):
     assert text == ar_text and cost != ar_cost and "| 1.00 tokens/forward" in ar_cost
 
 
+def test_a_conversion_goes_on_from_a_student(finished_run):
+    """Its AR model is the student's own, and before the first update it is the student."""
+    shutil.copytree(finished_run, "run")
+    assert train("--init=run/opdlm", "--distill_steps=1", "--out=next") == 0
+    first, second = (json.loads(Path(out, "summary.json").read_text()) for out in ("run", "next"))
+    for column, same_column, name in (("speculative", "ar", "val_nats"), ("after", "before", "val_nats"),
+                                      ("after", "before", "tok_per_fwd")):
+        assert second[same_column][name] == pytest.approx(first[column][name], rel=1e-6)
+    assert second["after"]["val_nats"] != second["before"]["val_nats"]
+    assert not Path("next/ar").exists()
+
+
 def test_a_student_that_is_no_ar_model_has_no_speculative_column():
     assert train("--distill_steps=1", "--align=paper", "--context=block", "--out=run") == 0
     assert set(json.loads(Path("run/summary.json").read_text())) == {"ar", "before", "after"}
@@ -287,6 +299,7 @@ def test_text_and_export_of_a_run(capsys, tmp_path):
         ["--source=data", "--states=random", "--target=onehot", "--weight=1/t", "--align=paper"],
         ["--source=teacher", "--states=prefix", "--temperature=0.5"],
         ["--reveal=static:2", "--block=1"],
+        ["--source=student-ar", "--states=all", "--target=sampled", "--temperature=0.5"],
     ],
 )
 def test_the_dials_reach_the_method(flags, monkeypatch):
@@ -302,7 +315,8 @@ def test_the_dials_reach_the_method(flags, monkeypatch):
     assert recipe.layout.context_block == (recipe.layout.block if given.get("context") == "block" else 1)
     assert recipe.source is opdlm.SOURCES[given.get("source", "student")]
     assert recipe.states is opdlm.STATES[given.get("states", "visited")]
-    assert recipe.target is opdlm.TARGETS[given.get("target", "teacher")]
+    assert recipe.target is opdlm.TARGETS[given.get("target", "teacher").replace("sampled", "teacher")]
+    assert recipe.sampled_target == (given.get("target") == "sampled")
     assert recipe.weight is opdlm.WEIGHTS[given.get("weight", "first")]
     assert recipe.updates_per_rollout == int(given.get("updates_per_rollout", 1))
     assert recipe.max_prompt == int(given.get("max_prompt", 16))
@@ -328,7 +342,7 @@ def test_what_saves_memory_changes_no_loss():
         (["--states=visited", "--source=data"], "needs source=student"),
         (["--reveal=best"], "no reveal rule 'best'"),
         (["--init=nowhere"], "nowhere is not a checkpoint"),
-        (["--init=run/opdlm"], "is a student already (block 4)"),
+        (["--init=paper"], "is a student already (block 4)"),
         (["--init=run"], "of a run: ar or opdlm"),
         (["--init=other"], "run/ar is not the AR model of --init=other"),
         (["--init=bare"], "and so is tokenizer.json: ids cannot be turned into text"),
@@ -380,6 +394,10 @@ def test_bad_input_is_one_sentence_and_costs_nothing(flags, said, capsys, finish
     Path("bare").mkdir()
     shutil.copy("run/ar/config.json", "bare")
     shutil.copytree("run/ar", "other")
+    shutil.copytree("run/opdlm", "paper")
+    settings = json.loads(Path("paper/config.json").read_text())
+    settings["student"] = {"block": 4, "context_block": 4, "logit_shift": 0}
+    Path("paper/config.json").write_text(json.dumps(settings))
     Path("mine/best").mkdir(parents=True)
     Path("mine/best/notes.txt").write_text("")
     Path("links").mkdir()

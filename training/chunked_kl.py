@@ -194,20 +194,23 @@ def distill_loss(target: Target, logits: LazyLogits) -> Tensor:
 # 3. the choice ------------------------------------------------------------------------------------
 
 def chunked_kl(kl: str | None, target: str, vocab: int = 0) -> dict:
-    """The fields of an `opdlm.Recipe` that --kl sets; `target` is "teacher" or "onehot".
+    """The fields of an `opdlm.Recipe` that --kl sets; `target` is the value of --target.
 
     plain     no fields: opdlm.py computes the loss
     full      the same loss in chunks
     topk:K    the K most likely tokens of the teacher and one bucket for all others. The loss is never above
               the full one. The teacher's logits are computed once instead of twice.
 
-    The default is full for LARGE_VOCAB tokens or more, else plain. ValueError for other values.
+    The default is full for LARGE_VOCAB tokens or more, else plain. Target "sampled" needs plain.
+    ValueError for other values.
     """
     if not kl:
-        kl = "plain" if vocab < LARGE_VOCAB else "full"
+        kl = "plain" if vocab < LARGE_VOCAB or target == "sampled" else "full"
     name, _, number = kl.partition(":")
     if kl == "plain":
         return {}
+    if target == "sampled":
+        raise ValueError(f"--kl={kl} does not go with --target=sampled: use --kl=plain")
     if kl == "full":
         k = None
     elif name == "topk" and number.isdecimal() and int(number) > 0:

@@ -349,12 +349,17 @@ def test_a_released_checkpoint_s_block_is_what_one_says(tmp_path):
     assert checkpoint.load(tmp_path / "a2d")[1] == Layout(32, 32, 0)
 
 
-def test_a_student_is_no_teacher(student, tmp_path):
+def test_a_student_is_a_teacher_only_if_it_is_an_ar_model(tmp_path):
     checkpoint.save(tmp_path / "ar", network(), TOK)
-    assert checkpoint.ar_folder(tmp_path / "ar") == tmp_path / "ar"
-    message = r"run is a student already \(block 4\): give the AR model .* a run's ar"
-    with pytest.raises(ValueError, match=message):
-        checkpoint.ar_folder(student)
+    checkpoint.save(tmp_path / "run", network(), TOK, Layout(4, 1, 1))
+    for folder in (tmp_path / "ar", tmp_path / "run"):
+        assert checkpoint.ar_folder(folder) == folder
+    assert checkpoint.is_student(tmp_path / "run") and not checkpoint.is_student(tmp_path / "ar")
+    message = r"other is a student already \(block 4\).* give the AR model .* a run's ar"
+    for layout in (Layout(4, 4, 1), Layout(4, 1, 0), Layout(4, 4, 0)):
+        checkpoint.save(tmp_path / "other", network(), TOK, layout)
+        with pytest.raises(ValueError, match=message):
+            checkpoint.ar_folder(tmp_path / "other")
 
 
 def test_a_conversion_s_length_is_at_most_the_checkpoint_s(tmp_path):

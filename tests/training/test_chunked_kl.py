@@ -230,6 +230,10 @@ def test_the_fields_of_the_recipe():
     assert chunked_kl.chunked_kl(None, "onehot", chunked_kl.LARGE_VOCAB - 1) == {}
     assert chunked_kl.chunked_kl(None, "teacher", chunked_kl.LARGE_VOCAB)["head"] is LazyLogits
     assert chunked_kl.chunked_kl("topk:7", "teacher")["target"].keywords == {"k": 7}
+    assert chunked_kl.chunked_kl(None, "sampled", chunked_kl.LARGE_VOCAB) == {}
+    for kl in ("full", "topk:7"):
+        with pytest.raises(ValueError, match=f"--kl={kl} does not go with --target=sampled: use --kl=plain"):
+            chunked_kl.chunked_kl(kl, "sampled")
     for wrong in ("topk", "topk:", "topk:0", "topk:-1", "topk:x", "full:3", "full:", "plain:1", "?", "kl"):
         with pytest.raises(ValueError) as error:
             chunked_kl.chunked_kl(wrong, "teacher")
