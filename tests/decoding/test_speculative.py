@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import opdlm
@@ -49,7 +49,7 @@ class RecordingNet:
 
 # the text is the verifier's -----------------------------------------------------------------------
 
-@settings(max_examples=60, suppress_health_check=["function_scoped_fixture"])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(layout=st.sampled_from(LAYOUTS), self_verify=st.booleans(), length=st.integers(1, 20),
        seed=st.integers(0, 50), lens=st.lists(st.integers(1, 6), min_size=1, max_size=4))
 def test_greedy_text_is_the_verifier_s_own(tiny, layout, self_verify, length, seed, lens):
