@@ -450,6 +450,7 @@ def train_step(student, teacher, text: Rollout, P: int, u: Tensor, recipe: Recip
     rows, slots = in_loss.nonzero(as_tuple=True)                             # (N,) each
     position = slots + P
     target = recipe.target(teacher, tokens, rows, position)                  # (N, V)
+    text_probs = target.gather(1, tokens[rows, position][:, None])           # (N, 1) of the text's tokens
     if recipe.sampled_target:
         target = recipe.sampling(target)
     logits = student_logits(student, tokens, noisy, P, recipe.layout, rows, position, recipe.head)
@@ -467,7 +468,6 @@ def train_step(student, teacher, text: Rollout, P: int, u: Tensor, recipe: Recip
     optimizer.step()
 
     num_tokens = int(response_mask.sum())
-    text_probs = target.gather(1, tokens[rows, position][:, None])  # (N, 1) of the text, under the target
     return {
         "loss": loss.item(),
         "kl": kl.mean().item() if len(rows) else 0.0,  # there may be no masked position in the response
