@@ -318,6 +318,7 @@ BAD_CURVES = ["", "[", "[" * 200_000, "[]", "5", "{}", json.dumps({**CURVES, "t"
               json.dumps({**CURVES, "t": [1, 0.5, 0.25]}), json.dumps({**CURVES, "t": [0.25, 0.5]}),
               json.dumps({**CURVES, "kl": [0.1, float("nan"), 0.3]}),
               json.dumps({**CURVES, "kl": ["a", 1, 2]}),
+              json.dumps({"t": [0.0, 0.6, 0.5, 1.0], "kl": [0.1, 0.2, 0.3, 0.4]}),
               json.dumps({"t": [1], "kl": [1]}), json.dumps({**CURVES, "kl": [0.1, 10 ** 400, 0.3]}),
               json.dumps({**CURVES, "kl": [[0.1], 0.2, 0.3]}), '{"t": [0, 1], "t": [0, 0.5], "kl": [1, 2]}']
 

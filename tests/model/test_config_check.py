@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import sample
 from data import tokenizer
-from model import checkpoint
+from model import checkpoint, config_check
 from model.gpt import GPT, GPTConfig
 from model.masks import Layout
 from tests.model import test_llama
@@ -338,3 +338,25 @@ def test_a_folder_that_says_two_things_is_refused(tmp_path):
     change(tmp_path / "tied", tie_word_embeddings=False)
     with pytest.raises(ValueError, match="lm_head.weight is missing"):
         checkpoint.load(tmp_path / "tied")
+
+
+@pytest.mark.parametrize("expected, sentence", [
+    (config_check.Expected(int, 1, 8), "an integer from 1 to 8"),
+    (config_check.Expected(float, 0, 0.5), "a number from 0 to 0.5"),
+    (config_check.Expected(bool), "true or false"),
+    (config_check.Expected(dict), "an object"),
+    (config_check.Expected(list), "a list"),
+])
+def test_each_kind_of_value_is_described(expected, sentence):
+    assert str(expected) == sentence
+
+
+def test_a_config_may_be_nested_as_deeply_as_the_limit():
+    def nested(levels):
+        value = {}
+        for _ in range(levels):
+            value = {"extra": value}
+        return value
+    config_check.check_unsupported(nested(config_check.MAX_DEPTH))
+    with pytest.raises(ValueError, match=f"nested too deeply: expected at most {config_check.MAX_DEPTH} levels"):
+        config_check.check_unsupported(nested(config_check.MAX_DEPTH + 1))

@@ -1,6 +1,7 @@
 """log.jsonl stays valid when a run is killed and resumed; steps are plain lines in a pipe."""
 import json
 import math
+import sys
 
 from training.log import Log
 
@@ -27,6 +28,22 @@ def test_lines_in_a_pipe(tmp_path, capsys):
     log = Log(tmp_path / "log.jsonl", {}, resume=False)
     log.step({"phase": "distil", "step": 7, "kl": 1.0}, 120, "kl 1.000 nats")
     assert capsys.readouterr().out == "distil      7/120 | kl 1.000 nats\n"
+
+
+def test_a_phase_has_one_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    log = Log(tmp_path / "log.jsonl", {}, resume=False)
+    bars = []
+    for phase, step, total in (("pretrain", 3, 4), ("pretrain", 4, 4), ("distil", 1, 9), ("distil", 2, 9)):
+        log.step({"phase": phase, "step": step}, total, f"{phase} loss {step}")
+        bars.append(log.bar)
+        assert (log.bar.n, log.bar.total, log.bar.desc.rstrip(": ")) == (step, total, phase)
+    assert bars[0] is bars[1] is not bars[2] is bars[3]
+    assert bars[0].initial == 2                                  # a resumed phase starts where it stopped
+    assert bars[0].disable and not bars[2].disable               # only the finished one is closed
+    bars[2].close()
+    said = capsys.readouterr()
+    assert "pretrain loss 4" in said.err and "distil loss 2" in said.err and not said.out
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path):

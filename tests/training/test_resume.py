@@ -19,6 +19,7 @@ from model import checkpoint
 from training import cli
 from training.optim import Muon
 from training.resume import (
+    SigtermFlag,
     check_results,
     check_writable,
     latest_state,
@@ -353,3 +354,13 @@ def test_a_state_knows_the_best_evaluation_so_far(small_world):
         progress = read_state(path)[1]
         so_far = [record["val_nats"] for record in evaluations if record["tokens"] <= progress["tokens"]]
         assert progress["best"] == min(so_far)
+
+
+def test_a_run_that_saves_first_says_that_it_received_the_signal(capfd):
+    with SigtermFlag() as sigterm:
+        sigterm.saves_first = True
+        assert not sigterm
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert sigterm
+    assert capfd.readouterr().err == "SIGTERM: the run stops at its next save point\n"
+    assert sigterm.exit_code == 0
