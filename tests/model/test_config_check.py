@@ -358,5 +358,6 @@ def test_a_config_may_be_nested_as_deeply_as_the_limit():
             value = {"extra": value}
         return value
     config_check.check_unsupported(nested(config_check.MAX_DEPTH))
-    with pytest.raises(ValueError, match=f"nested too deeply: expected at most {config_check.MAX_DEPTH} levels"):
+    message = f"nested too deeply: expected at most {config_check.MAX_DEPTH} levels"
+    with pytest.raises(ValueError, match=message):
         config_check.check_unsupported(nested(config_check.MAX_DEPTH + 1))
