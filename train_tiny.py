@@ -102,6 +102,7 @@ class Config:
     kl: str | None = None       # plain, full or topk:K; default: full from 16,384 ids on (docs/scaling.md)
     # Evaluation
     eval_every: int = 40        # updates between evaluations, each of which also saves
+    eval_texts: int | None = None   # held-out texts of the closing table; default: 512 on toy, 128 on text
     sample_prompt: str | None = None    # text to continue at each evaluation, for people to read
 
 
@@ -152,6 +153,7 @@ RANGES = {      # values allowed; --block depends on the length, and --width is 
     "length": Range(PROMPT_LENGTHS + 1, 10**6),     # evaluation: its longest prompt, and a token
     "seed": Range(0, 2**63 - 1),
     "eval_every": Range(1, STEPS),
+    "eval_texts": Range(1, ROWS),
 }
 
 
@@ -520,7 +522,8 @@ def main(argv: list[str]) -> int:
         teacher = dist.compile_blocks(teacher, config.compile)
 
         # 4. evaluate both before distillation
-        evaluator = Evaluator(teacher, corpus, config.length, config.seed, log, prompt, recipe.sampling)
+        evaluator = Evaluator(teacher, corpus, config.length, config.seed, log, prompt, recipe.sampling,
+                              config.eval_texts)
         pretrain_tokens = config.pretrain_steps * config.pretrain_batch * config.length
         evaluator.evaluate("ar", teacher, AR, reveal.parse("static:1"), pretrain_tokens)
         evaluator.evaluate("before", student, recipe.layout, recipe.rule, 0)

@@ -31,13 +31,14 @@ TABLE_METRICS = ("val_nats", "bits_per_byte", "gen_nats", "valid", "broken", "re
 class Evaluator:
     """Evaluates the models of a run on the same held-out stories, and writes the results to the log.
 
-    There are 512 stories of the story world, which come with a validity checker, or 128 of another corpus.
+    There are `count` stories; by default 512 of the story world, which come with a validity checker, or 128.
     All models generate text with the same `sampling`. `sample_prompt` (P,) is also continued at each
     evaluation, with the same random numbers each time.
     """
 
     def __init__(self, teacher, corpus: Corpus, length: int, seed: int, log,
-                 sample_prompt: Tensor | None = None, sampling: SamplingConfig = SamplingConfig()):
+                 sample_prompt: Tensor | None = None, sampling: SamplingConfig = SamplingConfig(),
+                 count: int | None = None):
         self.teacher = teacher
         self.tokenizer = corpus.tokenizer
         self.length = length
@@ -47,7 +48,7 @@ class Evaluator:
         is_story_world = corpus.name == "toy"
         self.judge = story_world.breaks if is_story_world else None
         self.sampling = sampling
-        count = 512 if is_story_world else 128
+        count = count or (512 if is_story_world else 128)
         starts = stories(corpus.val, corpus.tokenizer.bos)
         separator = len(corpus.tokenizer.between)
         self.held_out = metrics.held_out(corpus.val, starts, count, length, separator)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from data.corpus import story_world_corpus
 from decoding import reveal
 from model.masks import Layout
 from report import compare, generate, metrics
@@ -65,3 +66,10 @@ def test_a_linked_file_is_written_on_its_disk(tmp_path):
         write_json(link, value)
         assert link.is_symlink() and json.loads((tmp_path / "disk/target.json").read_text()) == value
     assert [path.name for path in (tmp_path / "disk").iterdir()] == ["target.json"]
+
+
+def test_the_number_of_held_out_texts_can_be_given(tiny):
+    corpus = story_world_corpus(stories=2, held_out=20)
+    for count, expected in ((None, 20), (3, 3)):
+        evaluator = compare.Evaluator(tiny(), corpus, 96, 0, None, count=count)
+        assert len(evaluator.held_out) == expected
