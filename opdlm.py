@@ -425,13 +425,15 @@ class Recipe:
         if self.states is visited and self.source not in (student_text, student_ar_text):
             raise ValueError("states=visited needs source=student: only the student's rollouts have "
                              "denoising states; use states=random, states=prefix or states=all")
-        is_ar_model = (self.layout.context_block, self.layout.logit_shift) == (1, 1)
-        if self.source is student_ar_text and not is_ar_model:
+        if self.source is student_ar_text and not self.layout.is_ar_model:
             raise ValueError("--source=student-ar needs --align=ar --context=causal: otherwise the student "
                              "is not an AR model; use --source=student")
-        if self.clean_weight and not is_ar_model:
+        if self.clean_weight and not self.layout.is_ar_model:
             raise ValueError("--clean_weight needs --align=ar --context=causal: otherwise the student is not "
                              "an AR model")
+        if self.clean_source and not self.clean_weight:
+            raise ValueError("--clean_text=data is the text of the loss of --clean_weight: give that too "
+                             "(e.g. --clean_weight=0.5)")
 
 
 def train_step(student, teacher, text: Rollout, P: int, u: Tensor, recipe: Recipe, optimizer,

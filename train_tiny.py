@@ -66,12 +66,12 @@ class Config:
     context: Literal["causal", "block"] = "causal"      # how finished text attends to itself
     reveal: str = "leftmost:0.98"   # reveal rule, NAME:ARGUMENT (docs/decoding.md)
     confidence: Literal["largest", "drawn", "margin", "entropy"] | None = None  # default: the rule's own
-    source: Literal["student", "student-ar", "teacher", "data"] = "student"    # who writes the training text
+    source: Literal["student", "student-ar", "teacher", "data"] = "student"    # whose text is learned from
     temperature: float = 1.0    # of generated text; match the temperature at which you will decode
     top_k: int | None = None    # generated text is sampled from the k most likely tokens
     top_p: float | None = None  # generated text is sampled from the fewest tokens with this total probability
     states: Literal["visited", "random", "prefix", "all"] = "visited"  # masked states to learn on
-    target: Literal["teacher", "sampled", "onehot"] = "teacher"  # sampled: after --temperature, --top_p ...
+    target: Literal["teacher", "sampled", "onehot"] = "teacher"  # sampled: the teacher's after --temperature
     weight: Literal["mean", "first", "1/t"] = "first"   # loss weight of a masked position (docs/method.md)
     clean_weight: float = 0.0   # weight of the student's loss as an AR model, for --verifier=self
     clean_text: Literal["own", "data"] = "own"  # of that loss: the update's own text, or training text
@@ -327,7 +327,7 @@ class Conversion:
         device = student.wte.weight.device
         self.data = partial(get_batch, corpus, length=config.length, seed=config.seed, device=device)
         self.set_lr = lr_schedule(optimizer, config.lr_schedule, config.distill_steps)
-        longest = min(config.length, config.max_response or config.length)
+        longest = config.max_response or config.length
         self.length = length_schedule(config.block, longest, config.length_ramp)
         self.state = state
         state.start_phase("distil", student, optimizer)
@@ -415,6 +415,9 @@ def resolve_options(config: Config, corpus: Corpus) -> Config:
     if room < 1 or not (1 <= config.block <= room or is_full_sequence):
         raise ValueError(f"--block={config.block} does not fit after a prompt of up to {config.max_prompt} "
                          f"tokens in --length={config.length}: use 1 to {room}, or 0 for the whole text")
+    if config.max_response is not None and not config.block <= config.max_response <= config.length:
+        raise ValueError(f"--max_response={config.max_response}: expected --block to --length, here "
+                         f"{config.block} to {config.length}")
     if config.batch % (config.grad_accum * dist.count()):
         raise ValueError(f"--batch={config.batch} must be divisible by --grad_accum={config.grad_accum} "
                          f"times the number of processes, {dist.count()}")

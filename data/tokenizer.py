@@ -14,7 +14,8 @@ import codecs
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -22,8 +23,9 @@ import tiktoken
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from model import files
+
 EOT = "<|endoftext|>"
-LFS_POINTER = b"version https://git-lfs"
 BYTES = [bytes([value]) for value in range(256)]
 SINGLE_BYTE = "<0x([0-9A-F]{2})>"
 WORDS = r" ?\w+|[^\w\s]|\s+"  # a word with the space before it, a punctuation mark, white space
@@ -352,7 +354,7 @@ def load(folder: str | Path) -> Tokenizer:
     more ids than the network in the folder.
     """
     folder = Path(folder)
-    config = read_json(folder / "config.json")
+    config = read_settings(folder / "config.json")
     network_ids = config.get("vocab_size")
     if (folder / "bpe.json").is_file():
         tok = load_bpe(folder / "bpe.json")
@@ -371,7 +373,8 @@ def load(folder: str | Path) -> Tokenizer:
 
 def load_bpe(path: Path) -> Tokenizer:
     """The tokenizer that `Tokenizer.save` wrote."""
-    refuse_lfs_pointer(path)
+    with named_in_full(path):
+        files.refuse_lfs_pointer(path)
     try:
         stored = json.loads(path.read_bytes())
         tokens = [base64.b64decode(token, validate=True) for token in stored["tokens"]]
@@ -387,7 +390,8 @@ def load_bpe(path: Path) -> Tokenizer:
 def load_hub(folder: Path, config: dict) -> HubTokenizer:
     """The tokenizer of the folder's tokenizer.json; `config` is the content of its config.json."""
     path = folder / "tokenizer.json"
-    refuse_lfs_pointer(path)
+    with named_in_full(path):
+        files.refuse_lfs_pointer(path)
     try:
         tok = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8-sig"))
     except Exception as error:  # the package raises plain Exceptions
@@ -408,8 +412,9 @@ def boundary_ids(tok: tokenizers.Tokenizer, config: dict, folder: Path) -> tuple
     The first one found begins a text; without one, an end does. All that are found end a text; the one that
     also begins a text is the first of them, so that it is the one between the texts of a stream.
     """
-    words = {**read_json(folder / "special_tokens_map.json"), **read_json(folder / "tokenizer_config.json")}
-    generation = read_json(folder / "generation_config.json")
+    words = read_settings(folder / "special_tokens_map.json")
+    words |= read_settings(folder / "tokenizer_config.json")
+    generation = read_settings(folder / "generation_config.json")
     found = {}
     for name, default in (("bos", 1), ("eos", 2)):
         key = f"{name}_token_id"
@@ -471,26 +476,25 @@ def is_ordinary(tok: tokenizers.Tokenizer, i: int) -> bool:
     return not is_marker or i in tok.encode(token, add_special_tokens=False).ids
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file; an empty one if the file does not exist."""
+def read_settings(path: Path) -> dict:
+    """The object in a JSON file; an empty one if the file does not exist. ValueError for other content."""
     if not path.is_file():
         return {}
-    refuse_lfs_pointer(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))  # a byte order mark is removed
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}): copy it again") from error
+    with named_in_full(path):
+        content = files.read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got a {type(content).__name__}: copy it again")
     return content
 
 
-def refuse_lfs_pointer(path: Path) -> None:
-    """ValueError if the file is the pointer that git leaves where the content was not downloaded."""
-    with open(path, "rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise ValueError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`, or "
-                             "download the file")
+@contextmanager
+def named_in_full(path: Path) -> Iterator[None]:
+    """The ValueErrors of model/files.py, which begin with a file's name, begin with its path instead."""
+    try:
+        yield
+    except ValueError as error:
+        reason = str(error).removeprefix(path.name)
+        raise ValueError(f"{path}{reason}") from None
 
 
 # 4. new tokenizers --------------------------------------------------------------------------------

@@ -155,7 +155,7 @@ class SelfVerifier:
     """The student verifies its own drafts: one forward pass per iteration."""
 
     def __init__(self, student, layout: Layout, prompt_len: Tensor, end: Tensor):
-        if (layout.context_block, layout.logit_shift) != (1, 1):
+        if not layout.is_ar_model:
             raise ValueError("this student cannot verify its own drafts, since it does not read finished "
                              "text as an AR model does: convert it with --align=ar --context=causal, or use "
                              "its teacher as the verifier")

@@ -286,7 +286,7 @@ def ar_folder(name: str) -> Path:
     then goes on. ValueError for other students.
     """
     _, layout = read_layout_and_config(name)
-    if layout and (layout.context_block, layout.logit_shift) != (1, 1):
+    if layout and not layout.is_ar_model:
         raise ValueError(f"--init={name} is a student already (block {layout.block}), and not an AR model "
                          "under a causal mask: give the AR model that it was converted from, for example a "
                          "run's ar folder")
@@ -533,9 +533,9 @@ def write_files(folder: Path, config: "GPTConfig | LlamaConfig", state: dict[str
             own_keys["mask_file"] = MASK_FILE
         else:
             own_keys["mask_token_id"] = config.mask
-    dtype = next(iter(tensors.values())).dtype
-    settings = {**extra, **to_hf_config(config), **own_keys, "dtype": ""}
-    content = json.dumps(with_dtype(settings, str(dtype).removeprefix("torch.")), indent=1)
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    settings = {**extra, **to_hf_config(config), **own_keys, "dtype": dtype}
+    content = json.dumps(with_dtype(settings, dtype), indent=1)
     (folder / "config.json").write_text(content, encoding="utf-8")
 
 

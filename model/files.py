@@ -38,7 +38,7 @@ def read_json(path: Path):
     except RecursionError:
         raise ValueError(f"{path.name} is nested too deeply") from None
     except ValueError as error:
-        raise ValueError(f"{path.name} is not JSON: {error}") from None
+        raise ValueError(f"{path.name} is not JSON ({error}): copy it again") from None
 
 
 def object_without_repeats(pairs: list[tuple]) -> dict:

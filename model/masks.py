@@ -27,6 +27,11 @@ class Layout:
         context_block = {"causal": 1, "block": block}[context]
         return cls(block, context_block, ALIGN[align])
 
+    @property
+    def is_ar_model(self) -> bool:
+        """Whether a student of this layout reads finished text as an AR model does, and predicts as one."""
+        return (self.context_block, self.logit_shift) == (1, 1)
+
 
 AR = Layout(block=1)        # an AR model is a layout like any other
 

@@ -90,7 +90,7 @@ class Evaluator:
         if self.sample_prompt is None:
             return
         sample = generate.continue_prompt(
-            net, self.sample_prompt, SAMPLE_TOKENS, layout, rule, self.tokenizer, self.seed)
+            net, self.sample_prompt, SAMPLE_TOKENS, layout, rule, self.tokenizer, self.seed, self.sampling)
         self.log.write({"phase": "watch", "of": model, "tokens": train_tokens, **asdict(sample)})
         colour = trace.wants_colour(sys.stdout) and layout.block > 1
         text = trace.coloured(sample, colour).replace("\n", "⏎")
@@ -124,8 +124,10 @@ class Evaluator:
         colour = trace.wants_colour(sys.stdout)
         for name, story in self.traces.items():
             print(f"\n{name}: {trace.coloured(story, colour and name != 'ar')}")
-        if colour:
-            print("\n" + trace.legend(self.traces["after"].block))
+        for name in ("after", "speculative"):
+            if colour and name in self.traces:
+                story = self.traces[name]
+                print(f"\n{name}: {trace.legend(story.num_steps, story.colour_meaning)}")
 
 
 def sample_prompt_ids(prompt: str | None, tokenizer, length: int) -> Tensor | None:

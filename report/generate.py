@@ -63,9 +63,8 @@ def diffusion_generator(net, layout: Layout, rule: Rule, sampling: Callable = Sa
 
 
 def can_verify_itself(layout: Layout) -> bool:
-    """Whether a student is an AR model under a causal mask, with blocks short enough for its own drafts."""
-    is_ar_model = (layout.context_block, layout.logit_shift) == (1, 1)
-    return is_ar_model and 1 < layout.block <= MAX_SELF_BLOCK
+    """Whether a student is an AR model, with blocks short enough for its own drafts."""
+    return layout.is_ar_model and 1 < layout.block <= MAX_SELF_BLOCK
 
 
 def speculative_generator(student, layout: Layout, teacher=None,
@@ -142,10 +141,10 @@ def check_weights(net: torch.nn.Module, name) -> None:
                              "checkpoint")
 
 
-def continue_prompt(net, prompt: Tensor, length: int, layout: Layout, rule: Rule, tokenizer,
-                    seed: int) -> trace.Trace:
-    """The trace of up to `length` tokens after `prompt` (P,); sample.py generates the same with this seed."""
-    generator = diffusion_generator(net, layout, rule)
+def continue_prompt(net, prompt: Tensor, length: int, layout: Layout, rule: Rule, tokenizer, seed: int,
+                    sampling: Callable = SamplingConfig()) -> trace.Trace:
+    """The trace of up to `length` tokens after `prompt` (P,), the same as of sample.py --mode=diffusion."""
+    generator = diffusion_generator(net, layout, rule, sampling)
     prompt = prompt[None].to(net.wte.weight.device)              # (1, P)
     rollout = generator(prompt, length, seed, range(1), tokenizer.ends)
     prompt_text = tokenizer.decode(prompt[0].tolist())

@@ -617,6 +617,11 @@ def argmax_of_teacher(teacher, tokens, rows, position):
     return F.one_hot(probs.argmax(-1), probs.size(-1)).to(probs)
 
 
+def test_text_for_the_clean_loss_needs_its_weight():
+    with pytest.raises(ValueError, match="--clean_text=data is the text of the loss of --clean_weight"):
+        replace(make_recipe(), clean_source=opdlm.data_text)
+
+
 def test_text_of_the_student_as_an_ar_model_needs_one():
     with pytest.raises(ValueError, match="--source=student-ar needs --align=ar --context=causal"):
         replace(make_recipe("opdlm"), source=opdlm.student_ar_text, layout=Layout(4, 4, 1))

@@ -207,6 +207,18 @@ def test_init_takes_a_checkpoint(capsys):
     assert train("--distill_steps=1", "--out=run", "--init=run/ar") == 0  # whose teacher it is indeed
 
 
+def test_a_prompt_is_continued_at_the_temperature_of_the_run(capsys):
+    flags = ["--temperature=0", "--sample_prompt=One day", "--seed=3"]
+    assert train("--distill_steps=1", "--out=run", *flags) == 0
+    lines = re.findall(r"^\S+ +\d+ tokens in +\d+ forwards \| (One day.*)$", capsys.readouterr().out, re.M)
+    sampled = []
+    for mode in ("ar", "diffusion"):
+        shared = ["--ckpt=run", f"--mode={mode}", "--device=cpu", "--length=32", "--prompt=One day"]
+        assert cli.run(sample.main, [*shared, "--temperature=0"]) == 0
+        sampled.append(capsys.readouterr().out.split("\n\n")[0])
+    assert [lines[0], lines[-1]] == sampled
+
+
 def test_a_prompt_that_is_watched(capsys):
     """Its lines show what sample.py writes with the same seed: first the AR model, last the student. Watching
     changes no loss."""
@@ -348,6 +360,10 @@ def test_what_saves_memory_changes_no_loss():
         (["--init=bare"], "and so is tokenizer.json: ids cannot be turned into text"),
         (["--init=run/ar", "--length=97"], "--length=97 is more than the 96 positions of --init=run/ar"),
         (["--max_prompt=0"], "--max_prompt"),
+        (["--max_response=3"], "--max_response=3: expected --block to --length, here 4 to 96"),
+        (["--max_response=97"], "--max_response=97: expected --block to --length, here 4 to 96"),
+        (["--block=0", "--max_response=20"], "--max_response=20: expected --block to --length, here 96 to"),
+        (["--clean_text=data"], "--clean_text=data is the text of the loss of --clean_weight: give that too"),
         (["--max_prompt=96"], "does not fit after a prompt of up to 96 tokens in --length=96"),
         (["--align=left"], "--align"),
         (["--width=33"], "--width"),

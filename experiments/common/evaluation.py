@@ -35,14 +35,14 @@ def evaluate(net, teacher, job: Job, corpus, held: list, config, layout=None) ->
     """
     tok = corpus.tokenizer
     recipe = train_tiny.make_recipe(config, tok.eot)
-    check = story_world.breaks if corpus.name == "toy" else None
+    judge = story_world.breaks if corpus.name == "toy" else None
     result = metrics.likelihood(net, held, layout or recipe.layout, tok)
     if any("verifier=self" in sampler for sampler in job.samplers):
         result["ar_nats"] = metrics.likelihood(net, held, AR, tok)["val_nats"]
     for sampler in job.samplers:
         generator = make_generator(sampler, net, teacher, job, recipe, layout)
         texts, seconds = generate.generate_texts(generator, held, recipe.eot, config.length, job.seed)
-        result[sampler] = metrics.text_metrics(teacher, texts, seconds, tok, check)
+        result[sampler] = metrics.text_metrics(teacher, texts, seconds, tok, judge)
     return result
 
 

@@ -62,8 +62,8 @@ class Options:
         return flags
 
 
-def check_of(options: Options):
-    """The checker of the story world, if that is the data."""
+def judge_of(options: Options):
+    """What finds broken laws in a story, if the data is the story world."""
     return story_world.breaks if options.data == "toy" else None
 
 
@@ -82,7 +82,7 @@ def measure_curves(options: Options, seed: int) -> dict:
         arguments = nets["H"], nets["L"], held, length, eot
         texts = [(as_rollout(held, length, eot), torch.ones(count).long())]
         real_stories = metrics.text_metrics(
-            nets["evaluator"], texts, 1.0, corpus.tokenizer, check_of(options)
+            nets["evaluator"], texts, 1.0, corpus.tokenizer, judge_of(options)
         )
         curves = model_scheduling.importance_curves(*arguments)
         gap = model_scheduling.bound_gap(*arguments, draws=draws, seed=1)
@@ -134,7 +134,7 @@ def evaluate(options: Options, seed: int, name: str, schedule: Schedule, steps: 
                 done = work.setdefault(letter, {"forwards": 0, "positions": 0})
                 done["forwards"] += int(used.forwards.sum()) / samples
                 done["positions"] += int(used.positions.sum()) / samples
-        numbers = metrics.text_metrics(evaluator, texts, 1.0, tok, check_of(options))
+        numbers = metrics.text_metrics(evaluator, texts, 1.0, tok, judge_of(options))
         numbers["length"] = numbers.pop("tok_s") / samples
         saved = saved_flops(nets, schedule, nets["H"].config.context)
         return {"steps": schedule.steps(), "work": work, "saved": saved, **numbers, "each": each}
