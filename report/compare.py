@@ -162,13 +162,13 @@ def evaluate_model(net, teacher, layout: Layout, generator: generate.TextGenerat
 
 def table(numbers: dict[str, dict]) -> str:
     """The metrics of several models as text: a column per model, a row per metric that all of them have."""
-    header = " " * 18 + "".join(f"{name:>10}" for name in numbers)
+    header = " " * 18 + "".join(f"{name:>13}" for name in numbers)
     lines = [header]
     for metric in TABLE_METRICS:
         if not all(metric in of_model for of_model in numbers.values()):
             continue
         digits = 0 if metric == "tok_s" else 3
-        cells = [f"{of_model[metric]:10.{digits}f}" for of_model in numbers.values()]
+        cells = [f"{of_model[metric]:13.{digits}f}" for of_model in numbers.values()]
         lines.append(f"{metric:18}" + "".join(cells))
     return "\n".join(lines)
 

@@ -73,3 +73,9 @@ def test_the_number_of_held_out_texts_can_be_given(tiny):
     for count, expected in ((None, 20), (3, 3)):
         evaluator = compare.Evaluator(tiny(), corpus, 96, 0, None, count=count)
         assert len(evaluator.held_out) == expected
+
+
+def test_the_columns_of_the_table_are_apart():
+    names = ["ar", "before", "after", "speculative"]
+    header, row = compare.table({name: {"tok_s": 1_000_000.0} for name in names}).splitlines()
+    assert header.split() == names and row.split() == ["tok_s", *["1000000"] * 4]
