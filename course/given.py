@@ -1,0 +1,69 @@
+"""What the exercises are given: the shipped model, tiny random networks, and small joints.
+
+A joint is the probability of every text of R tokens from a vocabulary of V: a tensor of V ** R numbers. So
+all that a language model approximates can be computed exactly.
+
+Shapes: B rows, R positions, V vocabulary, N = V ** R texts.
+"""
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data import tokenizer
+from model import checkpoint
+from model.gpt import GPT, GPTConfig
+from sample import PRETRAINED
+
+TEXT = ("Once upon a time, there was a little girl named Lily. She had a big red ball. One day, she went to "
+        "the park with her mom. Lily saw a small dog. The dog was sad, because he had no ball.")
+
+
+def pretrained():
+    """(network, layout, tokenizer) of the shipped student: 1.8M parameters, trained on TinyStories."""
+    net, layout = checkpoint.load(PRETRAINED)
+    return net.eval().requires_grad_(False), layout, tokenizer.load(PRETRAINED)
+
+
+def encode(tok, text: str = TEXT) -> Tensor:
+    """(1, T) token ids of a text. A text begins with the token `bos`, as in training."""
+    return torch.tensor([[tok.bos, *tok.encode(text)]])
+
+
+def tiny_net(vocab: int = 5, context: int = 16, seed: int = 0) -> GPT:
+    """A random network in float64 whose every weight matters."""
+    generator = torch.Generator().manual_seed(seed)
+    net = GPT(GPTConfig(vocab, context, layers=2, heads=2, width=8)).double().init_weights(generator)
+    with torch.no_grad():
+        for p in net.parameters():
+            p += 0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    return net.eval().requires_grad_(False)
+
+
+def all_texts(V: int, R: int) -> Tensor:
+    """(N, R): every text of R tokens, in the order of a flattened joint."""
+    return torch.cartesian_prod(*[torch.arange(V)] * R).view(-1, R)
+
+
+def random_joint(V: int, R: int, seed: int = 0) -> Tensor:
+    """(V, ..., V) probabilities of every text of R tokens, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 1.5 * torch.randn([V] * R, generator=generator, dtype=torch.float64)
+    return logits.flatten().softmax(0).view(logits.shape)
+
+
+def conditionals(joint: Tensor, tokens: Tensor, masked: Tensor) -> Tensor:
+    """(B, R, V) probabilities: at each position, the exact distribution given the visible tokens of its row.
+
+    `tokens` (B, R); `masked` (B, R) bool. Tokens under a mask are not read. At a visible position, all
+    probability is on its token. It is what a perfect masked diffusion model would predict. If the joint
+    gives the visible tokens probability 0, so that there is no such distribution, it is uniform.
+    """
+    V = joint.size(0)
+    R = joint.dim()
+    texts = all_texts(V, R)                                                  # (N, R)
+    agrees = (texts == tokens[:, None]) | masked[:, None]                    # (B, N, R)
+    weight = agrees.all(-1) * joint.flatten()                                # (B, N)
+    is_token = F.one_hot(texts, V).to(joint)                                 # (N, R, V)
+    total = torch.einsum("bn,nrv->brv", weight, is_token)                    # (B, R, V)
+    evidence = weight.sum(-1)[:, None, None]                                 # (B, 1, 1)
+    return torch.where(evidence > 0, total / evidence.clamp(min=1e-300), 1 / V)

@@ -1,0 +1,64 @@
+"""Wrong answers that people give, per lesson: (name, old text, new text, what the refusal has to say).
+
+Each is made from the reference solution by one replacement. The last element stands in what the check prints.
+"""
+
+# Lesson 1: masks and the bound --------------------------------------------------------------------
+
+LESSON_1 = [
+    ("n can be 0", "n = 1 + (u[:, 0, 0] * R).long()", "n = (u[:, 0, 0] * R).long()",
+     "which values can n take"),
+    ("argsort is taken for the rank", "argsort(-1).argsort(-1)", "argsort(-1)", "inverse permutation"),
+    ("the loss counts visible positions", "(nats * masked).sum(-1) / t", "nats.sum(-1) / t",
+     "only for what it cannot see"),
+    ("1/t forgotten", "(nats * masked).sum(-1) / t", "(nats * masked).sum(-1)", "costs less than a state"),
+    ("mean instead of sum", "(nats * masked).sum(-1) / t", "(nats * masked).sum(-1) / masked.sum(-1)",
+     "loss per token"),
+]
+
+
+# Lesson 2: parallel reveals -----------------------------------------------------------------------
+
+LESSON_2 = []
+
+
+# Lesson 3: from AR to block -----------------------------------------------------------------------
+
+LESSON_3 = []
+
+
+# Lesson 4: cache and reveal rules -----------------------------------------------------------------
+
+LESSON_4 = []
+
+
+# Lesson 5: likelihood -----------------------------------------------------------------------------
+
+LESSON_5 = []
+
+
+# Lesson 6: on-policy distillation -----------------------------------------------------------------
+
+LESSON_6 = []
+
+
+# Lesson 7: speculative decoding -------------------------------------------------------------------
+
+LESSON_7 = []
+
+
+# Lesson 8: schedules and policies -----------------------------------------------------------------
+
+LESSON_8 = []
+
+
+MISTAKES = {
+    1: LESSON_1,
+    2: LESSON_2,
+    3: LESSON_3,
+    4: LESSON_4,
+    5: LESSON_5,
+    6: LESSON_6,
+    7: LESSON_7,
+    8: LESSON_8,
+}
