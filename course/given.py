@@ -5,6 +5,8 @@ all that a language model approximates can be computed exactly.
 
 Shapes: B rows, R positions, V vocabulary, N = V ** R texts.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,6 +44,19 @@ def tiny_net(vocab: int = 5, context: int = 16, seed: int = 0) -> GPT:
 def all_texts(V: int, R: int) -> Tensor:
     """(N, R): every text of R tokens, in the order of a flattened joint."""
     return torch.cartesian_prod(*[torch.arange(V)] * R).view(-1, R)
+
+
+def all_states(R: int) -> Tensor:
+    """(2 ** R - 1, R) bool: every state with at least one mask, those with few masks first."""
+    states = all_texts(2, R).bool()[1:]
+    return states[states.sum(-1).argsort(stable=True)]
+
+
+def state_probs(masked: Tensor) -> Tensor:
+    """(B,) the probability of each state: 1 / R for the number n of masks, then one of the sets of n."""
+    R = masked.size(-1)
+    sets = [R * math.comb(R, int(n)) for n in masked.sum(-1)]
+    return 1 / torch.tensor(sets, dtype=torch.float64)
 
 
 def random_joint(V: int, R: int, seed: int = 0) -> Tensor:

@@ -15,13 +15,70 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))        # the project's root
 
+import torch
+
+from course import given
 from course.check import lessons
+from opdlm import student_logits
 from training import cli
 
 # The colours of all pictures. DARK and LIGHT also differ in print without colours.
 DARK, MIDDLE, LIGHT, ORANGE = "#1f4e79", "#5b9bd5", "#deebf7", "#d9730d"
 
+
+def draw_cells(axes, words: list[list[str]], masked: torch.Tensor) -> None:
+    """A row of cells per state, the first on top; masked cells are white."""
+    for row, (texts, hidden) in enumerate(zip(words, masked.tolist())):
+        for column, (text, is_masked) in enumerate(zip(texts, hidden)):
+            colour = "white" if is_masked else LIGHT
+            axes.add_patch(plt.Rectangle((column, row), 0.94, 0.86, facecolor=colour, edgecolor=DARK))
+            axes.text(column + 0.47, row + 0.43, "_" if is_masked else text, ha="center", va="center")
+    axes.set_xlim(-0.1, len(words[0]) + 0.1)
+    axes.set_ylim(len(words), -0.7)
+    axes.axis("off")
+
+
 # Lesson 1: masks and the bound --------------------------------------------------------------------
+
+def lesson_1():
+    """The states of three tokens with their weights, and what the weight does to the loss of a real block."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.2), width_ratios=(1.25, 1))
+    states = given.all_states(3)
+    draw_cells(left, [["Lily", "saw", "him"]] * len(states), states)
+    left.set_xlim(-0.1, 5.4)
+    left.text(3.9, -0.25, "probability", ha="center")
+    left.text(5.0, -0.25, "1 / t", ha="center")
+    for row, (masked, prob) in enumerate(zip(states, given.state_probs(states))):
+        left.text(3.9, row + 0.43, f"1/{round(1 / prob.item())}", ha="center", va="center")
+        left.text(5.0, row + 0.43, f"3/{int(masked.sum())}", ha="center", va="center")
+    left.set_title("The 7 states of a text of 3 tokens", fontsize=12)
+
+    net, layout, tok = given.pretrained()
+    K = layout.block
+    prompt = 12
+    text = given.encode(tok)[:, :prompt + K]
+    masked = given.all_states(K)
+    tokens = text.expand(len(masked), -1)
+    noisy = tokens[:, prompt:].masked_fill(masked, net.mask_id)
+    rows, slots = masked.nonzero(as_tuple=True)
+    logits = student_logits(net, tokens, noisy, prompt, layout, rows, slots + prompt)
+    nats = -logits.log_softmax(-1).gather(1, tokens[rows, slots + prompt][:, None])[:, 0]
+    total = torch.zeros(len(masked)).index_add(0, rows, nats)                # (B,) of each state
+    count = masked.sum(-1)
+    n = torch.arange(1, K + 1)
+    plain = torch.stack([total[count == i].mean() for i in n])
+    right.bar(n - 0.2, plain, 0.38, color=MIDDLE, label="sum over the masked positions")
+    right.bar(n + 0.2, plain * K / n, 0.38, color=DARK, label="the same, times 1 / t")
+    mean = (plain * K / n).mean()
+    right.axhline(mean, color=ORANGE, label=f"mean = the bound, {mean:.2f} nats")
+    right.set_xticks(n.tolist())
+    right.set_xlabel(f"n masked positions of {K}")
+    right.set_ylabel("nats")
+    right.set_title("A block of a story, shipped model", fontsize=12)
+    right.legend(fontsize=9, frameon=False, loc="upper left")
+    right.set_ylim(0, 1.45 * right.get_ylim()[1])
+    figure.tight_layout()
+    return figure
 
 
 # Lesson 2: parallel reveals -----------------------------------------------------------------------
@@ -46,7 +103,7 @@ DARK, MIDDLE, LIGHT, ORANGE = "#1f4e79", "#5b9bd5", "#deebf7", "#d9730d"
 
 
 PICTURES = {     # each function returns a figure
-
+    1: lesson_1,
 }
 
 

@@ -5,26 +5,13 @@ from itertools import permutations
 import torch
 from torch import Tensor
 
-from course.given import all_texts, conditionals, random_joint
+from course.given import all_states, all_texts, conditionals, random_joint, state_probs
 from course.laws.common import close, require, require_shape, show
 
 WRITE = ("random_state", "state_loss")
 
 
 # What the laws need -------------------------------------------------------------------------------
-
-def all_states(R: int) -> Tensor:
-    """(2 ** R - 1, R) bool: every state with at least one mask, those with few masks first."""
-    states = all_texts(2, R).bool()[1:]
-    return states[states.sum(-1).argsort(stable=True)]
-
-
-def state_probs(masked: Tensor) -> Tensor:
-    """(B,) the probability of each state: 1 / R for the number n of masks, then one of the sets of n."""
-    R = masked.size(-1)
-    sets = [R * math.comb(R, int(n)) for n in masked.sum(-1)]
-    return 1 / torch.tensor(sets, dtype=torch.float64)
-
 
 def loss_of(mine, logits: Tensor, tokens: Tensor, masked: Tensor) -> Tensor:
     loss = mine.state_loss(logits, tokens, masked)

@@ -11,7 +11,7 @@ LESSON_1 = [
     ("argsort is taken for the rank", "argsort(-1).argsort(-1)", "argsort(-1)", "inverse permutation"),
     ("the loss counts visible positions", "(nats * masked).sum(-1) / t", "nats.sum(-1) / t",
      "only for what it cannot see"),
-    ("1/t forgotten", "(nats * masked).sum(-1) / t", "(nats * masked).sum(-1)", "costs less than a state"),
+    ("1/t forgotten", "(nats * masked).sum(-1) / t", "(nats * masked).sum(-1)", "costs less than one"),
     ("mean instead of sum", "(nats * masked).sum(-1) / t", "(nats * masked).sum(-1) / masked.sum(-1)",
      "loss per token"),
 ]
