@@ -1,0 +1,43 @@
+"""Wrong answers to lessons 5 to 8; mistakes.py says what the elements are."""
+
+# Lesson 5: likelihood -----------------------------------------------------------------------------
+
+LESSON_5 = [
+    ("only the predicted position is masked", "masked_fill(slot >= j,", "masked_fill(slot == j,",
+     "or to the right of it"),
+    ("all slots from the fully masked block", "masked_fill(slot >= j,", "masked_fill(slot >= 0,",
+     "the likelihood of another sampler"),
+    ("the predicted token is visible", "masked_fill(slot >= j,", "masked_fill(slot > j,",
+     "at position i, or"),
+    ("only the first slot of each block is scored", "range(layout.block)", "range(1)", "differ in one token only"),
+    ("the mean instead of the sum", "    return nats\n", "    return nats / (tokens.size(1) - 1)\n",
+     "the first token is context only"),
+    ("logits of the wrong position", "log_probs[:, :-1].gather(2, tokens[:, 1:, None])",
+     "log_probs[:, 1:].gather(2, tokens[:, 1:, None])", "which row of the logits"),
+    ("divided by all positions", "[response_mask[:, 1:]].mean()", "[response_mask[:, 1:]].sum() / tokens.numel()",
+     "the prompt's are not generated"),
+    ("the mean of the texts' means", "return -token_log_probs[response_mask[:, 1:]].mean()",
+     "return -((token_log_probs * response_mask[:, 1:]).sum(1) / response_mask.sum(1)).mean()",
+     "the mean of the two texts' means"),
+]
+
+
+# Lesson 6: on-policy distillation -----------------------------------------------------------------
+
+LESSON_6 = [
+    ("what step k reveals is already visible", "order_in_block >= k", "order_in_block > k",
+     "is no state to learn from"),
+    ("the finished block is a state too", "num_states = last_step + 1", "num_states = last_step + 2",
+     "how many states have a mask"),
+    ("mask and shown are swapped", "order_in_block >= k", "order_in_block <= k", "what step k itself reveals"),
+    ("the number of steps of the whole row", ".amax(-1, keepdim=True)", ".amax((1, 2), keepdim=True)",
+     "its own number of steps"),
+    ("states after the end of the text", "order_in_block.masked_fill(~in_response, -1).amax", "order_in_block.amax",
+     "the last state to count"),
+    ("target of the next position", "teacher_logits[rows, position - 1]", "teacher_logits[rows, position]",
+     "read where its network predicts it"),
+    ("cross-entropy without the entropy", "(log_q - log_p)", "(-log_p)", "beside the cross-entropy"),
+    ("reverse KL", "(log_q.exp() * (log_q - log_p))", "(log_p.exp() * (log_p - log_q))", "KL is not symmetric"),
+    ("mean over all positions", "total / masked.sum(1)", "total / masked.size(1)", "and only over them"),
+    ("the teacher is trained too", "    with torch.no_grad():\n", "    if True:\n", "the teacher is frozen"),
+]
