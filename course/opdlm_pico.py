@@ -16,15 +16,16 @@ import torch.nn.functional as F
 
 K = 4                                                   # block size
 P, R, B = 16, 32, 16                                    # of the training texts
-CONFIDENT = 0.9                                         # characters more probable than this are revealed at once
+CONFIDENT = 0.9                                         # more probable characters are revealed at once
+PRETRAINING, WARM, STEPS = 400, 200, 1400               # updates: of the AR model, warm start, of the student
 PARTS = [
     "the house that Jack built.", "the malt that lay in", "the rat that ate", "the cat that killed",
-    "the dog that worried", "the cow with the crumpled horn that tossed", "the maiden all forlorn that milked",
+    "the dog that worried", "the cow with the crumpled horn that tossed",
+    "the maiden all forlorn that milked",
 ]
 TEXT = " ".join("This is " + " ".join(reversed(PARTS[:n])) for n in range(1, len(PARTS) + 1))
 CHARS = sorted(set(TEXT))
-V = len(CHARS)
-MASK = V                                                # characters are 0 .. V - 1
+MASK = V = len(CHARS)                                   # characters are 0 .. V - 1
 DATA = torch.tensor([CHARS.index(char) for char in TEXT])
 
 
@@ -36,7 +37,8 @@ class GPT(nn.Module):
         self.token = nn.Embedding(V + 1, width)         # the last row is [MASK]
         self.position = nn.Embedding(P + R, width)
         self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0, batch_first=True, norm_first=True)
+            nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0, activation=nn.GELU("tanh"),
+                                       batch_first=True, norm_first=True)
             for _ in range(layers)
         )
         self.norm = nn.LayerNorm(width)
@@ -44,7 +46,7 @@ class GPT(nn.Module):
         nn.init.normal_(self.position.weight, std=0.02)
 
     def forward(self, tokens, position, noisy):
-        """(B, T, V) logits; those at position i - 1 predict the character at i. `noisy` (T,): see `attention`."""
+        """(B, T, V) logits; those at position i - 1 predict character i. `noisy` (T,): see `attention`."""
         may_attend = attention(position, noisy)
         x = self.token(tokens) + self.position(position)
         for block in self.blocks:
@@ -53,7 +55,7 @@ class GPT(nn.Module):
 
 
 def attention(position, noisy):
-    """(T, T) bool: may the query (row) attend to the key (column)? `noisy` (T,) bool: part of a block with masks."""
+    """(T, T) bool: may the query (row) attend to the key (column)? `noisy` (T,): in a block with masks?"""
     block = (position - P) // K                         # blocks are counted from the end of the prompt
     query_noisy, key_noisy = noisy[:, None], noisy[None, :]
     causal = position[None, :] <= position[:, None]
@@ -74,10 +76,9 @@ def ar_logits(net, tokens):
 
 @torch.no_grad()
 def rollout(net, prompt, u):
-    """The student continues `prompt` (B, P) block by block. `u` (B, T): a random number for each character.
+    """Continue `prompt` (B, P) block by block. `u` (B, T): a random number for each character.
 
-    Returns the text (B, T), the step of its block that revealed each character (B, T), and the number of forward
-    passes of each row (B,).
+    Returns text (B, T), the step of its block that revealed a character (B, T), forward passes of a row (B,).
     """
     tokens = F.pad(prompt, (0, u.size(1) - P), value=MASK)
     order = torch.full_like(tokens, -1)
@@ -94,35 +95,39 @@ def rollout(net, prompt, u):
             probs = logits[:, start - 1:-1].softmax(-1)  # (B, K, V)
             sampled = (probs.cumsum(-1) <= u[:, start:stop, None]).sum(-1).clamp(max=V - 1)
             confident = (probs.amax(-1) > CONFIDENT) | ~masked
+            run_from_left = confident.cumprod(1).bool()
             first = masked.cumsum(1) == 1
-            revealed = masked & (confident.cumprod(1).bool() | first)  # from the left while confident, at least one
+            revealed = masked & (run_from_left | first)
             tokens[:, start:stop][revealed] = sampled[revealed]
             order[:, start:stop][revealed] = step
     return tokens, order, passes
 
 
-def distill_loss(student, teacher, tokens, order, u):
-    """KL divergence from teacher to student, mean over the masked characters. `u` (B, R / K, 1) picks the states."""
+def student_logits(student, tokens, noisy_text):
+    """(B, R, V): the student reads text (B, T) and blocks with masks (B, R) in one pass, T + R columns."""
     T = tokens.size(1)
-    # State: put each block back into one of the states that it passed through.
-    order = order[:, P:].unflatten(1, (-1, K))          # (B, R / K, K)
-    num_states = order.amax(-1, keepdim=True) + 1
-    state = (u * num_states).long()
-    masked = (order >= state).flatten(1)                # (B, R) in this state these were not revealed yet
-    noisy_text = tokens[:, P:].masked_fill(masked, MASK)
-    # Target: the teacher reads the finished text.
-    with torch.no_grad():
-        target = ar_logits(teacher, tokens)[:, P - 1:].log_softmax(-1)  # (B, R, V)
-    # The student reads finished text and blocks with masks in one pass: T + R columns.
     position = torch.cat([torch.arange(T), torch.arange(P, T)])
     noisy = torch.arange(len(position)) >= T
     logits = student(torch.cat([tokens, noisy_text], 1), position, noisy)
     # Logits are read one position before: for the first character of a block, that is in the finished text.
     response = torch.arange(T - P)
     column = torch.where(response % K == 0, P + response - 1, T + response - 1)
-    log_probs = logits[:, column].log_softmax(-1)       # (B, R, V)
+    return logits[:, column]
+
+
+def distill_loss(student, teacher, tokens, order, u):
+    """KL divergence from teacher to student, a mean. `u` (B, R / K, 1) picks a state of each block."""
+    order = order[:, P:].unflatten(1, (-1, K))          # (B, R / K, K): a row per block
+    num_states = order.amax(-1, keepdim=True) + 1
+    state = (u * num_states).long()                     # one of the states that the block passed through
+    masked = (order >= state).flatten(1)                # (B, R): in it, these were not revealed yet
+    noisy_text = tokens[:, P:].masked_fill(masked, MASK)
+    with torch.no_grad():                               # target: the teacher reads the finished text
+        target = ar_logits(teacher, tokens)[:, P - 1:].log_softmax(-1)  # (B, R, V)
+    log_probs = student_logits(student, tokens, noisy_text).log_softmax(-1)
     kl = (target.exp() * (target - log_probs)).sum(-1)
-    return (kl * masked).sum() / masked.sum()
+    mean_of_masked = (kl * masked).sum(1) / masked.sum(1)   # (B,)
+    return mean_of_masked.mean()
 
 
 def update(optimizer, loss):
@@ -150,7 +155,7 @@ def main():
     torch.manual_seed(0)
     teacher = GPT()
     optimizer = torch.optim.AdamW(teacher.parameters(), lr=3e-3)
-    for _ in range(400):                                # pretraining: an ordinary AR model
+    for _ in range(PRETRAINING):                        # an ordinary AR model
         tokens = texts_of_data(P + R)
         logits = ar_logits(teacher, tokens)
         update(optimizer, F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
@@ -159,15 +164,14 @@ def main():
     student.token.weight.data[MASK] = student.token.weight[:V].mean(0)
     report("before", student, teacher)
 
-    steps = 1000
     optimizer = torch.optim.AdamW(student.parameters(), lr=4e-3)
     left_to_right = (torch.arange(P + R) - P) % K
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 4e-3 * (1 - step / steps)
-        if step < 200:                                  # warm start: the rhyme, as if written one by one
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = 4e-3 * (1 - step / STEPS)
+        if step < WARM:                                 # off-policy: the rhyme, as if revealed one by one
             tokens = texts_of_data(P + R)
             order = left_to_right.repeat(B, 1)
-        elif step % 4 == 0:                             # on-policy: an own text for the next four updates
+        elif step % 4 == 0:                             # on-policy: a text of its own for four updates
             tokens, order, _ = rollout(student, texts_of_data(P), torch.rand(B, P + R))
         update(optimizer, distill_loss(student, teacher, tokens, order, torch.rand(B, R // K, 1)))
     report("after", student, teacher)

@@ -22,7 +22,6 @@ from decoding.denoiser import Denoiser
 from decoding.sampling import SamplingConfig, uniforms
 from model import masks
 from model.masks import Layout
-from opdlm import student_logits
 from report import metrics
 
 # 1. to write --------------------------------------------------------------------------------------
@@ -30,11 +29,11 @@ from report import metrics
 def story_nats(net, tokens: Tensor, layout: Layout) -> Tensor:
     """(B,) nats of each text given its first token: -log of its probability under a block-diffusion model.
 
-    The chain rule from left to right. Blocks of K = layout.block positions begin after the first token. Slot j
-    of a block is predicted while the slots before it show their tokens, and slot j and those after it are
+    The chain rule from left to right. Blocks of K = layout.block positions begin after the first token. Slot
+    j of a block is predicted while the slots before it show their tokens, and slot j and those after it are
     masked. One pass scores slot j of all blocks at once, so K passes score a text:
 
-        student_logits(net, tokens, noisy, 1, layout, rows, position)
+        opdlm.student_logits(net, tokens, noisy, 1, layout, rows, position)
 
     gives the logits (N, V) for N positions, given as `rows` (N,) and `position` (N,). `noisy` (B, R) is
     tokens[:, 1:] with net.mask_id where it is masked. Position i of `tokens` is column i - 1 of `noisy`. The

@@ -70,7 +70,8 @@ def block_one_is_ar(mine):
         mine_nats = nats_of(mine, net, tokens, masks.AR)
         exact = ar_nats(net, tokens).sum(1)
         for text, value, ar in zip(tokens, mine_nats, exact):
-            require(close(value, ar), f"V = {V}, text {show(text)}: your {value:.4f} nats, the AR model's {ar:.4f}",
+            require(close(value, ar), f"V = {V}, text {show(text)}: your {value:.4f} nats, the AR model's "
+                    f"{ar:.4f}",
                     "with block size 1 each block is one mask; the nats are a sum over tokens, the first "
                     "token is context only")
 
@@ -85,10 +86,10 @@ def sums_to_one(mine):
             if close(total, total.round()):
                 hint = "two texts that differ in one token only have the same nats: is every token scored?"
             else:
-                hint = ("which tokens at position i, or to the right of it, does the model see when it predicts "
-                        "i?")
-            require(close(total, 1), f"V = {V}, R = {R}, block size {K}: the probabilities of the {len(tokens)} "
-                    f"texts sum to {total:.4f}", hint)
+                hint = ("which tokens at position i, or to the right of it, does the model see when it "
+                        "predicts i?")
+            require(close(total, 1), f"V = {V}, R = {R}, block size {K}: the probabilities of the "
+                    f"{len(tokens)} texts sum to {total:.4f}", hint)
 
 
 def same_as_sampler(mine):
@@ -101,8 +102,8 @@ def same_as_sampler(mine):
             for text, value, sampled in zip(tokens, nats_of(mine, net, tokens, layout), exact):
                 require(close(value, sampled), f"V = {V}, block size {layout.block}, text {show(text)}: your "
                         f"{value:.4f} nats, the sampler's {sampled:.4f}",
-                        "it sums to 1, but it is the likelihood of another sampler: when slot j is predicted, "
-                        "what has this sampler revealed already?")
+                        "it sums to 1, but it is the likelihood of another sampler: when slot j is "
+                        "predicted, what has this sampler revealed already?")
 
 
 def agrees_with_chain(mine):
@@ -120,8 +121,8 @@ def agrees_with_chain(mine):
                 hint = "this is the sum over the text; texts of different lengths need a number per token"
             else:
                 hint = "which row of the logits predicts the token at position i?"
-            require(close(value, exact), f"V = {V}, text {show(text)}: your {value:.4f} nats per token, the chain "
-                    f"rule's {exact:.4f}", hint)
+            require(close(value, exact), f"V = {V}, text {show(text)}: your {value:.4f} nats per token, the "
+                    f"chain rule's {exact:.4f}", hint)
 
 
 def context_is_free(mine):
@@ -136,8 +137,8 @@ def context_is_free(mine):
             whole = mean_nats(mine, net, tokens, everything) * R
             parts = mean_nats(mine, net, tokens, response) * (R + 1 - P)
             parts = parts + mean_nats(mine, net, tokens, prompt) * (P - 1)
-            require(close(whole, parts), f"R = {R}, prompt of {P} tokens: whole texts have {whole:.4f} nats, prompt "
-                    f"and response together {parts:.4f}",
+            require(close(whole, parts), f"R = {R}, prompt of {P} tokens: whole texts have {whole:.4f} nats, "
+                    f"prompt and response together {parts:.4f}",
                     "where response_mask is False, a token is read but not counted, neither above nor below "
                     "the fraction bar")
 
@@ -150,10 +151,11 @@ def every_token_counts_once(mine):
     value = mean_nats(mine, net, tokens, response_mask)
     exact = ar_nats(net, tokens)[response_mask[:, 1:]]
     mean_of_texts = (exact[:3].mean() + exact[3]) / 2
-    require(not close(value, mean_of_texts), f"responses of 3 tokens and of 1 token: your {value:.4f} is the mean of "
-            "the two texts' means", "divide the sum of all nats by the number of all generated tokens")
-    require(close(value, exact.mean()), f"responses of 3 tokens and of 1 token, their nats {show(exact)}: your mean "
-            f"is {value:.4f}", "divide the sum of all nats by the number of all generated tokens")
+    hint = "divide the sum of all nats by the number of all generated tokens"
+    require(not close(value, mean_of_texts), f"responses of 3 tokens and of 1 token: your {value:.4f} is the "
+            "mean of the two texts' means", hint)
+    require(close(value, exact.mean()), "responses of 3 tokens and of 1 token, their nats "
+            f"{show(exact)}: your mean is {value:.4f}", hint)
 
 
 def repetition_looks_good(mine):

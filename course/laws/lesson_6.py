@@ -83,12 +83,12 @@ def is_a_state(mine):
             allowed = [(order >= k).tolist() for k in range(num_states)]
             for masked in states_of(mine, order.expand(len(u), -1), response_mask, u, K):
                 if not masked.any():
-                    hint = ("the finished block is no state to learn from: how many states have a mask, and has "
-                            "the student seen at step k what step k reveals?")
+                    hint = ("the finished block is no state to learn from: how many states have a mask, and "
+                            "has the student seen at step k what step k reveals?")
                 else:
                     hint = "at step k the student has not yet seen what step k itself reveals"
-                require(masked.tolist() in allowed, f"a block of {K} with order {show(order)}: masked = {show(masked)}",
-                        hint)
+                require(masked.tolist() in allowed, f"a block of {K} with order {show(order)}: masked = "
+                        f"{show(masked)}", hint)
 
 
 def all_states_alike(mine):
@@ -101,8 +101,8 @@ def all_states_alike(mine):
             masked = states_of(mine, order.expand(len(u), -1), response_mask, u, K)
             for k in range(num_states):
                 count = int((masked == (order >= k)).all(1).sum())
-                require(count == 10, f"a block of {K} with order {show(order)}, and {len(u)} random numbers evenly from "
-                        f"0 to 1: state {k} came {count} times, not 10",
+                require(count == 10, f"a block of {K} with order {show(order)}, and {len(u)} random numbers "
+                        f"evenly from 0 to 1: state {k} came {count} times, not 10",
                         "the number of states differs from block to block: scale the random number by it")
 
 
@@ -131,9 +131,10 @@ def mask_in_response(mine):
                 u = evenly(20, K)
                 masked = states_of(mine, order.expand(20, -1), response_mask.expand(20, -1), u, K)
                 holds = (masked & response_mask).any(1)
-                require(bool(holds.all()), f"order {show(order)}, response_mask {show(response_mask)}: masked = "
-                        f"{show(masked[~holds][:1].flatten())}",
-                        "the last state to count is the one before the last position of the response is revealed")
+                require(bool(holds.all()), f"order {show(order)}, response_mask {show(response_mask)}: masked "
+                        f"= {show(masked[~holds][:1].flatten())}",
+                        "the last state to count is the one before the last position of the response is "
+                        "revealed")
 
 
 def replay(mine):
@@ -155,7 +156,7 @@ def replay(mine):
                     state = masked[row, start:start + K].tolist()
                     require(state in denoiser.seen[row, 3 + start], f"a rollout in blocks of {K}, order "
                             f"{show(order[row, start:start + K])}: masked = {show(torch.tensor(state))}",
-                            "compare with the states of the rollout: which positions were masks at its step k?")
+                            "compare with the states of the rollout: which positions were masks at step k?")
 
 
 def nothing_to_learn(mine):
@@ -169,14 +170,16 @@ def nothing_to_learn(mine):
         student.zero_grad()
         kl.sum().backward()
         gradients = [p.grad.abs().max() for p in student.parameters() if p.grad is not None]
-        require(len(gradients) > 0, f"V = {V}, R = {R}: the loss has no gradient", "the student has to be trained")
+        require(len(gradients) > 0, f"V = {V}, R = {R}: the loss has no gradient",
+                "the student is to learn from it")
         largest = max(gradients)
         if largest < 1e-5:
-            hint = "the gradient is zero, the loss is not: what belongs to KL(q || p) beside the cross-entropy?"
+            hint = "the gradient is zero, the loss is not: what has KL(q || p) beside the cross-entropy?"
         else:
             hint = "are q and p predictions of the same position, each read where its network predicts it?"
         for text, value in zip(tokens, kl):
-            require(close(value, 0, 1e-5), f"V = {V}, block size 1, text {show(text)}: the loss is {value:.4f}", hint)
+            require(close(value, 0, 1e-5), f"V = {V}, block size 1, text {show(text)}: the loss is "
+                    f"{value:.4f}", hint)
         require(bool(largest < 1e-5), f"V = {V}, R = {R}: the largest gradient is {largest:.4f}", hint)
 
 
@@ -194,8 +197,9 @@ def target_is_causal(mine):
             other = tokens.clone()
             other[0, i] = 1
             after = kl_of(mine, student, teacher, other, masked, P, Layout(K))
-            require(close(before, after, 1e-6), f"block size {K}, only position {P + K - 1} of {show(tokens[0])} is "
-                    f"masked: with token {i} changed to 1 the loss went from {before.item():.4f} to {after.item():.4f}",
+            require(close(before, after, 1e-6), f"block size {K}, only position {P + K - 1} of {show(tokens[0])} "
+                    f"is masked: with token {i} changed to 1 the loss went from {before.item():.4f} to "
+                    f"{after.item():.4f}",
                     "an AR model's logits at position i have read token i; which logits have not?")
 
 
@@ -209,8 +213,8 @@ def mean_over_masked(mine):
             tokens = torch.zeros(1, 1 + R, dtype=torch.long)
             value = kl_of(mine, student, teacher, tokens, masked[None], 1, Layout(2)).detach()
             one = value if one is None else one
-            require(close(value, one, 1e-6), f"masked = {show(masked)}: the loss is {value.item():.4f}, that of one "
-                    f"masked position is {one.item():.4f}",
+            require(close(value, one, 1e-6), f"masked = {show(masked)}: the loss is {value.item():.4f}, that of "
+                    f"one masked position is {one.item():.4f}",
                     "the mean has to be over the masked positions of the row, and only over them")
 
 

@@ -22,7 +22,6 @@ from decoding import reveal
 from decoding.denoiser import Denoiser
 from decoding.sampling import SamplingConfig, uniforms
 from model.masks import Layout
-from opdlm import join_blocks, per_block, split_blocks, student_logits
 from report import metrics
 
 # 1. to write --------------------------------------------------------------------------------------
@@ -33,18 +32,18 @@ def visited(order: Tensor, response_mask: Tensor, u: Tensor, block: int) -> Tens
     `order` (B, R) is the denoising step of its block that revealed a position. State k of a block is what the
     student saw at step k: the positions with order >= k are masked. Only states with at least one masked
     position in the response count. `response_mask` (B, R) bool. `u` (B, R, 2): random numbers in [0, 1); one
-    per block is used, `per_block(u, block)` (B, blocks, 1).
+    per block is used, opdlm.per_block(u, block) (B, blocks, 1).
 
-    split_blocks(x, block, fill) makes (B, blocks, K) of (B, R), and join_blocks(x, R) goes back. (In the
-    project: opdlm.visited.)
+    opdlm.split_blocks(x, block, fill) makes (B, blocks, K) of (B, R), where `fill` pads the last block;
+    opdlm.join_blocks(x, R) goes back. (In the project: opdlm.visited.)
     """
-    order_in_block = split_blocks(order, block, -1)              # (B, blocks, K)
-    in_response = split_blocks(response_mask, block, False)
+    order_in_block = opdlm.split_blocks(order, block, -1)              # (B, blocks, K)
+    in_response = opdlm.split_blocks(response_mask, block, False)
     last_step = order_in_block.masked_fill(~in_response, -1).amax(-1, keepdim=True)
     num_states = last_step + 1                                   # (B, blocks, 1)
-    k = (per_block(u, block) * num_states).long()
+    k = (opdlm.per_block(u, block) * num_states).long()
     masked = order_in_block >= k
-    return join_blocks(masked, order.size(1))
+    return opdlm.join_blocks(masked, order.size(1))
 
 
 def state_kl(student, teacher, tokens: Tensor, masked: Tensor, P: int, layout: Layout) -> Tensor:
@@ -56,8 +55,9 @@ def state_kl(student, teacher, tokens: Tensor, masked: Tensor, P: int, layout: L
 
     teacher(tokens) are the logits (B * T, V) of an AR model: those at position i - 1 predict token i. No
     gradient goes through the teacher.
-    student_logits(student, tokens, noisy, P, layout, rows, position) are the student's logits (N, V) at N
-    positions of `tokens`, given as `rows` and `position`; `noisy` (B, R) has student.mask_id where masked.
+    opdlm.student_logits(student, tokens, noisy, P, layout, rows, position) are the student's logits (N, V)
+    at N positions of `tokens`, given as `rows` and `position`; `noisy` (B, R) has student.mask_id where it is
+    masked.
     (In the project: opdlm.train_step.)
     """
     rows, slots = masked.nonzero(as_tuple=True)                  # (N,) each
@@ -66,7 +66,7 @@ def state_kl(student, teacher, tokens: Tensor, masked: Tensor, P: int, layout: L
         teacher_logits = teacher(tokens).view(*tokens.shape, -1)             # (B, T, V)
         log_q = teacher_logits[rows, position - 1].log_softmax(-1)           # (N, V)
     noisy = tokens[:, P:].masked_fill(masked, student.mask_id)
-    logits = student_logits(student, tokens, noisy, P, layout, rows, position)
+    logits = opdlm.student_logits(student, tokens, noisy, P, layout, rows, position)
     log_p = logits.log_softmax(-1)
     kl = (log_q.exp() * (log_q - log_p)).sum(-1)                 # (N,)
     total = torch.zeros(len(tokens), dtype=kl.dtype).index_add(0, rows, kl)
