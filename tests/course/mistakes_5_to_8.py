@@ -41,3 +41,24 @@ LESSON_6 = [
     ("mean over all positions", "total / masked.sum(1)", "total / masked.size(1)", "and only over them"),
     ("the teacher is trained too", "    with torch.no_grad():\n", "    if True:\n", "the teacher is frozen"),
 ]
+
+
+# Lesson 7: speculative decoding -------------------------------------------------------------------
+
+LESSON_7 = [
+    ("accepted only if p > q", "u[..., ACCEPT] * q_draft < p_draft", "p_draft > q_draft",
+     "is not always rejected"),
+    ("q / p instead of p / q", "u[..., ACCEPT] * q_draft < p_draft", "u[..., ACCEPT] * p_draft < q_draft",
+     "which of p and q is the verifier's"),
+    ("residual with the wrong sign", "(p_next - q_next)", "(q_next - p_next)", "writes too often"),
+    ("a rejected draft is replaced from p", "(p_next - q_next)", "p_next", "often enough already"),
+    ("residual not renormalised", "residual / total.clamp(min=1e-30)", "residual", "probabilities that sum to 1"),
+    ("the most likely token of the residual", "draw(residual, u[row, num_accepted, RESAMPLE])",
+     "residual.argmax(-1)", "drawn in proportion"),
+    ("the number of the acceptance is used again", "num_accepted, RESAMPLE]", "num_accepted, ACCEPT]",
+     "a random number of their own"),
+    ("goes on after the first rejection", "is_accepted.long().cumprod(1).sum(1)", "is_accepted.long().sum(1)",
+     "made for another text"),
+    ("p of the first position", "p_next = p[row, num_accepted]", "p_next = p[row, 0]",
+     "those of the position of the first rejection"),
+]
