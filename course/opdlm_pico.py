@@ -16,8 +16,8 @@ import torch.nn.functional as F
 
 K = 4                                                   # block size
 P, R, B = 16, 32, 16                                    # of the training texts
-CONFIDENT = 0.9                                         # more probable characters are revealed at once
-PRETRAINING, WARM, STEPS = 400, 200, 1000               # updates: of the AR model, warm start, of the student
+CONFIDENT = 0.95                                        # more probable characters are revealed at once
+PRETRAINING, WARM, STEPS = 400, 200, 1400               # updates: of the AR model, warm start, of the student
 PARTS = [
     "the house that Jack built.", "the malt that lay in", "the rat that ate", "the cat that killed",
     "the dog that worried", "the cow with the crumpled horn that tossed",

@@ -131,10 +131,9 @@ def mask_in_response(mine):
                 u = evenly(20, K)
                 masked = states_of(mine, order.expand(20, -1), response_mask.expand(20, -1), u, K)
                 holds = (masked & response_mask).any(1)
-                require(bool(holds.all()), f"order {show(order)}, response_mask {show(response_mask)}: masked "
-                        f"= {show(masked[~holds][:1].flatten())}",
-                        "the last state to count is the one before the last position of the response is "
-                        "revealed")
+                require(bool(holds.all()), f"order {show(order)}, response_mask {show(response_mask)}: "
+                        f"masked = {show(masked[~holds][:1].flatten())}",
+                        "the last state to count is the one before the response's last position is revealed")
 
 
 def replay(mine):
@@ -197,9 +196,9 @@ def target_is_causal(mine):
             other = tokens.clone()
             other[0, i] = 1
             after = kl_of(mine, student, teacher, other, masked, P, Layout(K))
-            require(close(before, after, 1e-6), f"block size {K}, only position {P + K - 1} of {show(tokens[0])} "
-                    f"is masked: with token {i} changed to 1 the loss went from {before.item():.4f} to "
-                    f"{after.item():.4f}",
+            require(close(before, after, 1e-6), f"block size {K}, only position {P + K - 1} of "
+                    f"{show(tokens[0])} is masked: with token {i} changed to 1 the loss went from "
+                    f"{before.item():.4f} to {after.item():.4f}",
                     "an AR model's logits at position i have read token i; which logits have not?")
 
 
@@ -213,8 +212,8 @@ def mean_over_masked(mine):
             tokens = torch.zeros(1, 1 + R, dtype=torch.long)
             value = kl_of(mine, student, teacher, tokens, masked[None], 1, Layout(2)).detach()
             one = value if one is None else one
-            require(close(value, one, 1e-6), f"masked = {show(masked)}: the loss is {value.item():.4f}, that of "
-                    f"one masked position is {one.item():.4f}",
+            require(close(value, one, 1e-6), f"masked = {show(masked)}: the loss is {value.item():.4f}, that "
+                    f"of one masked position is {one.item():.4f}",
                     "the mean has to be over the masked positions of the row, and only over them")
 
 

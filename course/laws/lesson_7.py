@@ -79,7 +79,7 @@ def ar_text(net, prompt: Tensor, length: int, u: Tensor, sampling: SamplingConfi
 
 
 def speculative_text(mine, net, prompt: Tensor, length: int, u: Tensor, sampling: SamplingConfig) -> Tensor:
-    """(B, T): text of the project's decoder, with the learner's `accept`. The model verifies its own drafts."""
+    """(B, T): text of the project's decoder, with the learner's `accept`; the model verifies its own."""
     before = speculative.accept
     speculative.accept = mine.accept
     try:
@@ -97,12 +97,12 @@ def hint_for_replacement(mine) -> str:
     num_accepted, token = mine.accept(*arguments)
     replaced = token[num_accepted == 0].bincount(minlength=3) > 0
     if replaced.tolist() == [True, False, False]:
-        return ("tokens that share what is missing get the wrong shares: are they drawn in proportion to it, with "
-                "a random number of their own?")
+        return ("tokens that share what is missing get the wrong shares: are they drawn in proportion to it, "
+                "with a random number of their own?")
     if replaced.tolist() == [True, False, True]:
         return "`draw` expects probabilities that sum to 1; what does it do with the rest?"
     if replaced.tolist() == [False, False, True]:
-        return "a rejected draft is replaced by what the drafter writes too often, not by what it writes too rarely"
+        return "a rejected draft is replaced by what the drafter writes too often; p needs the opposite"
     return "a token that the drafter writes often enough already may not replace a rejected draft"
 
 
@@ -119,8 +119,8 @@ def acceptance(mine):
             hint = "a draft with p(x) < q(x) is not always rejected: how often is it accepted?"
         else:
             hint = "too many drafts are accepted: which of p and q is the verifier's?"
-        require(close(found, exact), f"p = {show(p)}, q = {show(q)}: accepted with probability {found:.4f}, the "
-                f"overlap of p and q is {exact:.4f}", hint)
+        require(close(found, exact), f"p = {show(p)}, q = {show(q)}: accepted with probability {found:.4f}, "
+                f"the overlap of p and q is {exact:.4f}", hint)
 
 
 def one_token(mine):
@@ -144,13 +144,14 @@ def first_rejection(mine):
             q = one_hot(drafts, 2)
             q[:, A] = 0
             p = one_hot(drafts, 2)
-            p[:, rejected] = torch.tensor([0.0, 1.0])            # this draft is impossible, the others certain
+            p[:, rejected] = torch.tensor([0.0, 1.0])
             u = torch.full((1, A + 1, 3), 0.5, dtype=torch.float64)
             num_accepted, token = accept_of(mine, p, q, drafts, u)
-            require(num_accepted.item() == rejected and token.item() == 1,
-                    f"{A} drafts, of which number {rejected} (from 0) is impossible and the others are certain: "
-                    f"{num_accepted.item()} accepted, then token {token.item()}",
+            case = f"{A} drafts; p makes number {rejected} (from 0) impossible and the others certain: "
+            require(num_accepted.item() == rejected, f"{case}{num_accepted.item()} accepted",
                     "the drafts after it were made for another text")
+            require(token.item() == 1, f"{case}{rejected} accepted, then token {token.item()}",
+                    "are p and q those of the position of the first rejection?")
 
 
 def same_distributions(mine):
@@ -187,8 +188,8 @@ def two_tokens(mine):
     for x in (0, 1):                                             # none accepted: the verifier goes on from x
         joint[x] += weight[(num_accepted == 0) & (token == x)].sum() * p1[x]
     exact = p0[:, None] * p1
-    require(close(joint, exact), f"two drafts over two tokens: the texts 00, 01, 10, 11 have the probabilities "
-            f"{show(joint.flatten())}, under the verifier {show(exact.flatten())}",
+    require(close(joint, exact), f"two drafts over two tokens: the texts 00, 01, 10, 11 have the "
+            f"probabilities {show(joint.flatten())}, under the verifier {show(exact.flatten())}",
             "each position alone is right: are p and q those of the position of the first rejection?")
 
 

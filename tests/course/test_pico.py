@@ -1,4 +1,4 @@
-"""course/opdlm_pico.py does what opdlm.py does: with the same weights, tokens and random numbers, in float64."""
+"""course/opdlm_pico.py does what opdlm.py does, with the same weights, tokens and random numbers."""
 import re
 from pathlib import Path
 

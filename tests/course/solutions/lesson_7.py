@@ -23,7 +23,7 @@ from decoding.speculative import ACCEPT, RESAMPLE
 # 1. to write --------------------------------------------------------------------------------------
 
 def draw(probs: Tensor, u: Tensor) -> Tensor:
-    """(B,) tokens from distributions `probs` (B, V), whose rows sum to 1, with random numbers `u` (B,). Given.
+    """(B,) tokens from distributions `probs` (B, V), which sum to 1, with random numbers `u` (B,). Given.
 
     Token v is drawn if u lies between the sum of the probabilities before v and the sum including v.
     """
