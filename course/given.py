@@ -12,8 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import tokenizer
+from decoding import reveal
+from decoding.denoiser import Denoiser
+from decoding.sampling import uniforms
 from model import checkpoint
 from model.gpt import GPT, GPTConfig
+from opdlm import rollout
 from sample import PRETRAINED
 
 TEXT = ("Once upon a time, there was a little girl named Lily. She had a big red ball. One day, she went to "
@@ -82,3 +86,24 @@ def conditionals(joint: Tensor, tokens: Tensor, masked: Tensor) -> Tensor:
     total = torch.einsum("bn,nrv->brv", weight, is_token)                    # (B, R, V)
     evidence = weight.sum(-1)[:, None, None]                                 # (B, 1, 1)
     return torch.where(evidence > 0, total / evidence.clamp(min=1e-300), 1 / V)
+
+
+@torch.no_grad()
+def stories(net, layout, tok, rule: reveal.Rule, n: int = 32,
+            length: int = 48) -> tuple[float, float, list[str]]:
+    """`n` stories of up to `length` tokens, written under a reveal rule by the network.
+
+    Returns the nats per token of the stories, as the same network reads them as an AR model (how unlikely
+    they are), the tokens per forward pass, and the stories.
+    """
+    prompt = encode(tok, "Once upon a time").expand(n, -1)
+    P = prompt.size(1)
+    u = uniforms(0, 0, range(n), (P + length, rule.numbers(layout.block)))
+    text = rollout(Denoiser(net, layout), prompt, length, rule, u, tok.ends)
+    log_probs = net(text.tokens).log_softmax(-1).view(*text.tokens.shape, -1)    # causal by default
+    following = text.tokens[:, 1:, None]
+    nats = -log_probs[:, :-1].gather(-1, following)[..., 0]                  # (n, T - 1)
+    written = text.response_mask[:, 1:]
+    speed = written.sum() / text.forwards.sum()
+    texts = [tok.decode(row[P:][keep[P:]].tolist()) for row, keep in zip(text.tokens, text.response_mask)]
+    return nats[written].mean().item(), speed.item(), texts

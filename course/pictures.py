@@ -19,6 +19,7 @@ import torch
 
 from course import given
 from course.check import lessons
+from decoding import reveal
 from opdlm import student_logits
 from training import cli
 
@@ -83,6 +84,38 @@ def lesson_1():
 
 # Lesson 2: parallel reveals -----------------------------------------------------------------------
 
+def lesson_2():
+    """A joint of two words beside what one step makes of it; stories by tokens per step."""
+    figure, panels = plt.subplots(1, 3, figsize=(10.5, 3.6), width_ratios=(1, 1, 1.35))
+    joint = torch.tensor([[0.5, 0.0], [0.0, 0.5]])
+    masked = torch.ones(1, 2, dtype=torch.bool)
+    first, second = given.conditionals(joint, torch.zeros(1, 2, dtype=torch.long), masked)[0]
+    one_step = first[:, None] * second
+    titles = ("the truth: two steps", "one step: error log 2 = 0.69 nats")
+    for axes, table, title in zip(panels, (joint, one_step), titles):
+        axes.imshow(table, vmin=0, vmax=0.7, cmap="Blues")
+        for i in range(2):
+            for j in range(2):
+                colour = "white" if table[i, j] > 0.4 else "black"
+                axes.text(j, i, f"{table[i, j]:.2f}", ha="center", va="center", color=colour)
+        axes.set_xticks([0, 1], ["... he", "... she"])
+        axes.set_yticks([0, 1], ["A boy", "A girl"])
+        axes.tick_params(length=0)
+        axes.set_title(title, fontsize=12)
+        axes.spines[:].set_visible(False)
+
+    net, layout, tok = given.pretrained()
+    counts = ["1", "2", "4"]
+    nats = [given.stories(net, layout, tok, reveal.parse(f"static:{k}"))[0] for k in counts]
+    bars = panels[2].bar(counts, nats, 0.6, color=[LIGHT, MIDDLE, DARK], edgecolor=DARK)
+    panels[2].bar_label(bars, fmt="%.2f")
+    panels[2].set_xlabel("tokens revealed by one step")
+    panels[2].set_ylabel("nats per token")
+    panels[2].set_ylim(0, 1.12 * max(nats))
+    panels[2].set_title("stories of the shipped model,\nread by itself as an AR model", fontsize=12)
+    figure.tight_layout()
+    return figure
+
 
 # Lesson 3: from AR to block -----------------------------------------------------------------------
 
@@ -104,6 +137,7 @@ def lesson_1():
 
 PICTURES = {     # each function returns a figure
     1: lesson_1,
+    2: lesson_2,
 }
 
 

@@ -19,7 +19,12 @@ LESSON_1 = [
 
 # Lesson 2: parallel reveals -----------------------------------------------------------------------
 
-LESSON_2 = []
+LESSON_2 = [
+    ("tokens of the same step are visible", "(order >= step)", "(order > step)", "they sum to"),
+    ("earlier steps are not visible", "(order >= step)", "(order >= 0)", "the chain rule"),
+    ("0 log 0 is not a number", "terms[p > 0].sum()", "terms.sum()", "0 times log 0"),
+    ("the other direction", "terms = p * (p / q).log()", "terms = q * (q / p).log()", "is the mean taken"),
+]
 
 
 # Lesson 3: from AR to block -----------------------------------------------------------------------
