@@ -6,6 +6,7 @@ all that a language model approximates can be computed exactly.
 Shapes: B rows, R positions, V vocabulary, N = V ** R texts.
 """
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from decoding.denoiser import Denoiser
 from decoding.sampling import uniforms
 from model import checkpoint
 from model.gpt import GPT, GPTConfig
+from model.masks import Layout
 from opdlm import rollout
 from sample import PRETRAINED
 
@@ -107,3 +109,21 @@ def stories(net, layout, tok, rule: reveal.Rule, n: int = 32,
     speed = written.sum() / text.forwards.sum()
     texts = [tok.decode(row[P:][keep[P:]].tolist()) for row, keep in zip(text.tokens, text.response_mask)]
     return nats[written].mean().item(), speed.item(), texts
+
+
+def two_stream_logits(net, tokens: Tensor, masked: Tensor, layout: Layout, training_mask: Callable,
+                      source_column: Callable) -> Tensor:
+    """(B, R, V) logits of the response tokens, from one pass over [clean text | noisy response].
+
+    `tokens` (B, T) is the finished text, `masked` (B, R) says which tokens of the response are masked. The
+    mask and the columns where logits are read come from the functions of lesson 3.
+    """
+    B, T = tokens.shape
+    P = T - masked.size(1)
+    noisy = tokens[:, P:].masked_fill(masked, net.mask_id)
+    both = torch.cat([tokens, noisy], 1)                                     # (B, T + R)
+    clean_position = torch.arange(T)
+    position = torch.cat([clean_position, clean_position[P:]])               # (T + R,)
+    logits = net(both, training_mask(T, P, layout), position)
+    logits = logits.view(*both.shape, -1)
+    return logits[:, source_column(clean_position[P:], T, P, layout)]

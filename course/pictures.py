@@ -16,10 +16,12 @@ import matplotlib.pyplot as plt
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))        # the project's root
 
 import torch
+from matplotlib.colors import ListedColormap
 
 from course import given
 from course.check import lessons
 from decoding import reveal
+from model import masks
 from opdlm import student_logits
 from training import cli
 
@@ -119,6 +121,57 @@ def lesson_2():
 
 # Lesson 3: from AR to block -----------------------------------------------------------------------
 
+def lesson_3():
+    """The mask of a training pass with the names of its parts; where the logits of a block are read."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.2), width_ratios=(1.15, 1))
+    P, K, T = 3, 4, 11
+    mask = masks.training_mask(T, P, masks.Layout(K))
+    part = torch.ones_like(mask, dtype=torch.long)                           # the colour of each part
+    part[T:, :T] = 2
+    part[T:, T:] = 3
+    colours = ListedColormap(["white", LIGHT, MIDDLE, DARK])
+    left.imshow(mask * part, cmap=colours, vmin=0, vmax=3)
+    for edge in (P, P + K, T, T + K):
+        style = {"color": "black" if edge == T else "gray", "lw": 1.5 if edge == T else 0.6}
+        left.axhline(edge - 0.5, **style)
+        left.axvline(edge - 0.5, **style)
+    centres = [1, 4.5, 8.5, 12.5, 16.5]
+    names = ["prompt", "block 0", "block 1", "noisy 0", "noisy 1"]
+    left.set_xticks(centres, names, fontsize=9)
+    left.set_yticks(centres, names, fontsize=9)
+    left.xaxis.tick_top()
+    left.xaxis.set_label_position("top")
+    left.set_xlabel("keys:  clean text  |  noisy response")
+    left.set_ylabel("queries")
+    left.spines[:].set_visible(True)
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.9}
+    left.text(3.2, 7.7, "causal:\nthe AR model", ha="center", va="center", fontsize=9, bbox=box)
+    left.text(14.5, 5, "nothing", ha="center", va="center", fontsize=9)
+    left.text(3, 14.5, "the blocks before", ha="center", va="center", fontsize=9, bbox=box)
+    left.text(14.5, 14.5, "its own block, both ways", ha="center", va="center", fontsize=9, bbox=box)
+
+    right.set_xlim(-0.9, 8.2)
+    right.set_ylim(-0.6, 4.4)
+    right.axis("off")
+    clean = ["Lily", "had", "a", "big", "red", "ball", "."]
+    for i, word in enumerate(clean):
+        right.add_patch(plt.Rectangle((i, 3), 0.94, 0.6, facecolor=LIGHT, edgecolor=DARK))
+        right.text(i + 0.47, 3.3, word, ha="center", va="center", fontsize=10)
+        if i >= P:
+            right.add_patch(plt.Rectangle((i, 1.5), 0.94, 0.6, facecolor="white", edgecolor=DARK))
+            right.text(i + 0.47, 1.8, "[MASK]", ha="center", va="center", fontsize=8)
+            right.text(i + 0.47, 0.2, word, ha="center", va="center", fontsize=10, color=ORANGE)
+            source = (i - 0.75, 3.0) if i == P else (i - 0.4, 1.5)
+            arrow = {"arrowstyle": "->", "color": ORANGE, "lw": 1.6}
+            right.annotate("", (i + 0.35, 0.4), source, arrowprops=arrow)
+    right.text(-0.1, 3.8, "clean text (prompt | block 0)", fontsize=10)
+    right.text(-0.1, 1.8, "noisy block 0,\nall masked:", fontsize=10, va="center")
+    right.text(-0.1, 0.2, "logits predict:", fontsize=10, va="center", color=ORANGE)
+    title = "The shift: logits at i - 1 predict token i.\nOnly a first token is read in the clean text."
+    right.set_title(title, fontsize=12)
+    figure.tight_layout()
+    return figure
+
 
 # Lesson 4: cache and reveal rules -----------------------------------------------------------------
 
@@ -138,6 +191,7 @@ def lesson_2():
 PICTURES = {     # each function returns a figure
     1: lesson_1,
     2: lesson_2,
+    3: lesson_3,
 }
 
 
@@ -151,7 +205,7 @@ def main(argv: list[str]) -> None:
         path = folders[int(word)] / "picture.png"
         plt.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False})
         figure = PICTURES[int(word)]()
-        figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
+        figure.savefig(path, dpi=95, bbox_inches="tight", metadata={"Software": None})
         plt.close(figure)
         print(f"{path} ({path.stat().st_size / 1000:.0f} KB)")
 

@@ -29,7 +29,24 @@ LESSON_2 = [
 
 # Lesson 3: from AR to block -----------------------------------------------------------------------
 
-LESSON_3 = []
+LESSON_3 = [
+    ("the mask is transposed", "return torch.cat([top, bottom], 0)", "return torch.cat([top, bottom], 0).T",
+     "rows are queries"),
+    ("the answer is visible", "block[None, :] < noisy[:, None]", "block[None, :] <= noisy[:, None]",
+     "could copy the answer"),
+    ("blocks are counted from position 0", "block = (position - prompt_len) // layout.block    ",
+     "block = position // layout.block", "where block 0 begins"),
+    ("a masked position sees itself only", "noisy[None, :] == noisy[:, None]", "torch.eye(R).bool()",
+     "both ways"),
+    ("finished text in blocks", "(position - prompt_len) // layout.context_block",
+     "(position - prompt_len) // layout.block", "layout.context_block"),
+    ("the shift is dropped", "source = position - layout.logit_shift", "source = position",
+     "logits at i - 1 predict"),
+    ("a first slot reads the block before", "block_of_source == block_of_position,", "source >= 0,",
+     "of another block"),
+    ("logits of the clean text only", "block_of_source == block_of_position,", "source < 0,",
+     "the sampler does not know"),
+]
 
 
 # Lesson 4: cache and reveal rules -----------------------------------------------------------------
