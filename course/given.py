@@ -17,8 +17,8 @@ from decoding import reveal
 from decoding.denoiser import Denoiser
 from decoding.sampling import uniforms
 from model import checkpoint
-from model.gpt import GPT, GPTConfig
-from model.masks import Layout
+from model.gpt import GPT, Cache, GPTConfig
+from model.masks import Layout, sampler_mask
 from opdlm import rollout
 from sample import PRETRAINED
 
@@ -127,3 +127,57 @@ def two_stream_logits(net, tokens: Tensor, masked: Tensor, layout: Layout, train
     logits = net(both, training_mask(T, P, layout), position)
     logits = logits.view(*both.shape, -1)
     return logits[:, source_column(clean_position[P:], T, P, layout)]
+
+
+class CachedModel:
+    """A network that generates one row of text, with a KV cache: slot i is for the position i.
+
+    `written` is for its user to keep: positions 0 .. written - 1 are in the cache as finished text.
+    """
+
+    def __init__(self, net, layout: Layout, prompt_len: int, end: int):
+        self.net = net
+        self.layout = layout
+        self.prompt_len = prompt_len
+        self.end = end                  # where the response must stop: later positions do not exist
+        self.cache = [Cache(end) for _ in net.h]
+        self.written = 0
+        self.forwards = 0               # what it has cost so far: forward passes,
+        self.positions = 0              # and positions processed in them
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor, first: int, last: int, start: int) -> Tensor:
+        """(last - first, V) logits of the positions first .. last - 1 of `tokens` (T,): one forward pass.
+
+        The positions from `start` on are the block that is being denoised; those before it are finished text.
+        Keys and values of all these positions are written to the cache, over what was there. Positions before
+        `first` are not processed: attention reads what the cache has of them.
+        """
+        self.forwards += 1
+        self.positions += last - first
+        position = torch.arange(first, last)[None]                           # (1, W)
+        mask = sampler_mask(position, position >= start, torch.tensor([self.prompt_len]),
+                            torch.tensor([self.end]), self.layout, last)
+        index = self.cache[0].flat_index(position)
+        return self.net(tokens[None, first:last], mask, position, cache=self.cache, cache_index=index)
+
+
+def decode(model: CachedModel, prompt: Tensor, rule: Callable, block_logits: Callable) -> Tensor:
+    """(end,) the prompt (P,) and a response, block by block; each position gets its most likely token.
+
+    `block_logits(model, tokens, start)` gives the logits of a block, `rule(confidence, masked)` says which
+    masked positions are revealed. Both are functions of lesson 4.
+    """
+    K = model.layout.block
+    tokens = F.pad(prompt, (0, model.end - len(prompt)), value=model.net.mask_id)
+    for start in range(len(prompt), model.end, K):
+        block = tokens[start:start + K]                                      # the same memory as `tokens`
+        for _ in range(K):
+            masked = block == model.net.mask_id
+            if not masked.any():
+                break
+            probs = block_logits(model, tokens, start).softmax(-1)
+            confidence, best = probs.max(-1)
+            revealed = rule(confidence[None], masked[None])[0]
+            block[revealed & masked] = best[revealed & masked]
+    return tokens

@@ -18,11 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))        # the pro
 import torch
 from matplotlib.colors import ListedColormap
 
+import opdlm
 from course import given
 from course.check import lessons
 from decoding import reveal
+from decoding.denoiser import Denoiser
+from decoding.sampling import SamplingConfig
 from model import masks
-from opdlm import student_logits
 from training import cli
 
 # The colours of all pictures. DARK and LIGHT also differ in print without colours.
@@ -64,7 +66,7 @@ def lesson_1():
     tokens = text.expand(len(masked), -1)
     noisy = tokens[:, prompt:].masked_fill(masked, net.mask_id)
     rows, slots = masked.nonzero(as_tuple=True)
-    logits = student_logits(net, tokens, noisy, prompt, layout, rows, slots + prompt)
+    logits = opdlm.student_logits(net, tokens, noisy, prompt, layout, rows, slots + prompt)
     nats = -logits.log_softmax(-1).gather(1, tokens[rows, slots + prompt][:, None])[:, 0]
     total = torch.zeros(len(masked)).index_add(0, rows, nats)                # (B,) of each state
     count = masked.sum(-1)
@@ -175,6 +177,62 @@ def lesson_3():
 
 # Lesson 4: cache and reveal rules -----------------------------------------------------------------
 
+class Recorder(Denoiser):
+    """The project's cached denoiser, which notes (written, start, masked) of its one row at each pass."""
+
+    def __init__(self, net, layout):
+        super().__init__(net, layout)
+        self.passes = []
+
+    def __call__(self, tokens, start, masked):
+        self.passes.append((int(self.written), int(start), masked[0].tolist()))
+        return super().__call__(tokens, start, masked)
+
+
+@torch.no_grad()
+def lesson_4():
+    """A denoising staircase: what each forward pass processes, and what it takes from the cache."""
+    net, layout, tok = given.pretrained()
+    prompt = given.encode(tok, "Once upon a time")
+    P, length = prompt.size(1), 20
+    denoiser = Recorder(net, layout)
+    rule = reveal.parse("threshold:0.4")
+    u = torch.zeros(1, P + length, rule.numbers(layout.block))
+    greedy = SamplingConfig(temperature=0)
+    text = opdlm.rollout(denoiser, prompt, length, rule, u, tok.ends, greedy)
+    words = [tok.decode([i]).replace("\n", " ").strip() for i in text.tokens[0].tolist()]
+
+    rows = len(denoiser.passes)
+    figure, axes = plt.subplots(figsize=(11, 0.36 * rows + 1.2))
+    for row, (written, start, masked) in enumerate(denoiser.passes):
+        for column in range(start + len(masked)):
+            in_block = column >= start
+            style = {"facecolor": LIGHT, "edgecolor": "white"}               # taken from the cache
+            if in_block:
+                hidden = masked[column - start]
+                style = {"facecolor": "white" if hidden else DARK, "edgecolor": DARK}
+            elif column >= written:
+                style = {"facecolor": MIDDLE, "edgecolor": "white"}          # finished text, written now
+            axes.add_patch(plt.Rectangle((column, row), 0.9, 0.86, **style))
+    names = ["<start>", *words[1:]]
+    axes.set_xticks([i + 0.45 for i in range(len(names))], names, rotation=60, ha="left", fontsize=9)
+    axes.xaxis.tick_top()
+    axes.set_yticks([i + 0.45 for i in range(rows)], range(1, rows + 1), fontsize=9)
+    axes.tick_params(length=0)
+    axes.set_ylabel("forward pass")
+    axes.set_xlim(-0.1, P + length)
+    axes.set_ylim(rows, -0.1)
+    axes.spines[:].set_visible(False)
+    kinds = {
+        "from the cache, not processed": (LIGHT, LIGHT),
+        "finished text, written to the cache": (MIDDLE, MIDDLE),
+        "block: masked": ("white", DARK),
+        "block: visible": (DARK, DARK),
+    }
+    handles = [plt.Rectangle((0, 0), 1, 1, facecolor=face, edgecolor=edge) for face, edge in kinds.values()]
+    axes.legend(handles, kinds, loc="upper right", fontsize=10, frameon=False)
+    return figure
+
 
 # Lesson 5: likelihood -----------------------------------------------------------------------------
 
@@ -192,6 +250,7 @@ PICTURES = {     # each function returns a figure
     1: lesson_1,
     2: lesson_2,
     3: lesson_3,
+    4: lesson_4,
 }
 
 

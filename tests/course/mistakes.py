@@ -51,7 +51,26 @@ LESSON_3 = [
 
 # Lesson 4: cache and reveal rules -----------------------------------------------------------------
 
-LESSON_4 = []
+LESSON_4 = [
+    ("visible positions are revealed", "confident = masked & (confidence > level)",
+     "confident = confidence > level", "a visible position has a confidence"),
+    ("nothing above the level, nothing revealed", "return confident | fallback", "return confident",
+     "wait for ever"),
+    ("a visible position is the most confident", "confidence.masked_fill(~masked, -torch.inf).argmax",
+     "confidence.argmax", "nothing is revealed"),
+    ("the leftmost instead of the best", "confidence.masked_fill(~masked, -torch.inf).argmax",
+     "masked.long().argmax", "most confident among which"),
+    ("the best is revealed only once for all rows", "return confident | fallback",
+     "return confident | (fallback & ~confident.any())", "each row stands for itself"),
+    ("the prompt is not processed", "first = min(model.written, start - shift)", "first = start - shift",
+     "an empty cache"),
+    ("the position before the block is not processed", "first = min(model.written, start - shift)",
+     "first = model.written", "is in the cache now"),
+    ("an unfinished block counts as finished", "model.written = start", "model.written = last",
+     "keys and values of which tokens"),
+    ("nothing is taken from the cache", "first = min(model.written, start - shift)", "first = 0",
+     "are enough"),
+]
 
 
 # Lesson 5: likelihood -----------------------------------------------------------------------------
