@@ -47,7 +47,7 @@ def load(path: Path) -> types.ModuleType:
     except ValueError as error:                                  # bytes that are no text
         raise ValueError(f"{path}: {error}: expected a file of Python code") from None
     module = types.ModuleType("exercise")
-    module.__file__ = str(path)
+    module.__file__ = str(COURSE / "lesson" / path.name)         # exercises find the project's root from it
     sys.modules["exercise"] = module
     try:
         exec(code, module.__dict__)

@@ -16,10 +16,15 @@ import matplotlib.pyplot as plt
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))        # the project's root
 
 import torch
+from matplotlib.colors import ListedColormap
 
+import opdlm
 from course import given
 from course.check import lessons
-from opdlm import student_logits
+from decoding import reveal
+from decoding.denoiser import Denoiser
+from decoding.sampling import SamplingConfig
+from model import masks
 from training import cli
 
 # The colours of all pictures. DARK and LIGHT also differ in print without colours.
@@ -61,7 +66,7 @@ def lesson_1():
     tokens = text.expand(len(masked), -1)
     noisy = tokens[:, prompt:].masked_fill(masked, net.mask_id)
     rows, slots = masked.nonzero(as_tuple=True)
-    logits = student_logits(net, tokens, noisy, prompt, layout, rows, slots + prompt)
+    logits = opdlm.student_logits(net, tokens, noisy, prompt, layout, rows, slots + prompt)
     nats = -logits.log_softmax(-1).gather(1, tokens[rows, slots + prompt][:, None])[:, 0]
     total = torch.zeros(len(masked)).index_add(0, rows, nats)                # (B,) of each state
     count = masked.sum(-1)
@@ -83,11 +88,150 @@ def lesson_1():
 
 # Lesson 2: parallel reveals -----------------------------------------------------------------------
 
+def lesson_2():
+    """A joint of two words beside what one step makes of it; stories by tokens per step."""
+    figure, panels = plt.subplots(1, 3, figsize=(10.5, 3.6), width_ratios=(1, 1, 1.35))
+    joint = torch.tensor([[0.5, 0.0], [0.0, 0.5]])
+    masked = torch.ones(1, 2, dtype=torch.bool)
+    first, second = given.conditionals(joint, torch.zeros(1, 2, dtype=torch.long), masked)[0]
+    one_step = first[:, None] * second
+    titles = ("the truth: two steps", "one step: error log 2 = 0.69 nats")
+    for axes, table, title in zip(panels, (joint, one_step), titles):
+        axes.imshow(table, vmin=0, vmax=0.7, cmap="Blues")
+        for i in range(2):
+            for j in range(2):
+                colour = "white" if table[i, j] > 0.4 else "black"
+                axes.text(j, i, f"{table[i, j]:.2f}", ha="center", va="center", color=colour)
+        axes.set_xticks([0, 1], ["... he", "... she"])
+        axes.set_yticks([0, 1], ["A boy", "A girl"])
+        axes.tick_params(length=0)
+        axes.set_title(title, fontsize=12)
+        axes.spines[:].set_visible(False)
+
+    net, layout, tok = given.pretrained()
+    counts = ["1", "2", "4"]
+    nats = [given.stories(net, layout, tok, reveal.parse(f"static:{k}"))[0] for k in counts]
+    bars = panels[2].bar(counts, nats, 0.6, color=[LIGHT, MIDDLE, DARK], edgecolor=DARK)
+    panels[2].bar_label(bars, fmt="%.2f")
+    panels[2].set_xlabel("tokens revealed by one step")
+    panels[2].set_ylabel("nats per token")
+    panels[2].set_ylim(0, 1.12 * max(nats))
+    panels[2].set_title("stories of the shipped model,\nread by itself as an AR model", fontsize=12)
+    figure.tight_layout()
+    return figure
+
 
 # Lesson 3: from AR to block -----------------------------------------------------------------------
 
+def lesson_3():
+    """The mask of a training pass with the names of its parts; where the logits of a block are read."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.2), width_ratios=(1.15, 1))
+    P, K, T = 3, 4, 11
+    mask = masks.training_mask(T, P, masks.Layout(K))
+    part = torch.ones_like(mask, dtype=torch.long)                           # the colour of each part
+    part[T:, :T] = 2
+    part[T:, T:] = 3
+    colours = ListedColormap(["white", LIGHT, MIDDLE, DARK])
+    left.imshow(mask * part, cmap=colours, vmin=0, vmax=3)
+    for edge in (P, P + K, T, T + K):
+        style = {"color": "black" if edge == T else "gray", "lw": 1.5 if edge == T else 0.6}
+        left.axhline(edge - 0.5, **style)
+        left.axvline(edge - 0.5, **style)
+    centres = [1, 4.5, 8.5, 12.5, 16.5]
+    names = ["prompt", "block 0", "block 1", "noisy 0", "noisy 1"]
+    left.set_xticks(centres, names, fontsize=9)
+    left.set_yticks(centres, names, fontsize=9)
+    left.xaxis.tick_top()
+    left.xaxis.set_label_position("top")
+    left.set_xlabel("keys:  clean text  |  noisy response")
+    left.set_ylabel("queries")
+    left.spines[:].set_visible(True)
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.9}
+    left.text(3.2, 7.7, "causal:\nthe AR model", ha="center", va="center", fontsize=9, bbox=box)
+    left.text(14.5, 5, "nothing", ha="center", va="center", fontsize=9)
+    left.text(3, 14.5, "the blocks before", ha="center", va="center", fontsize=9, bbox=box)
+    left.text(14.5, 14.5, "its own block, both ways", ha="center", va="center", fontsize=9, bbox=box)
+
+    right.set_xlim(-0.9, 8.2)
+    right.set_ylim(-0.6, 4.4)
+    right.axis("off")
+    clean = ["Lily", "had", "a", "big", "red", "ball", "."]
+    for i, word in enumerate(clean):
+        right.add_patch(plt.Rectangle((i, 3), 0.94, 0.6, facecolor=LIGHT, edgecolor=DARK))
+        right.text(i + 0.47, 3.3, word, ha="center", va="center", fontsize=10)
+        if i >= P:
+            right.add_patch(plt.Rectangle((i, 1.5), 0.94, 0.6, facecolor="white", edgecolor=DARK))
+            right.text(i + 0.47, 1.8, "[MASK]", ha="center", va="center", fontsize=8)
+            right.text(i + 0.47, 0.2, word, ha="center", va="center", fontsize=10, color=ORANGE)
+            source = (i - 0.75, 3.0) if i == P else (i - 0.4, 1.5)
+            arrow = {"arrowstyle": "->", "color": ORANGE, "lw": 1.6}
+            right.annotate("", (i + 0.35, 0.4), source, arrowprops=arrow)
+    right.text(-0.1, 3.8, "clean text (prompt | block 0)", fontsize=10)
+    right.text(-0.1, 1.8, "noisy block 0,\nall masked:", fontsize=10, va="center")
+    right.text(-0.1, 0.2, "logits predict:", fontsize=10, va="center", color=ORANGE)
+    title = "The shift: logits at i - 1 predict token i.\nOnly a first token is read in the clean text."
+    right.set_title(title, fontsize=12)
+    figure.tight_layout()
+    return figure
+
 
 # Lesson 4: cache and reveal rules -----------------------------------------------------------------
+
+class Recorder(Denoiser):
+    """The project's cached denoiser, which notes (written, start, masked) of its one row at each pass."""
+
+    def __init__(self, net, layout):
+        super().__init__(net, layout)
+        self.passes = []
+
+    def __call__(self, tokens, start, masked):
+        self.passes.append((int(self.written), int(start), masked[0].tolist()))
+        return super().__call__(tokens, start, masked)
+
+
+@torch.no_grad()
+def lesson_4():
+    """A denoising staircase: what each forward pass processes, and what it takes from the cache."""
+    net, layout, tok = given.pretrained()
+    prompt = given.encode(tok, "Once upon a time")
+    P, length = prompt.size(1), 20
+    denoiser = Recorder(net, layout)
+    rule = reveal.parse("threshold:0.4")
+    u = torch.zeros(1, P + length, rule.numbers(layout.block))
+    greedy = SamplingConfig(temperature=0)
+    text = opdlm.rollout(denoiser, prompt, length, rule, u, tok.ends, greedy)
+    words = [tok.decode([i]).replace("\n", " ").strip() for i in text.tokens[0].tolist()]
+
+    rows = len(denoiser.passes)
+    figure, axes = plt.subplots(figsize=(11, 0.36 * rows + 1.2))
+    for row, (written, start, masked) in enumerate(denoiser.passes):
+        for column in range(start + len(masked)):
+            in_block = column >= start
+            style = {"facecolor": LIGHT, "edgecolor": "white"}               # taken from the cache
+            if in_block:
+                hidden = masked[column - start]
+                style = {"facecolor": "white" if hidden else DARK, "edgecolor": DARK}
+            elif column >= written:
+                style = {"facecolor": MIDDLE, "edgecolor": "white"}          # finished text, written now
+            axes.add_patch(plt.Rectangle((column, row), 0.9, 0.86, **style))
+    names = ["<start>", *words[1:]]
+    axes.set_xticks([i + 0.45 for i in range(len(names))], names, rotation=60, ha="left", fontsize=9)
+    axes.xaxis.tick_top()
+    axes.set_yticks([i + 0.45 for i in range(rows)], range(1, rows + 1), fontsize=9)
+    axes.tick_params(length=0)
+    axes.set_ylabel("forward pass")
+    axes.set_xlim(-0.1, P + length)
+    axes.set_ylim(rows, -0.1)
+    axes.spines[:].set_visible(False)
+    kinds = {
+        "from the cache, not processed": (LIGHT, LIGHT),
+        "finished text, written to the cache": (MIDDLE, MIDDLE),
+        "block: masked": ("white", DARK),
+        "block: visible": (DARK, DARK),
+    }
+    handles = [plt.Rectangle((0, 0), 1, 1, facecolor=face, edgecolor=edge) for face, edge in kinds.values()]
+    axes.legend(handles, kinds, loc="upper right", fontsize=10, frameon=False)
+    return figure
 
 
 # Lesson 5: likelihood -----------------------------------------------------------------------------
@@ -104,6 +248,9 @@ def lesson_1():
 
 PICTURES = {     # each function returns a figure
     1: lesson_1,
+    2: lesson_2,
+    3: lesson_3,
+    4: lesson_4,
 }
 
 
@@ -117,7 +264,7 @@ def main(argv: list[str]) -> None:
         path = folders[int(word)] / "picture.png"
         plt.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False})
         figure = PICTURES[int(word)]()
-        figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
+        figure.savefig(path, dpi=95, bbox_inches="tight", metadata={"Software": None})
         plt.close(figure)
         print(f"{path} ({path.stat().st_size / 1000:.0f} KB)")
 

@@ -16,6 +16,8 @@ LESSONS = check.lessons()
 SOLUTIONS = {number: ROOT / f"tests/course/solutions/lesson_{number}.py" for number in LESSONS}
 PLANTED = [(number, *mistake) for number in LESSONS for mistake in MISTAKES[number]]
 NAMES = [f"{number}: {name}" for number, name, *_ in PLANTED]
+QUICK = [1, 2, 3, 4]        # lessons whose demonstration takes seconds
+NUMBER = r"\d+(?:\.\d+)?"
 PAGES = [COURSE / "README.md", *(folder / "README.md" for folder in LESSONS.values())]
 SECTIONS = ["What you will be able to do", "Predict first", "The idea", "The exercise",
             "Cause a failure", "Exam questions", "Answers"]
@@ -150,6 +152,28 @@ def test_what_a_page_names_exists(page):
         assert not file or (ROOT / file).parent == LESSONS[int(number)], file
     lines = [line for line in text.splitlines() if not line.startswith("|")]
     assert max(map(len, lines)) <= 120
+
+
+def without_numbers(line: str) -> str:
+    return re.sub(NUMBER, "#", line)
+
+
+@pytest.mark.parametrize("number", QUICK)
+def test_a_page_shows_what_the_solved_demonstration_prints(number, capsys):
+    """Numbers may differ by 5 %: other processors round differently, and a text may change after that."""
+    page = (LESSONS[number] / "README.md").read_text()
+    section = page.partition("## The exercise")[2].partition("\n## ")[0]
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", section, re.M | re.S)
+    shown = [line for language, block in blocks if not language for line in block.splitlines()]
+    assert len(shown) >= 3
+    check.load(SOLUTIONS[number]).demonstration()
+    printed = capsys.readouterr().out.splitlines()
+    printed = [line for line in printed if without_numbers(line) in map(without_numbers, shown)]
+    assert len(printed) == len(shown)
+    for line, other in zip(shown, printed):
+        assert without_numbers(line) == without_numbers(other)
+        numbers, others = ([float(x) for x in re.findall(NUMBER, text)] for text in (line, other))
+        assert numbers == pytest.approx(others, rel=0.05), other
 
 
 def test_the_course_page_names_every_lesson():
