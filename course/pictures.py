@@ -19,12 +19,13 @@ import torch
 from matplotlib.colors import ListedColormap
 
 import opdlm
-from course import given
+from course import check, given
 from course.check import lessons
-from decoding import reveal
+from decoding import reveal, speculative
 from decoding.denoiser import Denoiser
-from decoding.sampling import SamplingConfig
+from decoding.sampling import SamplingConfig, uniforms
 from model import masks
+from report import metrics
 from training import cli
 
 # The colours of all pictures. DARK and LIGHT also differ in print without colours.
@@ -236,14 +237,153 @@ def lesson_4():
 
 # Lesson 5: likelihood -----------------------------------------------------------------------------
 
+def lesson_5():
+    """Generative perplexity and distinct2 of the shipped AR model's samples, over the temperature."""
+    net, _, tok = given.pretrained()
+    temperatures = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    perplexity = []
+    distinct = []
+    for temperature in temperatures:
+        prompt = torch.full((16, 1), tok.bos)
+        u = uniforms(0, 0, range(16), (65, 1))
+        rule = reveal.parse("static:1")
+        sampling = SamplingConfig(temperature)
+        text = opdlm.rollout(Denoiser(net, masks.AR), prompt, 64, rule, u, tok.eot, sampling)
+        nats = metrics.nats_of(net, text).sum() / text.response_mask.sum()
+        perplexity.append(nats.exp().item())
+        distinct.append(metrics.distinct_pairs(metrics.response_ids(text)))
+
+    story = given.encode(tok)
+    nats = metrics.story_nats(net, [story[0]], masks.AR, tok.eot) / (story.size(1) - 1)
+    silly = torch.full_like(story, tok.encode("r")[0])
+    silly[:, 0] = tok.bos
+    silly_nats = metrics.story_nats(net, [silly[0]], masks.AR, tok.eot) / (story.size(1) - 1)
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
+    left.plot(temperatures, perplexity, "o-", color=DARK, label="samples of the AR model")
+    for value, text in ((nats, "a real story"), (silly_nats, '"rrrrrrr..."')):
+        left.axhline(value.exp().item(), color=ORANGE)
+        left.text(1.0, value.exp().item() - 0.07, text, color=ORANGE, ha="right", va="top")
+    left.set(xlabel="temperature", ylabel="generative perplexity", ylim=(0.8, None))
+    left.set_title("lower looks better ...", fontsize=12)
+    right.plot(temperatures, distinct, "o-", color=DARK)
+    right.set(xlabel="temperature", ylabel="distinct2 of all samples", ylim=(0, 1))
+    right.set_title("... but it is sameness", fontsize=12)
+    figure.tight_layout()
+    return figure
+
 
 # Lesson 6: on-policy distillation -----------------------------------------------------------------
+
+def lesson_6():
+    """A rollout of the shipped student: the finished text, the order, and the states that follow from it."""
+    net, layout, tok = given.pretrained()
+    K = layout.block
+    prompt = given.encode(tok, "Once upon a time, there was a")
+    P = prompt.size(1)
+    rule = reveal.parse("leftmost:0.5")
+    u = uniforms(3, 0, range(1), (P + 2 * K, rule.numbers(K)))
+    text = opdlm.rollout(Denoiser(net, layout), prompt, 2 * K, rule, u, tok.eot, SamplingConfig(0.7))
+    order = text.order[0, P:]
+    words = [tok.decode([int(token)]).strip() for token in text.tokens[0, P:]]
+
+    figure, axes = plt.subplots(figsize=(10, 3.6))
+    rows = [words, [str(int(step)) for step in order]]
+    masked = [torch.zeros(2 * K, dtype=torch.bool)] * 2
+    num_states = int(order.max()) + 1
+    for k in range(num_states):
+        rows.append(words)
+        masked.append(order >= k)
+    draw_cells(axes, rows, torch.stack(masked))
+    names = ["finished text", "order: revealed at step"] + [f"state {k}" for k in range(num_states)]
+    for row, name in enumerate(names):
+        axes.text(-0.25, row + 0.43, name, ha="right", va="center")
+    axes.plot([K - 0.03, K - 0.03], [-0.2, num_states + 1.95], color=ORANGE, linewidth=2)
+    axes.text(K / 2, -0.3, "block 1", ha="center")
+    axes.text(3 * K / 2, -0.3, "block 2", ha="center")
+    axes.set_xlim(-2.9, 2 * K + 0.1)
+    return figure
 
 
 # Lesson 7: speculative decoding -------------------------------------------------------------------
 
+def lesson_7():
+    """The overlap of p and q, and how many drafts the shipped student accepts of its own."""
+    p = torch.tensor([0.5, 0.3, 0.2])
+    q = torch.tensor([0.2, 0.3, 0.5])
+    overlap = torch.minimum(p, q)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
+    token = torch.arange(3)
+    left.bar(token, overlap, 0.6, color=MIDDLE, label=f"min(p, q): accepted, {overlap.sum():.1f}")
+    left.bar(token, p - overlap, 0.6, overlap, color=DARK, label="(p - q)+: what replaces a rejected draft")
+    rejected = q > p
+    left.bar(token[rejected], (q - overlap)[rejected], 0.6, overlap[rejected], color="white", edgecolor=ORANGE,
+             hatch="//", label="(q - p)+: rejected drafts")
+    left.set_xticks(token.tolist(), [f"token {i}" for i in range(3)])
+    left.set(ylabel="probability", ylim=(0, 0.85))
+    left.set_title("acceptance = 1 - TV", fontsize=12)
+    left.legend(fontsize=9, frameon=False, loc="upper center")
+
+    net, layout, tok = given.pretrained()
+    prompt = given.encode(tok, "Once upon a time, there was a").expand(64, -1)
+    u = uniforms(0, 0, range(64), (prompt.size(1) + 64, 3))
+    for i, temperature in enumerate((1.0, 0.7, 0.0)):
+        sampling = SamplingConfig(temperature)
+        text = speculative.speculative_decode(net, layout, prompt, 64, u, tok.eot, sampling)
+        iteration = text.accepted_in
+        new_tokens = torch.stack([(iteration == k).sum(1) for k in range(1, int(iteration.max()))])
+        counts = new_tokens[new_tokens > 0].bincount(minlength=layout.block + 1)[1:]
+        slot = torch.arange(layout.block) + 0.27 * (i - 1)
+        colour = (DARK, MIDDLE, LIGHT)[i]
+        label = f"temperature {temperature}"
+        right.bar(slot, counts / counts.sum(), 0.25, color=colour, edgecolor=DARK, label=label)
+    right.set_xticks(range(layout.block))
+    right.set(xlabel="accepted drafts per forward pass (of 3)", ylabel="share of the passes")
+    right.set_title("shipped student, its own verifier", fontsize=12)
+    right.legend(fontsize=9, frameon=False)
+    figure.tight_layout()
+    return figure
+
 
 # Lesson 8: schedules and policies -----------------------------------------------------------------
+
+def lesson_8():
+    """Gains over static:2 with their intervals, at unequal and at equal cost; quality against speed."""
+    lesson = check.load(lessons()[8] / "exercise.py")
+    model = given.pretrained()
+    two, speed_two = lesson.evaluate(model, reveal.parse("static:2"), seed=0)
+    again, _ = lesson.evaluate(model, reveal.parse("static:2"), seed=2)
+    curve = []
+    for level in (0.0, 0.1, 0.15, 0.2, 0.3, 0.5):
+        score, speed = lesson.evaluate(model, reveal.parse(f"leftmost:{level}"), seed=0)
+        curve.append((speed, -score.mean()))
+    slow, speed_slow = lesson.evaluate(model, reveal.parse("leftmost:0.5"), seed=0)
+    level = lesson.level_at_cost(model, speed_two)
+    equal, speed_equal = lesson.evaluate(model, reveal.parse(f"leftmost:{level}"), seed=0)
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.8))
+    left.plot(*zip(*curve), "o-", color=DARK, label="leftmost, levels 0.5 to 0")
+    left.plot([speed_two], [-two.mean()], "s", color=ORANGE, markersize=9, label="static:2")
+    left.axvline(speed_two, color=ORANGE, linewidth=1, linestyle="--")
+    left.set(xlabel="tokens per forward pass", ylabel="nats per token")
+    left.legend(fontsize=9, frameon=False)
+    left.set_title("compare on the dashed line", fontsize=12)
+
+    picks = torch.randint(len(two), (lesson.DRAWS, len(two)), generator=torch.Generator().manual_seed(0))
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    rows = [("control:\nother seed", again), (f"leftmost at\n{speed_slow:.2f} tok/pass", slow),
+            (f"leftmost at\n{speed_equal:.2f} tok/pass", equal)]
+    for row, (_, score) in enumerate(rows):
+        gain = score - two
+        low, high = torch.quantile(gain[picks].mean(1), ends)
+        right.plot([low, high], [row, row], color=DARK, linewidth=3)
+        right.plot([gain.mean()], [row], "o", color=DARK, markersize=8)
+    right.axvline(0, color=ORANGE)
+    right.set_yticks(range(len(rows)), [name for name, _ in rows])
+    right.set(xlabel="gain over static:2 (2.00 tok/pass), nats per token", ylim=(len(rows) - 0.5, -0.5))
+    right.set_title("95 % intervals, paired bootstrap", fontsize=12)
+    figure.tight_layout()
+    return figure
 
 
 PICTURES = {     # each function returns a figure
@@ -251,6 +391,10 @@ PICTURES = {     # each function returns a figure
     2: lesson_2,
     3: lesson_3,
     4: lesson_4,
+    5: lesson_5,
+    6: lesson_6,
+    7: lesson_7,
+    8: lesson_8,
 }
 
 

@@ -18,7 +18,6 @@ sys.path.append(str(Path(__file__).resolve().parent.parent.parent))    # the pro
 from course import given
 from decoding import speculative
 from decoding.sampling import SamplingConfig, uniforms
-from decoding.speculative import ACCEPT, RESAMPLE
 
 # 1. to write --------------------------------------------------------------------------------------
 
@@ -39,10 +38,10 @@ def accept(p: Tensor, q: Tensor, drafts: Tensor, u: Tensor) -> tuple[Tensor, Ten
     drawn from q. The last position has no draft: q is 0 there. `u` (B, A + 1, 3): random numbers in [0, 1).
 
     From the left, the draft x of a position is accepted with probability min(1, p(x) / q(x)), by the number
-    u[..., ACCEPT]. At the first position whose draft is rejected, the token that follows is drawn from
-    (p - q)+, the positive part of p - q, which has to be made a distribution again; at a position without a
-    draft it is drawn from p. Its number is u[..., RESAMPLE] of that position. If p = q at the position, (p -
-    q)+ is zero; draw from p there. (In the project: decoding/speculative.py, accept.)
+    u[..., speculative.ACCEPT]. At the first position whose draft is rejected, the token that follows is drawn
+    from (p - q)+, the positive part of p - q, which has to be made a distribution again; at the position
+    without a draft it is drawn from p. Its number is u[..., speculative.RESAMPLE] of that position. If p = q
+    there, (p - q)+ is zero: draw from p. (In the project: decoding/speculative.py, accept.)
     """
     raise NotImplementedError("write me: accept")
 

@@ -99,8 +99,8 @@ def speed_pays(mine):
         found = advantages_of(mine, [[1.0, 1.0, 0.0]], [[1, 5, 1]], 8, alpha)
         fast = found[0, 0] - found[0, 2]
         slow = found[0, 1] - found[0, 2]
-        require(close(slow, fast * 0.5 ** alpha), f"two right texts in 1 and 5 steps of 8, alpha {alpha:g}: "
-                f"their rewards over a wrong text are {fast:.4f} and {slow:.4f}; 8 and 4 of 8 shares are saved",
+        require(close(slow, fast * 0.5 ** alpha), f"right texts in 1 and 5 steps of 8, alpha {alpha:g}: "
+                f"their rewards over a wrong text are {fast:.4f} and {slow:.4f}; they save 8 / 8 and 4 / 8",
                 "the share of saved steps is (L - nfe + 1) / L, and alpha is its power")
 
 

@@ -75,22 +75,98 @@ LESSON_4 = [
 
 # Lesson 5: likelihood -----------------------------------------------------------------------------
 
-LESSON_5 = []
+LESSON_5 = [
+    ("only the predicted position is masked", "masked_fill(slot >= j,", "masked_fill(slot == j,",
+     "or to the right of it"),
+    ("all slots from the fully masked block", "masked_fill(slot >= j,", "masked_fill(slot >= 0,",
+     "the likelihood of another sampler"),
+    ("the predicted token is visible", "masked_fill(slot >= j,", "masked_fill(slot > j,",
+     "at position i, or"),
+    ("only the first slot of each block is scored", "range(layout.block)", "range(1)",
+     "differ in one token only"),
+    ("the mean instead of the sum", "    return nats\n", "    return nats / (tokens.size(1) - 1)\n",
+     "the first token is context only"),
+    ("logits of the wrong position", "log_probs[:, :-1].gather(2, tokens[:, 1:, None])",
+     "log_probs[:, 1:].gather(2, tokens[:, 1:, None])", "which row of the logits"),
+    ("divided by all positions", "[response_mask[:, 1:]].mean()",
+     "[response_mask[:, 1:]].sum() / tokens.numel()",
+     "the prompt's are not generated"),
+    ("the mean of the texts' means", "return -token_log_probs[response_mask[:, 1:]].mean()",
+     "return -((token_log_probs * response_mask[:, 1:]).sum(1) / response_mask.sum(1)).mean()",
+     "the mean of the two texts' means"),
+]
 
 
 # Lesson 6: on-policy distillation -----------------------------------------------------------------
 
-LESSON_6 = []
+LESSON_6 = [
+    ("what step k reveals is already visible", "order_in_block >= k", "order_in_block > k",
+     "is no state to learn from"),
+    ("the finished block is a state too", "num_states = last_step + 1", "num_states = last_step + 2",
+     "how many states have a mask"),
+    ("mask and shown are swapped", "order_in_block >= k", "order_in_block <= k",
+     "what step k itself reveals"),
+    ("the number of steps of the whole row", ".amax(-1, keepdim=True)", ".amax((1, 2), keepdim=True)",
+     "its own number of steps"),
+    ("states after the end of the text", "order_in_block.masked_fill(~in_response, -1).amax",
+     "order_in_block.amax",
+     "the last state to count"),
+    ("target of the next position", "teacher_logits[rows, position - 1]", "teacher_logits[rows, position]",
+     "read where its network predicts it"),
+    ("cross-entropy without the entropy", "(log_q - log_p)", "(-log_p)", "beside the cross-entropy"),
+    ("reverse KL", "(log_q.exp() * (log_q - log_p))", "(log_p.exp() * (log_p - log_q))",
+     "KL is not symmetric"),
+    ("mean over all positions", "total / masked.sum(1)", "total / masked.size(1)", "and only over them"),
+    ("the teacher is trained too", "    with torch.no_grad():\n", "    if True:\n", "the teacher is frozen"),
+]
 
 
 # Lesson 7: speculative decoding -------------------------------------------------------------------
 
-LESSON_7 = []
+LESSON_7 = [
+    ("accepted only if p > q", "u[..., speculative.ACCEPT] * q_draft < p_draft", "p_draft > q_draft",
+     "is not always rejected"),
+    ("q / p instead of p / q", "u[..., speculative.ACCEPT] * q_draft < p_draft",
+     "u[..., speculative.ACCEPT] * p_draft < q_draft",
+     "which of p and q is the verifier's"),
+    ("residual with the wrong sign", "(p_next - q_next)", "(q_next - p_next)", "writes too often"),
+    ("a rejected draft is replaced from p", "(p_next - q_next)", "p_next", "often enough already"),
+    ("residual not renormalised", "residual / total.clamp(min=1e-30)", "residual",
+     "probabilities that sum to 1"),
+    ("the most likely token of the residual", "draw(residual, u[row, num_accepted, speculative.RESAMPLE])",
+     "residual.argmax(-1)", "drawn in proportion"),
+    ("the number of the acceptance is used again", "num_accepted, speculative.RESAMPLE]",
+     "num_accepted, speculative.ACCEPT]",
+     "a random number of their own"),
+    ("goes on after the first rejection", "is_accepted.long().cumprod(1).sum(1)", "is_accepted.long().sum(1)",
+     "made for another text"),
+    ("p of the first position", "p_next = p[row, num_accepted]", "p_next = p[row, 0]",
+     "those of the position of the first rejection"),
+]
 
 
 # Lesson 8: schedules and policies -----------------------------------------------------------------
 
-LESSON_8 = []
+LESSON_8 = [
+    ("the mean of all groups", "return reward - reward.mean(1, keepdim=True)",
+     "return reward - reward.mean()", "over which dimension"),
+    ("speed is added to quality", "quality * saved ** alpha", "quality + alpha * saved",
+     "write nonsense in one step"),
+    ("divided by the standard deviation", "return reward - reward.mean(1, keepdim=True)",
+     "advantage = reward - reward.mean(1, keepdim=True)\n"
+     "    return advantage / (advantage.std(1, correction=0, keepdim=True) + 1e-9)",
+     "does not divide by the group's"),
+    ("alpha is a factor", "saved ** alpha", "saved * alpha", "alpha is the power"),
+    ("the share is one step short", "(length - nfe + 1) / length", "(length - nfe) / length",
+     "saved all that can be saved"),
+    ("the steps themselves are the speed", "saved = (length - nfe + 1) / length", "saved = 1 / nfe",
+     "is its power"),
+    ("not paired", "gain[picks].mean(1)", "ours[picks].mean(1) - theirs[picks.flip(0)].mean(1)",
+     "the same prompts in each draw"),
+    ("theirs minus ours", "gain = ours - theirs", "gain = theirs - ours", "ours minus theirs"),
+    ("half an interval", "[0.025, 0.975]", "[0.25, 0.75]", "too narrow"),
+    ("the spread of prompts, not of means", "gain[picks].mean(1)", "gain[picks].flatten()", "too wide"),
+]
 
 
 MISTAKES = {

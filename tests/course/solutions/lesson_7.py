@@ -18,7 +18,6 @@ sys.path.append(str(Path(__file__).resolve().parent.parent.parent))    # the pro
 from course import given
 from decoding import speculative
 from decoding.sampling import SamplingConfig, uniforms
-from decoding.speculative import ACCEPT, RESAMPLE
 
 # 1. to write --------------------------------------------------------------------------------------
 
@@ -39,14 +38,14 @@ def accept(p: Tensor, q: Tensor, drafts: Tensor, u: Tensor) -> tuple[Tensor, Ten
     drawn from q. The last position has no draft: q is 0 there. `u` (B, A + 1, 3): random numbers in [0, 1).
 
     From the left, the draft x of a position is accepted with probability min(1, p(x) / q(x)), by the number
-    u[..., ACCEPT]. At the first position whose draft is rejected, the token that follows is drawn from
-    (p - q)+, the positive part of p - q, which has to be made a distribution again; at a position without a
-    draft it is drawn from p. Its number is u[..., RESAMPLE] of that position. If p = q at the position, (p -
-    q)+ is zero; draw from p there. (In the project: decoding/speculative.py, accept.)
+    u[..., speculative.ACCEPT]. At the first position whose draft is rejected, the token that follows is drawn
+    from (p - q)+, the positive part of p - q, which has to be made a distribution again; at the position
+    without a draft it is drawn from p. Its number is u[..., speculative.RESAMPLE] of that position. If p = q
+    there, (p - q)+ is zero: draw from p. (In the project: decoding/speculative.py, accept.)
     """
     p_draft = p.gather(2, drafts[..., None])[..., 0]             # (B, A + 1)
     q_draft = q.gather(2, drafts[..., None])[..., 0]
-    is_accepted = u[..., ACCEPT] * q_draft < p_draft
+    is_accepted = u[..., speculative.ACCEPT] * q_draft < p_draft
     is_accepted = is_accepted & (q_draft > 0)                    # False where there is no draft
     num_accepted = is_accepted.long().cumprod(1).sum(1)          # (B,)
 
@@ -56,7 +55,7 @@ def accept(p: Tensor, q: Tensor, drafts: Tensor, u: Tensor) -> tuple[Tensor, Ten
     residual = (p_next - q_next).clamp(min=0)
     total = residual.sum(-1, keepdim=True)
     residual = torch.where(total > 0, residual / total.clamp(min=1e-30), p_next)
-    token = draw(residual, u[row, num_accepted, RESAMPLE])
+    token = draw(residual, u[row, num_accepted, speculative.RESAMPLE])
     return num_accepted, token
 
 
