@@ -317,7 +317,7 @@ def lesson_7():
     left.bar(token, overlap, 0.6, color=MIDDLE, label=f"min(p, q): accepted, {overlap.sum():.1f}")
     left.bar(token, p - overlap, 0.6, overlap, color=DARK, label="(p - q)+: what replaces a rejected draft")
     rejected = q > p
-    left.bar(token[rejected], (q - overlap)[rejected], 0.6, overlap[rejected], color="white", edgecolor=ORANGE,
+    left.bar(token[rejected], (q - p)[rejected], 0.6, p[rejected], color="white", edgecolor=ORANGE,
              hatch="//", label="(q - p)+: rejected drafts")
     left.set_xticks(token.tolist(), [f"token {i}" for i in range(3)])
     left.set(ylabel="probability", ylim=(0, 0.85))
