@@ -6,9 +6,12 @@ import torch
 import torch.nn.functional as F
 
 from course import check
+from training import cli
 
 FILE = Path(check.__file__).parent / "06_on_policy/from_nanogpt.py"
-SIZES = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 6, "vocab_size": 50304, "bias": False, "dropout": 0.0}
+SIZES = {
+    "n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 6, "vocab_size": 50304, "bias": False, "dropout": 0.0,
+}
 SHAPES = {
     "ln_1": (8,), "attn.c_attn": (24, 8), "attn.c_proj": (8, 8), "ln_2": (8,), "mlp.c_fc": (32, 8),
     "mlp.c_proj": (8, 32),
@@ -18,7 +21,8 @@ SHAPES = {
 @pytest.fixture
 def weights():
     torch.manual_seed(0)
-    found = {"wte.weight": torch.randn(50304, 8), "wpe.weight": torch.randn(6, 8), "ln_f.weight": torch.rand(8)}
+    found = {"wte.weight": torch.randn(50304, 8), "wpe.weight": torch.randn(6, 8)}
+    found["ln_f.weight"] = torch.rand(8)
     for name, shape in SHAPES.items():
         found[f"h.0.{name}.weight"] = 0.3 * torch.randn(shape)
     return found
@@ -45,6 +49,15 @@ def test_the_network_is_the_same(weights, prefix):
     expected = nanogpt_logits(weights, tokens)[:, :50257]
     # nanoGPT's GELU is exact, GPT-2's an approximation
     torch.testing.assert_close(net(tokens[None]), expected, rtol=0, atol=5e-3)
+
+
+def test_a_file_that_is_no_checkpoint_is_refused_in_one_sentence(tmp_path, capsys):
+    (tmp_path / "ckpt.pt").write_text("no checkpoint")
+    program = check.load(FILE)
+    for name in ("ckpt.pt", "missing.pt"):
+        assert cli.run(program.main, [str(tmp_path / name), str(tmp_path / "new")]) == 2
+        error = capsys.readouterr().err
+        assert "is not a checkpoint of nanoGPT" in error and error.count("\n") == 1
 
 
 def test_another_vocabulary_is_refused():
