@@ -14,6 +14,8 @@ LESSON_1 = [
     ("1/t forgotten", "(nats * masked).sum(-1) / t", "(nats * masked).sum(-1)", "costs less than one"),
     ("mean instead of sum", "(nats * masked).sum(-1) / t", "(nats * masked).sum(-1) / masked.sum(-1)",
      "loss per token"),
+    ("the next token is scored", "tokens[..., None]", "tokens.roll(-1, -1)[..., None]",
+     "compare with the chain rule"),
 ]
 
 
@@ -38,6 +40,10 @@ LESSON_3 = [
      "block = position // layout.block", "where block 0 begins"),
     ("a masked position sees itself only", "noisy[None, :] == noisy[:, None]", "torch.eye(R).bool()",
      "both ways"),
+    ("noisy blocks see earlier noisy blocks", "noisy[None, :] == noisy[:, None]",
+     "noisy[None, :] <= noisy[:, None]", "noisy position 2 sees noisy position 1"),
+    ("noisy blocks see later noisy blocks", "noisy[None, :] == noisy[:, None]",
+     "noisy[None, :] >= noisy[:, None]", "which key lets this query see"),
     ("finished text in blocks", "(position - prompt_len) // layout.context_block",
      "(position - prompt_len) // layout.block", "layout.context_block"),
     ("the shift is dropped", "source = position - layout.logit_shift", "source = position",
@@ -70,6 +76,9 @@ LESSON_4 = [
      "keys and values of which tokens"),
     ("nothing is taken from the cache", "first = min(model.written, start - shift)", "first = 0",
      "are enough"),
+    ("the text is overwritten", "source = torch.arange(start, last) - shift\n",
+     "source = torch.arange(start, last) - shift\n    tokens[start] = 0\n",
+     "print the block after each step"),
 ]
 
 
