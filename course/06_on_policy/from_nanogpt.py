@@ -2,8 +2,8 @@
 
     python course/06_on_policy/from_nanogpt.py ckpt.pt my-gpt
 
-For models of GPT-2's tokens, as nanoGPT's data/openwebtext and data/shakespeare make them. Only numbers are read:
-no code in the file is run.
+For models of GPT-2's tokens, as nanoGPT's data/openwebtext and data/shakespeare make them. Only numbers are
+read: no code in the file is run.
 """
 import pickle
 import sys

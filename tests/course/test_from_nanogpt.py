@@ -10,7 +10,7 @@ from training import cli
 
 FILE = Path(check.__file__).parent / "06_on_policy/from_nanogpt.py"
 SIZES = {
-    "n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 6, "vocab_size": 50304, "bias": False, "dropout": 0.0,
+    "n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 6, "vocab_size": 50304, "bias": False,
 }
 SHAPES = {
     "ln_1": (8,), "attn.c_attn": (24, 8), "attn.c_proj": (8, 8), "ln_2": (8,), "mlp.c_fc": (32, 8),
