@@ -1,0 +1,1 @@
+"""The course: lessons, the laws of their exercises, and the check."""
