@@ -32,7 +32,7 @@ from model import checkpoint
 from model.gpt import GPT, GPTConfig, checkpointed
 from model.masks import AR, Layout
 from report import metrics, trace
-from report.compare import Evaluator, sample_prompt_ids
+from report.compare import Evaluator, affordable_size, sample_prompt_ids
 from report.generate import PROMPT_LENGTHS, can_verify_itself
 from training import cli, dist
 from training.chunked_kl import chunked_kl
@@ -102,7 +102,8 @@ class Config:
     kl: str | None = None       # plain, full or topk:K; default: full from 16,384 ids on (docs/scaling.md)
     # Evaluation
     eval_every: int = 40        # updates between evaluations, each of which also saves
-    eval_texts: int | None = None   # held-out texts of the closing table; default: 512 on toy, 128 on text
+    eval_texts: int | None = None   # of the closing table; default: 512 on toy, else 128 (with --init fewer)
+    eval_tokens: int | None = None  # longest of these texts; default: --length, with --init at most 128
     sample_prompt: str | None = None    # text to continue at each evaluation, for people to read
 
 
@@ -127,9 +128,9 @@ for _name, _dials in opdlm.METHODS.items():
 
 SIZES = {       # defaults that depend on the data
     "toy": {"pretrain_steps": 480, "pretrain_batch": 32, "distill_steps": 580, "warm_steps": 540,
-            "width": 128, "length": 96},
+            "width": 128, "length": 96, "eval_texts": 512},
     "text": {"pretrain_steps": 640, "pretrain_batch": 16, "distill_steps": 246, "warm_steps": 230,
-             "width": 192, "length": 256},
+             "width": 192, "length": 256, "eval_texts": 128},
 }
 
 STEPS = 10**9           # far above any run
@@ -154,6 +155,7 @@ RANGES = {      # values allowed; --block depends on the length, and --width is 
     "seed": Range(0, 2**63 - 1),
     "eval_every": Range(1, STEPS),
     "eval_texts": Range(1, ROWS),
+    "eval_tokens": Range(PROMPT_LENGTHS + 1, 10**6),
 }
 
 
@@ -403,9 +405,12 @@ def resolve_options(config: Config, corpus: Corpus) -> Config:
         sizes = checkpoint.sizes_from_checkpoint(config.init, config.length, defaults["length"])
         config = replace(config, **sizes)
         defaults["lr"] = LEARNING_RATES[config.optimizer] / 10          # large checkpoints need smaller rates
+        if corpus.name != "toy":
+            defaults |= evaluation_size(config, defaults)
     missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     config = replace(config, **missing)
     config = replace(config, block=config.block or config.length)
+    config = replace(config, eval_tokens=config.eval_tokens or config.length)
 
     check_ranges(config, {"length": RANGES["length"]})           # it may be that of --init
     if config.init == "scratch" and config.width % 64:
@@ -418,6 +423,9 @@ def resolve_options(config: Config, corpus: Corpus) -> Config:
     if config.max_response is not None and not config.block <= config.max_response <= config.length:
         raise ValueError(f"--max_response={config.max_response}: expected --block to --length, here "
                          f"{config.block} to {config.length}")
+    if config.eval_tokens > config.length:
+        raise ValueError(f"--eval_tokens={config.eval_tokens}: expected at most --length, here "
+                         f"{config.length}")
     if config.batch % (config.grad_accum * dist.count()):
         raise ValueError(f"--batch={config.batch} must be divisible by --grad_accum={config.grad_accum} "
                          f"times the number of processes, {dist.count()}")
@@ -425,6 +433,18 @@ def resolve_options(config: Config, corpus: Corpus) -> Config:
         raise ValueError(f"--pretrain_batch={config.pretrain_batch} must be divisible by the number of "
                          f"processes, {dist.count()}")
     return config
+
+
+def evaluation_size(config: Config, defaults: dict) -> dict:
+    """--eval_texts and --eval_tokens with --init: evaluation takes at most a tenth of the run's time.
+
+    `config` has its length; `defaults` has the number of updates, if `config` does not say it.
+    """
+    updates = config.distill_steps or defaults["distill_steps"]
+    block = config.block or config.length
+    update_tokens = config.batch * min(config.length, config.max_response or config.length)
+    texts, tokens = affordable_size(update_tokens, updates, config.eval_every, block, config.eval_tokens)
+    return {"eval_texts": texts, "eval_tokens": min(tokens, config.length)}
 
 
 def check_out_dir(config: Config) -> Path:
@@ -525,7 +545,7 @@ def main(argv: list[str]) -> int:
         teacher = dist.compile_blocks(teacher, config.compile)
 
         # 4. evaluate both before distillation
-        evaluator = Evaluator(teacher, corpus, config.length, config.seed, log, prompt, recipe.sampling,
+        evaluator = Evaluator(teacher, corpus, config.eval_tokens, config.seed, log, prompt, recipe.sampling,
                               config.eval_texts)
         pretrain_tokens = config.pretrain_steps * config.pretrain_batch * config.length
         evaluator.evaluate("ar", teacher, AR, reveal.parse("static:1"), pretrain_tokens)

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -289,6 +290,25 @@ def test_init_takes_another_family(kind, monkeypatch, request):
     )
 
 
+def test_the_size_of_an_evaluation(finished_run):
+    """What is pretrained here has the sizes that were published; a checkpoint's fits the run."""
+    def size(name, *flags):
+        config = cli.parse(train_tiny.Config, flags, train_tiny.__doc__, train_tiny.PRESETS)
+        named = replace(story_world_corpus(stories=20, held_out=2), name=name)
+        config = train_tiny.resolve_options(config, named)
+        return config.eval_texts, config.eval_tokens
+
+    init = f"--init={finished_run}/ar"
+    assert size("toy") == (512, 96) == size("toy", init)
+    assert size("tinystories") == (128, 256)
+    assert size("stories", init, "--distill_steps=3", "--batch=2") == (4, 32)
+    assert size("stories", init, "--distill_steps=10000") == (128, 96)
+    assert size("stories", init, "--eval_texts=5", "--eval_tokens=9") == (5, 9)
+    assert size("stories", "--eval_texts=5", "--eval_tokens=9") == (5, 9)
+    texts, tokens = size("stories", init)
+    assert 4 < texts < 128 and tokens == 96
+
+
 def test_text_and_export_of_a_run(capsys, tmp_path):
     assert train("--distill_steps=1", "--out=run") == 0
     for mode, folder in (("ar", "ar"), ("diffusion", "opdlm")):
@@ -379,6 +399,8 @@ def test_what_saves_memory_changes_no_loss():
         (["--warm_steps=-3"], "--warm_steps=-3: expected an integer from 0 to"),
         (["--distill_steps=9999999999"], "=9999999999: expected an integer from 1 to 1000000000"),
         (["--eval_every=0"], "--eval_every=0: expected an integer from 1 to"),
+        (["--eval_tokens=8"], "--eval_tokens=8: expected an integer from 9 to"),
+        (["--eval_tokens=97"], "--eval_tokens=97: expected at most --length, here 96"),
         (["--grad_accum=-1"], "--grad_accum=-1: expected an integer from 1 to"),
         (["--updates_per_rollout=0"], "--updates_per_rollout=0: expected an integer from 1 to"),
         (["--length_ramp=-1"], "--length_ramp=-1: expected an integer from 0 to"),

@@ -6,7 +6,7 @@ return what they are given.
 """
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -184,6 +184,23 @@ def gather_objects(value) -> list:
     if dist.is_initialized():
         dist.all_gather_object(values, value)
     return values
+
+
+def map_shared(function: Callable, items: Sequence) -> list:
+    """The list function(items), where each process computes the part for its share of the items.
+
+    The list of a part must be that part of the whole list. All processes must call, and all get the whole.
+    With fewer items than processes, each of them computes everything: a sharded network needs them all.
+    """
+    if len(items) < count():
+        return function(items)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    start = len(items) * rank // count()
+    stop = len(items) * (rank + 1) // count()
+    whole = []
+    for part in gather_objects(function(items[start:stop])):
+        whole += part
+    return whole
 
 
 def merge_records(records: Iterator[dict], grad_accum: int) -> Iterator[dict]:
