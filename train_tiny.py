@@ -28,7 +28,7 @@ from data import tokenizer
 from data.corpus import Corpus, open_corpus
 from decoding import reveal
 from decoding.sampling import SamplingConfig
-from model import checkpoint
+from model import checkpoint, lora
 from model.gpt import GPT, GPTConfig, checkpointed
 from model.masks import AR, Layout
 from report import metrics, trace
@@ -72,6 +72,7 @@ class Config:
     top_p: float | None = None  # generated text is sampled from the fewest tokens with this total probability
     states: Literal["visited", "random", "prefix", "all"] = "visited"  # masked states to learn on
     target: Literal["teacher", "sampled", "onehot"] = "teacher"  # sampled: the teacher's after --temperature
+    lora: int | None = None     # train an adapter of this rank on the frozen AR model (docs/lora.md)
     weight: Literal["mean", "first", "1/t"] = "first"   # loss weight of a masked position (docs/method.md)
     clean_weight: float = 0.0   # weight of the student's loss as an AR model, for --verifier=self
     clean_text: Literal["own", "data"] = "own"  # of that loss: the update's own text, or training text
@@ -138,6 +139,7 @@ ROWS = 10**6
 RANGES = {      # values allowed; --block depends on the length, and --width is a multiple of 64
     "vocab": Range(257, 10**6),         # 256 bytes and the end-of-text
     "clean_weight": Range(0.0),
+    "lora": Range(1, 10**4),
     "warm_steps": Range(0, STEPS),
     "updates_per_rollout": Range(1, ROWS),
     "max_prompt": Range(1, ROWS),
@@ -308,6 +310,29 @@ def make_recipe(config: Config, eot: int | tuple[int, ...], show: Callable = rep
     return replace(recipe, **chunked_kl(config.kl, config.target, vocab))
 
 
+def check_lora(config: Config) -> None:
+    """ValueError for settings that an adapter cannot have (model/lora.py)."""
+    if config.lora is None:
+        return
+    if config.align != "ar" or config.context != "causal":
+        raise ValueError("--lora needs --align=ar --context=causal: text is read by the frozen AR model")
+    if config.clean_weight:
+        raise ValueError("--clean_weight has no effect with --lora, whose AR model is frozen: leave it out")
+    if config.compile:
+        raise ValueError("--compile has not been tried with --lora: leave it out")
+
+
+def make_student(teacher, config: Config):
+    """The student at its start: a copy of the teacher, or with --lora its weights and an adapter."""
+    if config.lora:
+        student = lora.adapt(teacher, config.lora, config.seed)
+    else:
+        student = copy.deepcopy(teacher)
+    if config.init == "scratch" or not checkpoint.is_student(config.init):
+        student.init_mask()
+    return student if config.lora else dist.shard_and_compile(student, config.compile)
+
+
 def warm_start(recipe: opdlm.Recipe) -> opdlm.Recipe:
     """The recipe of the warm start: training text, since an untrained student writes badly."""
     return replace(recipe, source=opdlm.data_text, states=opdlm.prefix_shown, updates_per_rollout=1)
@@ -464,7 +489,7 @@ def open_state(config: Config, corpus: Corpus, out: Path) -> RunState:
     """The state of the run, saved or new. ValueError if a saved one is of another corpus or pretraining."""
     settings = {**asdict(config), "resume": None, "processes": dist.count()}
     state = RunState(out / STATE, settings, config.resume)
-    fixed = ["optimizer"]
+    fixed = ["optimizer", "lora"]
     if config.init == "scratch":
         fixed += PRETRAIN_FLAGS
     if state.saved_phase == "pretrain":
@@ -487,11 +512,20 @@ def header(config: Config, net, device) -> dict:
     }
 
 
-def save_student(student, tok, recipe: opdlm.Recipe, out: Path, name: str) -> None:
+def base_name(config: Config) -> str | None:
+    """The AR model of a student that is an adapter, as its config.json names it (model/checkpoint.py)."""
+    if config.lora is None:
+        return None
+    if config.init == "scratch":
+        return "../ar"
+    return config.init if config.init.startswith("hf:") else str(Path(config.init).resolve())
+
+
+def save_student(student, tok, recipe: opdlm.Recipe, out: Path, base: str | None, name: str) -> None:
     """Write the student to --out/name, with the way of decoding that it was trained with."""
     rule = recipe.rule
     is_speculative = recipe.source is opdlm.student_ar_text
-    dist.save_checkpoint(out / name, student, tok, recipe.layout,
+    dist.save_checkpoint(out / name, student, tok, recipe.layout, base=base,
                          reveal=str(rule), confidence=rule.confidence.__name__,
                          mode="speculative" if is_speculative else "diffusion",
                          temperature=recipe.sampling.temperature)
@@ -503,6 +537,7 @@ def main(argv: list[str]) -> int:
     check_ranges(config, RANGES)
     check_utf8("sample_prompt", config.sample_prompt)
     make_recipe(config, eot=0)                                   # refuses settings that do not go together
+    check_lora(config)
     device = dist.start(config.device)
 
     with SigtermFlag() as sigterm, FolderLock(config.out):
@@ -536,10 +571,9 @@ def main(argv: list[str]) -> int:
             state.check_teacher(teacher)
 
         # 3. convert: the student is a copy of the teacher under another attention mask
-        student = copy.deepcopy(teacher)
-        if config.init == "scratch" or not checkpoint.is_student(config.init):
-            student.init_mask()
-        student = dist.shard_and_compile(student, config.compile)
+        if config.lora:
+            teacher = teacher.to(getattr(torch, config.teacher_dtype))       # the student has its weights
+        student = make_student(teacher, config)
         optimizer = SkipNonFinite(make_optimizer(config.optimizer, student, config.lr), config.grad_accum)
         teacher = teacher.requires_grad_(False).to(getattr(torch, config.teacher_dtype))
         teacher = dist.compile_blocks(teacher, config.compile)
@@ -552,7 +586,7 @@ def main(argv: list[str]) -> int:
         evaluator.evaluate("before", student, recipe.layout, recipe.rule, 0)
 
         # 5a. warm start: off-policy, on training text
-        save = partial(save_student, student, tok, recipe, out)
+        save = partial(save_student, student, tok, recipe, out, base_name(config))
         conversion = Conversion(student, teacher, corpus, config, optimizer, log, evaluator, save, state,
                                 sigterm)
         warm_steps = min(config.warm_steps, config.distill_steps)

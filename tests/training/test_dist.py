@@ -42,9 +42,9 @@ def run_script(processes, script, *args, **options):
     return subprocess.run(words, capture_output=True, text=True, env=ENV, **options)
 
 
-def convert_in_two(folder, grad_accum=1, start=0, stop=4):
+def convert_in_two(folder, grad_accum=1, start=0, stop=4, rank=0):
     folder.mkdir(exist_ok=True)
-    run = run_script(2, ROOT / "tests/training/worker.py", folder, grad_accum, start, stop, timeout=120)
+    run = run_script(2, ROOT / "tests/training/worker.py", folder, grad_accum, start, stop, rank, timeout=120)
     assert run.returncode == 0, run.stderr
     return json.loads((folder / "results.json").read_text())
 
@@ -92,6 +92,14 @@ def test_a_state_of_two_processes_is_resumed_in_one_and_in_two(one, tmp_path):
     rest = {**one, "records": one["records"][2:]}
     assert_same(worker.convert(tmp_path, steps=range(2, 4)), rest)
     assert_same(convert_in_two(tmp_path / "b", start=2), rest)
+
+
+def test_an_adapter_in_two_processes(tmp_path, monkeypatch):
+    """Whole in both; its gradients are summed."""
+    monkeypatch.setattr(worker, "RANK", 2)
+    one = worker.convert(tmp_path, grad_accum=2)
+    assert all(name.endswith(("lora_A", "lora_B", "mask_vector")) for name in one["grads"])
+    assert_same(one, convert_in_two(tmp_path / "2", rank=2))
 
 
 # the whole command in two processes -----------------------------------------------------------------------
