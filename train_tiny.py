@@ -28,11 +28,11 @@ from data import tokenizer
 from data.corpus import Corpus, open_corpus
 from decoding import reveal
 from decoding.sampling import SamplingConfig
-from model import checkpoint
+from model import checkpoint, lora
 from model.gpt import GPT, GPTConfig, checkpointed
 from model.masks import AR, Layout
 from report import metrics, trace
-from report.compare import Evaluator, sample_prompt_ids
+from report.compare import Evaluator, affordable_size, sample_prompt_ids
 from report.generate import PROMPT_LENGTHS, can_verify_itself
 from training import cli, dist
 from training.chunked_kl import chunked_kl
@@ -72,6 +72,7 @@ class Config:
     top_p: float | None = None  # generated text is sampled from the fewest tokens with this total probability
     states: Literal["visited", "random", "prefix", "all"] = "visited"  # masked states to learn on
     target: Literal["teacher", "sampled", "onehot"] = "teacher"  # sampled: the teacher's after --temperature
+    lora: int | None = None     # train an adapter of this rank on the frozen AR model (docs/lora.md)
     weight: Literal["mean", "first", "1/t"] = "first"   # loss weight of a masked position (docs/method.md)
     clean_weight: float = 0.0   # weight of the student's loss as an AR model, for --verifier=self
     clean_text: Literal["own", "data"] = "own"  # of that loss: the update's own text, or training text
@@ -102,7 +103,8 @@ class Config:
     kl: str | None = None       # plain, full or topk:K; default: full from 16,384 ids on (docs/scaling.md)
     # Evaluation
     eval_every: int = 40        # updates between evaluations, each of which also saves
-    eval_texts: int | None = None   # held-out texts of the closing table; default: 512 on toy, 128 on text
+    eval_texts: int | None = None   # of the closing table; default: 512 on toy, else 128 (with --init fewer)
+    eval_tokens: int | None = None  # longest of these texts; default: --length, with --init at most 128
     sample_prompt: str | None = None    # text to continue at each evaluation, for people to read
 
 
@@ -127,9 +129,9 @@ for _name, _dials in opdlm.METHODS.items():
 
 SIZES = {       # defaults that depend on the data
     "toy": {"pretrain_steps": 480, "pretrain_batch": 32, "distill_steps": 580, "warm_steps": 540,
-            "width": 128, "length": 96},
+            "width": 128, "length": 96, "eval_texts": 512},
     "text": {"pretrain_steps": 640, "pretrain_batch": 16, "distill_steps": 246, "warm_steps": 230,
-             "width": 192, "length": 256},
+             "width": 192, "length": 256, "eval_texts": 128},
 }
 
 STEPS = 10**9           # far above any run
@@ -137,6 +139,7 @@ ROWS = 10**6
 RANGES = {      # values allowed; --block depends on the length, and --width is a multiple of 64
     "vocab": Range(257, 10**6),         # 256 bytes and the end-of-text
     "clean_weight": Range(0.0),
+    "lora": Range(1, 10**4),
     "warm_steps": Range(0, STEPS),
     "updates_per_rollout": Range(1, ROWS),
     "max_prompt": Range(1, ROWS),
@@ -154,6 +157,7 @@ RANGES = {      # values allowed; --block depends on the length, and --width is 
     "seed": Range(0, 2**63 - 1),
     "eval_every": Range(1, STEPS),
     "eval_texts": Range(1, ROWS),
+    "eval_tokens": Range(PROMPT_LENGTHS + 1, 10**6),
 }
 
 
@@ -306,6 +310,29 @@ def make_recipe(config: Config, eot: int | tuple[int, ...], show: Callable = rep
     return replace(recipe, **chunked_kl(config.kl, config.target, vocab))
 
 
+def check_lora(config: Config) -> None:
+    """ValueError for settings that an adapter cannot have (model/lora.py)."""
+    if config.lora is None:
+        return
+    if config.align != "ar" or config.context != "causal":
+        raise ValueError("--lora needs --align=ar --context=causal: text is read by the frozen AR model")
+    if config.clean_weight:
+        raise ValueError("--clean_weight has no effect with --lora, whose AR model is frozen: leave it out")
+    if config.compile:
+        raise ValueError("--compile has not been tried with --lora: leave it out")
+
+
+def make_student(teacher, config: Config):
+    """The student at its start: a copy of the teacher, or with --lora its weights and an adapter."""
+    if config.lora:
+        student = lora.adapt(teacher, config.lora, config.seed)
+    else:
+        student = copy.deepcopy(teacher)
+    if config.init == "scratch" or not checkpoint.is_student(config.init):
+        student.init_mask()
+    return student if config.lora else dist.shard_and_compile(student, config.compile)
+
+
 def warm_start(recipe: opdlm.Recipe) -> opdlm.Recipe:
     """The recipe of the warm start: training text, since an untrained student writes badly."""
     return replace(recipe, source=opdlm.data_text, states=opdlm.prefix_shown, updates_per_rollout=1)
@@ -403,9 +430,12 @@ def resolve_options(config: Config, corpus: Corpus) -> Config:
         sizes = checkpoint.sizes_from_checkpoint(config.init, config.length, defaults["length"])
         config = replace(config, **sizes)
         defaults["lr"] = LEARNING_RATES[config.optimizer] / 10          # large checkpoints need smaller rates
+        if corpus.name != "toy":
+            defaults |= evaluation_size(config, defaults)
     missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     config = replace(config, **missing)
     config = replace(config, block=config.block or config.length)
+    config = replace(config, eval_tokens=config.eval_tokens or config.length)
 
     check_ranges(config, {"length": RANGES["length"]})           # it may be that of --init
     if config.init == "scratch" and config.width % 64:
@@ -418,6 +448,9 @@ def resolve_options(config: Config, corpus: Corpus) -> Config:
     if config.max_response is not None and not config.block <= config.max_response <= config.length:
         raise ValueError(f"--max_response={config.max_response}: expected --block to --length, here "
                          f"{config.block} to {config.length}")
+    if config.eval_tokens > config.length:
+        raise ValueError(f"--eval_tokens={config.eval_tokens}: expected at most --length, here "
+                         f"{config.length}")
     if config.batch % (config.grad_accum * dist.count()):
         raise ValueError(f"--batch={config.batch} must be divisible by --grad_accum={config.grad_accum} "
                          f"times the number of processes, {dist.count()}")
@@ -425,6 +458,18 @@ def resolve_options(config: Config, corpus: Corpus) -> Config:
         raise ValueError(f"--pretrain_batch={config.pretrain_batch} must be divisible by the number of "
                          f"processes, {dist.count()}")
     return config
+
+
+def evaluation_size(config: Config, defaults: dict) -> dict:
+    """--eval_texts and --eval_tokens with --init: evaluation takes at most a tenth of the run's time.
+
+    `config` has its length; `defaults` has the number of updates, if `config` does not say it.
+    """
+    updates = config.distill_steps or defaults["distill_steps"]
+    block = config.block or config.length
+    update_tokens = config.batch * min(config.length, config.max_response or config.length)
+    texts, tokens = affordable_size(update_tokens, updates, config.eval_every, block, config.eval_tokens)
+    return {"eval_texts": texts, "eval_tokens": min(tokens, config.length)}
 
 
 def check_out_dir(config: Config) -> Path:
@@ -444,7 +489,7 @@ def open_state(config: Config, corpus: Corpus, out: Path) -> RunState:
     """The state of the run, saved or new. ValueError if a saved one is of another corpus or pretraining."""
     settings = {**asdict(config), "resume": None, "processes": dist.count()}
     state = RunState(out / STATE, settings, config.resume)
-    fixed = ["optimizer"]
+    fixed = ["optimizer", "lora"]
     if config.init == "scratch":
         fixed += PRETRAIN_FLAGS
     if state.saved_phase == "pretrain":
@@ -467,11 +512,20 @@ def header(config: Config, net, device) -> dict:
     }
 
 
-def save_student(student, tok, recipe: opdlm.Recipe, out: Path, name: str) -> None:
+def base_name(config: Config) -> str | None:
+    """The AR model of a student that is an adapter, as its config.json names it (model/checkpoint.py)."""
+    if config.lora is None:
+        return None
+    if config.init == "scratch":
+        return "../ar"
+    return config.init if config.init.startswith("hf:") else str(Path(config.init).resolve())
+
+
+def save_student(student, tok, recipe: opdlm.Recipe, out: Path, base: str | None, name: str) -> None:
     """Write the student to --out/name, with the way of decoding that it was trained with."""
     rule = recipe.rule
     is_speculative = recipe.source is opdlm.student_ar_text
-    dist.save_checkpoint(out / name, student, tok, recipe.layout,
+    dist.save_checkpoint(out / name, student, tok, recipe.layout, base=base,
                          reveal=str(rule), confidence=rule.confidence.__name__,
                          mode="speculative" if is_speculative else "diffusion",
                          temperature=recipe.sampling.temperature)
@@ -483,6 +537,7 @@ def main(argv: list[str]) -> int:
     check_ranges(config, RANGES)
     check_utf8("sample_prompt", config.sample_prompt)
     make_recipe(config, eot=0)                                   # refuses settings that do not go together
+    check_lora(config)
     device = dist.start(config.device)
 
     with SigtermFlag() as sigterm, FolderLock(config.out):
@@ -516,23 +571,22 @@ def main(argv: list[str]) -> int:
             state.check_teacher(teacher)
 
         # 3. convert: the student is a copy of the teacher under another attention mask
-        student = copy.deepcopy(teacher)
-        if config.init == "scratch" or not checkpoint.is_student(config.init):
-            student.init_mask()
-        student = dist.shard_and_compile(student, config.compile)
+        if config.lora:
+            teacher = teacher.to(getattr(torch, config.teacher_dtype))       # the student has its weights
+        student = make_student(teacher, config)
         optimizer = SkipNonFinite(make_optimizer(config.optimizer, student, config.lr), config.grad_accum)
         teacher = teacher.requires_grad_(False).to(getattr(torch, config.teacher_dtype))
         teacher = dist.compile_blocks(teacher, config.compile)
 
         # 4. evaluate both before distillation
-        evaluator = Evaluator(teacher, corpus, config.length, config.seed, log, prompt, recipe.sampling,
+        evaluator = Evaluator(teacher, corpus, config.eval_tokens, config.seed, log, prompt, recipe.sampling,
                               config.eval_texts)
         pretrain_tokens = config.pretrain_steps * config.pretrain_batch * config.length
         evaluator.evaluate("ar", teacher, AR, reveal.parse("static:1"), pretrain_tokens)
         evaluator.evaluate("before", student, recipe.layout, recipe.rule, 0)
 
         # 5a. warm start: off-policy, on training text
-        save = partial(save_student, student, tok, recipe, out)
+        save = partial(save_student, student, tok, recipe, out, base_name(config))
         conversion = Conversion(student, teacher, corpus, config, optimizer, log, evaluator, save, state,
                                 sigterm)
         warm_steps = min(config.warm_steps, config.distill_steps)

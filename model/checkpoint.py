@@ -8,10 +8,12 @@
 
 Safetensors contain numbers only, so loading a checkpoint never runs code from it.
 
-Three keys of config.json are this project's own. "student" is the layout of a student. "mask_file" names the
-file with its [MASK] vector. If [MASK] is a token of the vocabulary instead, "mask_token_id" is its id.
+Four keys of config.json are this project's own. "student" is the layout of a student. "mask_file" names the
+file with its [MASK] vector. If [MASK] is a token of the vocabulary instead, "mask_token_id" is its id. "base"
+is the AR model of a student that is an adapter (model/lora.py): hf:NAME, or a folder, relative to its own.
 """
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -36,9 +38,12 @@ if TYPE_CHECKING:       # otherwise imported where it is needed: GPT-2 runs with
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"      # names the files of weights that come in several
 MASK_FILE = "mask.safetensors"
+ADAPTER = "adapter_model.safetensors"       # this file and the next one are those of `peft`
+ADAPTER_CONFIG = "adapter_config.json"
 TOKENIZER_FILES = ("bpe.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                    "generation_config.json")
-FILES = ["config.json", WEIGHTS, "model-*-of-*.safetensors", INDEX, MASK_FILE, *TOKENIZER_FILES]
+FILES = ["config.json", WEIGHTS, "model-*-of-*.safetensors", INDEX, MASK_FILE, ADAPTER,
+         ADAPTER_CONFIG, *TOKENIZER_FILES]
 OWN_FILES = (*FILES, "importance.json")     # what is replaced with a checkpoint; other files stay
 
 MASK = "mask_vector"        # the parameter that `transformers` does not know
@@ -286,6 +291,8 @@ def ar_folder(name: str) -> Path:
     then goes on. ValueError for other students.
     """
     _, layout = read_layout_and_config(name)
+    if base := base_of(name):
+        raise ValueError(f"--init={name} is a student that is an adapter of {base}: give that checkpoint")
     if layout and not layout.is_ar_model:
         raise ValueError(f"--init={name} is a student already (block {layout.block}), and not an AR model "
                          "under a causal mask: give the AR model that it was converted from, for example a "
@@ -322,6 +329,8 @@ def load(name: str | Path,
     """The network of a checkpoint, and its layout if it is a student. `dtype` None: that of the files."""
     config, layout = read_layout_and_config(name)
     folder = fetch(name)
+    if base := base_of(name):
+        return load_adapted(folder, base, dtype), layout
     with one_sentence_errors(folder):
         state = rename_tensors(read_tensors(folder), config)
         check_layers(config, state)
@@ -337,6 +346,46 @@ def load(name: str | Path,
             state = {key: x.to(dtype) for key, x in state.items()}
         net.load_state_dict(state, assign=True)
     return net, layout
+
+
+def base_of(name: str | Path) -> str | None:
+    """The AR model that a student is an adapter of: hf:NAME or a folder. None if it has all its weights."""
+    base = read_config(name).get("base")
+    if base is None or base.startswith("hf:"):
+        return base
+    return os.path.normpath(fetch(name).resolve() / base)
+
+
+def load_adapted(folder: Path, base: str, dtype: torch.dtype | None) -> "GPT | Llama":
+    """The AR model `base` with the adapter in the folder, which has float32 numbers."""
+    from model import lora
+
+    if not base.startswith("hf:") and not Path(base, "config.json").exists():
+        raise ValueError(f"{folder} is an adapter of the AR model in {base}, which is not there: copy it "
+                         "there, or write its place into base in config.json")
+    with one_sentence_errors(folder):
+        if base_of(base):
+            raise ValueError(f"base in config.json: {base} is an adapter itself")
+        settings = files.read_json(folder / ADAPTER_CONFIG)
+        config_check.check_values(settings, config_check.ADAPTER_KEYS)
+        frozen, _ = load(base, dtype)
+        net = lora.adapt(frozen, settings["r"])
+        tensors = read_file(folder, ADAPTER, "the folder")
+        if net.mask_vector is not None:
+            mask_file = read_config(folder).get("mask_file", MASK_FILE)
+            tensors |= read_file(folder, mask_file, "mask_file in config.json")
+        expected = net.state_dict()
+        state = {}
+        for key in lora.adapter_names(net):
+            name = key if key == MASK else lora.peft_name(to_hf_name(net.config, key))
+            if name not in tensors:
+                raise ValueError(f"{name} is missing in {ADAPTER}")
+            if tensors[name].shape != expected[key].shape:
+                raise ValueError(f"{name}: expected shape {tuple(expected[key].shape)}, got "
+                                 f"{tuple(tensors[name].shape)}; is {base} its AR model?")
+            state[key] = tensors[name]
+        net.load_state_dict(state, strict=False)                 # the other tensors are those of the base
+    return net
 
 
 def network_without_weights(config: "GPTConfig | LlamaConfig") -> "GPT | Llama":
@@ -478,34 +527,54 @@ def shape_in_file(config: "GPTConfig | LlamaConfig", key: str, x: Tensor) -> tup
 # 4. save ------------------------------------------------------------------------------------------------
 
 def save(folder: str | Path, net: "GPT | Llama", tokenizer, layout: Layout | None = None,
-         state: dict[str, Tensor] | None = None, **extra) -> None:
+         state: dict[str, Tensor] | None = None, base: str | None = None, **extra) -> None:
     """Write a checkpoint. If that fails, the previous content of the folder stays.
 
-    `layout`: of a student. `state`: the state dict, if the network is sharded. `extra`: keys for config.json.
+    `layout`: of a student. `state`: the state dict, if the network is sharded. `base`: the AR model of an
+    adapter, which alone is written. `extra`: keys for config.json.
     """
     if state is None:
         state = {name: p.detach().cpu().contiguous() for name, p in net.state_dict().items()}
+    if base:
+        from model import lora
+
+        state = {name: state[name] for name in lora.adapter_names(net)}
+        extra["base"] = base
     eos = list(tokenizer.eos)
     special_ids = {"bos_token_id": tokenizer.bos, "eos_token_id": eos if len(eos) > 1 else eos[0]}
     with files.replace_folder(Path(folder), OWN_FILES) as new_folder:
         write_files(new_folder, net.config, state, layout, {**special_ids, **extra})
+        if base:
+            settings = lora.peft_config(net, base)
+            (new_folder / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=1), encoding="utf-8")
         tokenizer.save(new_folder)
 
 
 def export(name: str | Path, folder: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write the checkpoint `name` to a new folder, with its tokenizer and the other keys of its config.json.
 
-    Tensors keep their bytes, unless `dtype` is given.
+    Tensors keep their bytes, unless `dtype` is given. An adapter is exported as one, without its AR model.
     """
     source = fetch(name)
     folder = Path(folder)
     if folder.exists():
         raise ValueError(f"--export={folder} exists already: give the name of a new folder")
+    base = base_of(name)
+    if base and dtype:
+        raise ValueError(f"--dtype has no effect on {name}: it is an adapter of {base}; leave it out")
     net, layout = load(name, dtype)
     config = dict(read_config(name))
     config.pop("auto_map", None)  # names code that is not exported
+    state = net.state_dict()
     with files.replace_folder(folder, OWN_FILES, may_exist=False) as new_folder:
-        write_files(new_folder, net.config, net.state_dict(), layout, config)
+        if base:
+            from model import lora
+
+            config["base"] = base
+            state = {key: state[key] for key in lora.adapter_names(net)}
+            settings = json.dumps(lora.peft_config(net, base), indent=1)
+            (new_folder / ADAPTER_CONFIG).write_text(settings, encoding="utf-8")
+        write_files(new_folder, net.config, state, layout, config)
         for file in TOKENIZER_FILES:
             if (source / file).is_file():
                 shutil.copyfile(source / file, new_folder / file)
@@ -517,13 +586,19 @@ def export(name: str | Path, folder: str | Path, dtype: torch.dtype | None = Non
 
 def write_files(folder: Path, config: "GPTConfig | LlamaConfig", state: dict[str, Tensor],
                 layout: Layout | None, extra: dict) -> None:
-    """Write the tensors and config.json, with the keys `extra`."""
+    """Write the tensors and config.json, with the keys `extra`; with a "base", `state` is an adapter."""
     tensors = {}
     for key, x in state.items():
         if key != MASK:
             x = x.T if is_transposed(config, key) else x
             tensors[to_hf_name(config, key)] = x.contiguous()
-    files.write_tensors(folder / WEIGHTS, tensors)
+    if "base" in extra:
+        from model import lora
+
+        tensors = {lora.peft_name(name): x for name, x in tensors.items()}
+        files.write_tensors(folder / ADAPTER, tensors)
+    else:
+        files.write_tensors(folder / WEIGHTS, tensors)
 
     own_keys = {}
     if layout:

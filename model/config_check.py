@@ -54,6 +54,10 @@ OWN_KEYS = {        # of this project; missing keys have defaults
     "reveal": Expected(str),
     "confidence": Expected(str),
     "trained": OBJECT,
+    "base": Expected(str),
+}
+ADAPTER_KEYS = {    # of adapter_config.json
+    "r": Expected(int, 1, 10 ** 5),
 }
 GPT2_KEYS = {
     "vocab_size": COUNT,

@@ -212,7 +212,8 @@ class Llama(nn.Module):
             return self.wte(tokens)
         is_mask = tokens == self.mask_id
         table_row = tokens.masked_fill(is_mask, 0)  # the table has no row for [MASK]
-        return torch.where(is_mask[..., None], self.mask_vector, self.wte(table_row))
+        x = self.wte(table_row)
+        return torch.where(is_mask[..., None], self.mask_vector.to(x.dtype), x)
 
     @torch.no_grad()
     def init_mask(self) -> "Llama":

@@ -17,11 +17,15 @@ from data.tinystories import Corpus, stories
 from decoding.sampling import SamplingConfig
 from model.masks import AR, Layout
 from report import curves, generate, metrics, trace
-from training.log import to_json
+from training.log import progress_of_passes, to_json
 
 SAMPLE_TOKENS = 32      # tokens generated after --sample_prompt
 LONG_BLOCK = 32         # tokens; the likelihood takes one pass per token of a block, so longer blocks ...
 FEW_STORIES = 64        # ... are scored on this many stories only
+QUICK_STORIES = 32      # of an evaluation between updates
+NUM_TEXTS = (4, 128)    # affordable_size: the least and the most texts ...
+TEXT_TOKENS = (32, 128)     # ... and tokens of a text
+TRAIN_POSITIONS = 7     # of an update, per token: teacher, student, and twice as much for its backward pass
 TABLE_METRICS = ("val_nats", "bits_per_byte", "gen_nats", "valid", "broken", "recovery", "agreement",
                  "distinct2", "entropy", "tok_per_fwd", "bytes_per_fwd", "positions_per_tok", "tok_s")
 
@@ -32,8 +36,9 @@ class Evaluator:
     """Evaluates the models of a run on the same held-out stories, and writes the results to the log.
 
     There are `count` stories; by default 512 of the story world, which come with a validity checker, or 128.
-    All models generate text with the same `sampling`. `sample_prompt` (P,) is also continued at each
-    evaluation, with the same random numbers each time.
+    They are cut after `length` tokens, and generated texts have as many at most. All models generate text
+    with the same `sampling`. `sample_prompt` (P,) is also continued at each evaluation, with the same random
+    numbers each time.
     """
 
     def __init__(self, teacher, corpus: Corpus, length: int, seed: int, log,
@@ -58,7 +63,8 @@ class Evaluator:
     def evaluate(self, name: str, net, layout: Layout, rule, train_tokens: int) -> None:
         """Evaluate a model in full: name is ar, before or after."""
         generator = generate.diffusion_generator(net, layout, rule, self.sampling)
-        self.add_column(name, net, layout, generator, train_tokens)
+        positions = diffusion_positions(layout.block)
+        self.add_column(name, net, layout, generator, train_tokens, positions)
         model = "ar" if name == "ar" else "student"
         self.log.write({"phase": "eval", "of": model, "tokens": train_tokens, **self.metrics[name]})
         self.log_sample(name, net, layout, rule, model, train_tokens)
@@ -66,18 +72,27 @@ class Evaluator:
     def evaluate_speculative(self, student, layout: Layout, train_tokens: int) -> None:
         """Evaluate the student as an AR model whose text it drafts itself, several tokens at once."""
         generator = generate.speculative_generator(student, layout, None, self.sampling)
-        self.add_column("speculative", student, AR, generator, train_tokens)
+        positions = speculative_positions(layout.block)
+        self.add_column("speculative", student, AR, generator, train_tokens, positions)
 
     def add_column(self, name: str, net, layout: Layout, generator: generate.TextGenerator,
-                   train_tokens: int) -> None:
-        self.metrics[name], self.traces[name] = evaluate_model(
-            net, self.teacher, layout, generator, self.held_out, self.tokenizer, self.length, self.seed,
-            self.judge)
+                   train_tokens: int, positions: int) -> None:
+        """One column of the table. An evaluated token takes about so many `positions` of forward passes."""
+        title = f"evaluation of {name}"
+        num_tokens = len(self.held_out) * self.length
+        print(f"{title}: {len(self.held_out)} texts of up to {self.length} tokens", flush=True)
+        with progress_of_passes(title, num_tokens * positions, net, self.teacher):
+            self.metrics[name], self.traces[name] = evaluate_model(
+                net, self.teacher, layout, generator, self.held_out, self.tokenizer, self.length, self.seed,
+                self.judge)
         self.metrics[name]["train_tokens"] = train_tokens
 
     def quick_eval(self, net, layout: Layout, train_tokens: int, rule) -> float:
         """val_nats of the student on the first 32 stories."""
-        numbers = metrics.likelihood(net, self.held_out[:32], layout, self.tokenizer)
+        quick = self.held_out[:QUICK_STORIES]
+        positions = len(quick) * self.length * likelihood_positions(layout.block)
+        with progress_of_passes("evaluation", positions, net):
+            numbers = metrics.likelihood(net, quick, layout, self.tokenizer)
         self.log.write({"phase": "eval", "of": "student", "tokens": train_tokens, **numbers})
         self.log_sample(f"{train_tokens / 1e3:.1f}k", net, layout, rule, "student", train_tokens)
         return numbers["val_nats"]
@@ -158,7 +173,51 @@ def evaluate_model(net, teacher, layout: Layout, generator: generate.TextGenerat
     return numbers, traces[0]
 
 
-# 3. the report ------------------------------------------------------------------------------------
+# 3. what an evaluation costs ----------------------------------------------------------------------
+# Positions of forward passes per evaluated token, about. They take most of the time, of updates too.
+
+def likelihood_positions(block: int) -> int:
+    """A held-out token is scored: one pass over two streams for each slot of a block."""
+    return 2 * block
+
+
+def diffusion_positions(block: int) -> int:
+    """A token is scored, one is generated, and the teacher reads it. An AR model has block 1."""
+    return likelihood_positions(block) + block + 1
+
+
+def speculative_positions(block: int) -> int:
+    """The same of a student that verifies its own drafts, at about two tokens per forward pass."""
+    generated = block * (block + 1) // 2
+    return likelihood_positions(1) + generated + 1
+
+
+def affordable_size(update_tokens: int, updates: int, eval_every: int, block: int,
+                    text_tokens: int | None = None) -> tuple[int, int]:
+    """How many texts, of how many tokens, keep evaluation to a tenth of a run that pretrains nothing.
+
+    The run takes `updates`, each on `update_tokens`, with an evaluation every `eval_every` of them. There are
+    at least 4 texts of 32 tokens, even if that is more than a tenth of a very short run. `text_tokens`, if
+    given, is kept.
+    """
+    quick = updates // eval_every * likelihood_positions(block)
+    columns = diffusion_positions(1) + 2 * diffusion_positions(block) + speculative_positions(block)
+    training = updates * update_tokens * TRAIN_POSITIONS
+    evaluation = training // 9                                   # positions
+    num_tokens = evaluation // (columns + quick)
+    tokens = text_tokens or clamp(num_tokens // NUM_TEXTS[0], *TEXT_TOKENS)
+    texts = num_tokens // tokens
+    if texts > QUICK_STORIES:                                    # the others are only in the columns
+        texts = (evaluation // tokens - QUICK_STORIES * quick) // columns
+    return clamp(texts, *NUM_TEXTS), tokens
+
+
+def clamp(x: int, low: int, high: int) -> int:
+    """The number nearest to x from low to high."""
+    return min(max(x, low), high)
+
+
+# 4. the report ------------------------------------------------------------------------------------
 
 def table(numbers: dict[str, dict]) -> str:
     """The metrics of several models as text: a column per model, a row per metric that all of them have."""

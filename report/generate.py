@@ -1,7 +1,7 @@
 """Ways to generate text: diffusion with any reveal rule (AR is block size 1), and speculative decoding."""
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
@@ -13,6 +13,7 @@ from decoding.reveal import Rule
 from decoding.sampling import SamplingConfig, padding_id
 from model.masks import Layout
 from report import metrics, trace
+from training import dist
 
 MAX_SELF_BLOCK = 64         # of a student that verifies itself: its forward passes have block * block masks
 MAX_POSITIONS = 2 ** 15     # of the texts that are generated together, which bounds the memory
@@ -89,20 +90,32 @@ def generate_texts(generator: TextGenerator, stories: list[Tensor], eot: int | t
 
     The prompts are the first `min_prompt` to `min_prompt + 7` tokens of the stories, in turn. All responses
     have the same maximal length: `length` minus the longest prompt. The texts are a list of batches, each of
-    them a pair (Rollout, (B,) prompt lengths).
+    them a pair (Rollout on the CPU, (B,) prompt lengths). Every process generates its share of the texts; all
+    must call.
     """
     device = generator.net.wte.weight.device
     response_len = length - (min_prompt + PROMPT_LENGTHS - 1)
-    texts = []
+
+    def generate_share(story_ids: range) -> list:
+        texts = []
+        for i in range(0, len(story_ids), batch):
+            row_ids = story_ids[i:i + batch]
+            prompts = [stories[k][:min_prompt + k % PROMPT_LENGTHS] for k in row_ids]
+            prompt_lens = torch.tensor(list(map(len, prompts)))
+            tokens = metrics.padded(prompts, padding_id(eot)).to(device)   # (B, P)
+            rollout = generator(tokens, response_len, seed, row_ids, eot, prompt_lens.to(device))
+            texts.append((on_cpu(rollout), prompt_lens))
+        return texts
+
     began = time.perf_counter()
-    for first in range(0, len(stories), batch):
-        row_ids = range(first, min(first + batch, len(stories)))
-        prompts = [stories[k][:min_prompt + k % PROMPT_LENGTHS] for k in row_ids]
-        prompt_lens = torch.tensor(list(map(len, prompts)))
-        tokens = metrics.padded(prompts, padding_id(eot)).to(device)   # (B, P)
-        rollout = generator(tokens, response_len, seed, row_ids, eot, prompt_lens.to(device))
-        texts.append((rollout, prompt_lens))
+    texts = dist.map_shared(generate_share, range(len(stories)))
     return texts, time.perf_counter() - began
+
+
+def on_cpu(rollout: opdlm.Rollout) -> opdlm.Rollout:
+    """The same rollout, in the memory of the CPU."""
+    tensors = {field.name: getattr(rollout, field.name).cpu() for field in fields(rollout)}
+    return opdlm.Rollout(**tensors)
 
 
 @dataclass

@@ -29,6 +29,8 @@ from decoding.sampling import is_end
 from model.masks import Layout
 from training import dist
 
+MAX_LOGITS = 2 ** 27    # numbers in the logits of a pass; with large vocabularies it reads fewer rows
+
 # 1. held-out likelihood ---------------------------------------------------------------------------
 
 def held_out(stream: np.ndarray, starts: np.ndarray, count: int, length: int,
@@ -87,6 +89,9 @@ def story_nats(net, stories: list[Tensor], layout: Layout, eot: int, batch: int 
     device = net.wte.weight.device
     by_length = sorted(range(len(stories)), key=lambda i: len(stories[i]))
     nats = torch.zeros(len(stories))
+    longest = max(map(len, stories), default=1)
+    read_per_row = -(-longest // layout.block)                   # positions of one pass
+    batch = min(batch, rows_at_once(net, read_per_row))
     for i in range(0, len(stories), batch):
         story_ids = by_length[i:i + batch]
         tokens = padded([stories[k] for k in story_ids], eot)
@@ -111,12 +116,22 @@ def story_nats(net, stories: list[Tensor], layout: Layout, eot: int, batch: int 
     return nats
 
 
+def rows_at_once(net, num_read: int) -> int:
+    """How many rows to read in one pass, each with the logits of `num_read` positions: at least one."""
+    return max(1, MAX_LOGITS // (num_read * net.config.vocab))
+
+
 def likelihood(net, stories: list[Tensor], layout: Layout, tokenizer) -> dict:
     """val_nats and bits_per_byte. An end-of-text counts as a token of the story, but has no bytes.
 
-    The first token of a story is not scored, nor are its bytes counted.
+    The first token of a story is not scored, nor are its bytes counted. Every process scores its share of the
+    stories; all must call.
     """
-    total_nats = story_nats(net, stories, layout, tokenizer.eot).sum().item()
+    def nats_of_share(share: list[Tensor]) -> list[float]:
+        return story_nats(net, share, layout, tokenizer.eot).tolist()
+
+    nats = dist.map_shared(nats_of_share, stories)
+    total_nats = torch.tensor(nats).sum().item()
     total_tokens = sum(len(story) - 1 for story in stories)
     total_bytes = 0
     for story in stories:
@@ -135,6 +150,7 @@ def text_metrics(teacher, texts: list, seconds: float, tokenizer, judge: Callabl
     """All metrics of generated texts that took `seconds`.
 
     `judge(story)` gives for each sentence of a story the set of laws that it breaks (data/story_world.py).
+    Every process lets the teacher read its share of the batches; all must call.
     """
     rollouts = [rollout for rollout, _ in texts]
     responses = []
@@ -144,12 +160,18 @@ def text_metrics(teacher, texts: list, seconds: float, tokenizer, judge: Callabl
     forwards = sum(rollout.forwards.sum().item() for rollout in rollouts)
     positions = sum(rollout.positions.sum().item() for rollout in rollouts)
     num_bytes = sum(response_bytes(*batch, tokenizer) for batch in texts)
+    def read_share(share: list) -> list[tuple[float, int]]:
+        results = []
+        for rollout in share:
+            nats, is_argmax = read_by(teacher, rollout)
+            results.append((nats.sum().item(), int(is_argmax.sum())))
+        return results
+
     teacher_nats = 0.0
     num_argmax = 0
-    for rollout in rollouts:
-        nats, is_argmax = read_by(teacher, rollout)
-        teacher_nats += nats.sum().item()
-        num_argmax += int(is_argmax.sum())
+    for batch_nats, batch_argmax in dist.map_shared(read_share, rollouts):
+        teacher_nats += batch_nats
+        num_argmax += batch_argmax
     metrics = {
         "gen_nats": teacher_nats / num_tokens,
         "distinct2": distinct_pairs(responses),
@@ -254,15 +276,22 @@ def read_by(teacher, rollout: opdlm.Rollout) -> tuple[Tensor, Tensor]:
 
     The second says whether a token is the teacher's most likely one, given the text before it.
     """
-    B, T = rollout.tokens.shape
-    rows, position = rollout.response_mask.nonzero(as_tuple=True)            # (N,) each
-    read = rows * T + position - 1  # an AR model's logits at i - 1 predict token i
-    log_probs = teacher(rollout.tokens, read=read).float().log_softmax(-1)   # (N, V)
-    token = rollout.tokens[rows, position]
-    token_nats = -log_probs.gather(1, token[:, None])[:, 0]
-    zeros = torch.zeros(B, dtype=torch.float64, device=rows.device)
-    is_argmax = log_probs.argmax(-1) == token
-    return zeros.index_add(0, rows, token_nats.double()), is_argmax
+    device = teacher.wte.weight.device
+    T = rollout.tokens.size(1)
+    B = rows_at_once(teacher, T)
+    nats = []
+    is_argmax = []
+    for tokens, mask in zip(rollout.tokens.split(B), rollout.response_mask.split(B)):
+        tokens = tokens.to(device)                               # (B, T)
+        rows, position = mask.to(device).nonzero(as_tuple=True)  # (N,) each
+        read = rows * T + position - 1  # an AR model's logits at i - 1 predict token i
+        log_probs = teacher(tokens, read=read).float().log_softmax(-1)       # (N, V)
+        token = tokens[rows, position]
+        token_nats = -log_probs.gather(1, token[:, None])[:, 0]
+        zeros = torch.zeros(len(tokens), dtype=torch.float64, device=device)
+        nats.append(zeros.index_add(0, rows, token_nats.double()))
+        is_argmax.append(log_probs.argmax(-1) == token)
+    return torch.cat(nats), torch.cat(is_argmax)
 
 
 # 3. FLOPs -----------------------------------------------------------------------------------------

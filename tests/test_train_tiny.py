@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -289,6 +290,67 @@ def test_init_takes_another_family(kind, monkeypatch, request):
     )
 
 
+@pytest.mark.parametrize("flags", [[], ["--init=finished/ar", "--checkpointing", "--teacher_dtype=bfloat16"]])
+def test_an_adapter_is_trained_saved_resumed_and_sampled(flags, finished_run, capsys):
+    """The AR model is not changed; the files of the student and of the state hold the adapter alone."""
+    shutil.copytree(finished_run, "finished")
+    folder = "finished/ar" if flags else "whole/ar"
+    flags = ["--lora=2", "--eval_texts=2", "--lr=0.01", "--lr_schedule=constant", *flags]
+    assert train(*flags, "--distill_steps=4", "--out=whole") == 0
+    assert train(*flags, "--distill_steps=2", "--out=parts") == 0
+    student = "opdlm/adapter_model.safetensors"
+    whole = Path("whole", student).read_bytes()
+    assert Path("parts", student).read_bytes() != whole
+    assert train(*flags, "--distill_steps=4", "--out=parts", "--resume") == 0
+    assert Path("parts", student).read_bytes() == whole
+
+    teacher, _ = checkpoint.load(folder)
+    net, layout = checkpoint.load("whole/opdlm")
+    tokens = torch.arange(40)[None]
+    assert layout == Layout(4, 1, 1) and torch.equal(net(tokens), teacher(tokens))
+    masks = torch.full_like(tokens, net.mask_id)
+    assert not torch.allclose(net(masks), teacher(masks), atol=1e-3)
+    size = Path(folder, "model.safetensors").stat().st_size
+    for file in (student, "state.safetensors"):
+        assert Path("whole", file).stat().st_size < size / 5
+    numbers = json.loads(Path("whole/summary.json").read_text())
+    assert numbers["speculative"]["val_nats"] == numbers["ar"]["val_nats"]
+    assert numbers["after"]["val_nats"] != numbers["before"]["val_nats"]
+
+    capsys.readouterr()
+    words = ["--prompt=One day", "--length=8", "--device=cpu", "--temperature=0"]
+    assert cli.run(sample.main, ["--ckpt=whole", "--export=new"]) == 0
+    said = []
+    for ckpt in ("whole", "new"):
+        capsys.readouterr()
+        assert cli.run(sample.main, [f"--ckpt={ckpt}", "--mode=speculative", "--verifier=self", *words]) == 0
+        said.append(capsys.readouterr().out.split("\n\n")[0])
+    assert cli.run(sample.main, [f"--ckpt={folder}", "--mode=ar", *words]) == 0
+    said.append(capsys.readouterr().out.split("\n\n")[0])
+    if "--teacher_dtype=bfloat16" not in flags:
+        assert len(set(said)) == 1
+    assert said[0] == said[1] and said[0].startswith("One day")
+
+
+def test_the_size_of_an_evaluation(finished_run):
+    """What is pretrained here has the sizes that were published; a checkpoint's fits the run."""
+    def size(name, *flags):
+        config = cli.parse(train_tiny.Config, flags, train_tiny.__doc__, train_tiny.PRESETS)
+        named = replace(story_world_corpus(stories=20, held_out=2), name=name)
+        config = train_tiny.resolve_options(config, named)
+        return config.eval_texts, config.eval_tokens
+
+    init = f"--init={finished_run}/ar"
+    assert size("toy") == (512, 96) == size("toy", init)
+    assert size("tinystories") == (128, 256)
+    assert size("stories", init, "--distill_steps=3", "--batch=2") == (4, 32)
+    assert size("stories", init, "--distill_steps=10000") == (128, 96)
+    assert size("stories", init, "--eval_texts=5", "--eval_tokens=9") == (5, 9)
+    assert size("stories", "--eval_texts=5", "--eval_tokens=9") == (5, 9)
+    texts, tokens = size("stories", init)
+    assert 4 < texts < 128 and tokens == 96
+
+
 def test_text_and_export_of_a_run(capsys, tmp_path):
     assert train("--distill_steps=1", "--out=run") == 0
     for mode, folder in (("ar", "ar"), ("diffusion", "opdlm")):
@@ -379,6 +441,14 @@ def test_what_saves_memory_changes_no_loss():
         (["--warm_steps=-3"], "--warm_steps=-3: expected an integer from 0 to"),
         (["--distill_steps=9999999999"], "=9999999999: expected an integer from 1 to 1000000000"),
         (["--eval_every=0"], "--eval_every=0: expected an integer from 1 to"),
+        (["--lora=0"], "--lora=0: expected an integer from 1 to 10000"),
+        (["--lora=2", "--context=block"], "--lora needs --align=ar --context=causal"),
+        (["--lora=2", "--align=paper"], "--lora needs --align=ar --context=causal"),
+        (["--lora=2", "--clean_weight=0.5"], "--clean_weight has no effect with --lora"),
+        (["--lora=2", "--compile"], "--compile has not been tried with --lora"),
+        (["--resume", "--lora=2"], "--lora was None and is 2"),
+        (["--eval_tokens=8"], "--eval_tokens=8: expected an integer from 9 to"),
+        (["--eval_tokens=97"], "--eval_tokens=97: expected at most --length, here 96"),
         (["--grad_accum=-1"], "--grad_accum=-1: expected an integer from 1 to"),
         (["--updates_per_rollout=0"], "--updates_per_rollout=0: expected an integer from 1 to"),
         (["--length_ramp=-1"], "--length_ramp=-1: expected an integer from 0 to"),

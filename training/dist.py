@@ -6,7 +6,7 @@ return what they are given.
 """
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model import checkpoint
+from model import checkpoint, lora
 
 # 1. processes -------------------------------------------------------------------------------------
 
@@ -125,7 +125,7 @@ def scatter_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def local_params(net) -> dict[str, Tensor]:
-    """The state dict of this process: shards if the network is sharded.
+    """The state dict of this process: shards if the network is sharded, of an adapted network the adapter.
 
     After a forward pass the network has gathered copies of its parameters, and changes of the copies are
     lost. Therefore the copies are dropped first.
@@ -133,7 +133,10 @@ def local_params(net) -> dict[str, Tensor]:
     for module in net.modules():
         if hasattr(module, "reshard"):
             module.reshard()
-    return net.state_dict()
+    state = net.state_dict()
+    if lora.is_adapted(net):
+        return {name: state[name] for name in lora.adapter_names(net)}
+    return state
 
 
 def full_state(net) -> dict[str, Tensor]:
@@ -145,13 +148,17 @@ def full_state(net) -> dict[str, Tensor]:
 
 
 def sum_gradients(params: list[Tensor]) -> None:
-    """Turn the gradients, which FSDP averages over processes, into sums.
+    """Turn the gradients into sums over processes. FSDP averages them; an adapter has those of its process.
 
     A loss is divided by the rows of all processes, so its gradient is the sum.
     """
-    if count() > 1:
-        for p in params:
+    if count() == 1:
+        return
+    for p in params:
+        if hasattr(p.grad, "full_tensor"):
             p.grad.mul_(count())
+        else:
+            dist.all_reduce(p.grad)
 
 
 def save_checkpoint(folder: Path, net, tokenizer, layout=None, **extra) -> None:
@@ -184,6 +191,23 @@ def gather_objects(value) -> list:
     if dist.is_initialized():
         dist.all_gather_object(values, value)
     return values
+
+
+def map_shared(function: Callable, items: Sequence) -> list:
+    """The list function(items), where each process computes the part for its share of the items.
+
+    The list of a part must be that part of the whole list. All processes must call, and all get the whole.
+    With fewer items than processes, each of them computes everything: a sharded network needs them all.
+    """
+    if len(items) < count():
+        return function(items)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    start = len(items) * rank // count()
+    stop = len(items) * (rank + 1) // count()
+    whole = []
+    for part in gather_objects(function(items[start:stop])):
+        whole += part
+    return whole
 
 
 def merge_records(records: Iterator[dict], grad_accum: int) -> Iterator[dict]:

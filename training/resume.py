@@ -206,7 +206,7 @@ def load_state(path: Path, net, optimizer, settings: dict) -> dict:
     net_state = {}
     for name, p in params.items():
         net_state[name] = scatter_like(tensors[f"net.{name}"], p)
-    net.load_state_dict(net_state)
+    net.load_state_dict(net_state, strict=False)                 # of an adapted network, only the adapter
 
     optimizer_params = [p for group in optimizer.param_groups for p in group["params"]]
     states = {}

@@ -303,3 +303,24 @@ def test_distill_flops_by_hand():
     assert metrics.distill_flops(config, record) == 70 * 8 * body + (70 + 4 * 30) * head
     on_training_text = metrics.distill_flops(config, {**record, "positions": 0})
     assert on_training_text == 70 * 7 * body + 4 * 30 * head
+
+
+# 5. memory --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_a_large_vocabulary_is_read_in_parts_with_the_same_numbers(layout, tiny, monkeypatch):
+    net = tiny()
+    letters = Letters()
+    texts = [example_batch()]
+
+    def measure():
+        numbers = metrics.likelihood(net, stories(), layout, letters)
+        return numbers | metrics.text_metrics(net, texts, 1.0, letters, None)
+
+    whole = measure()
+    largest = []
+    monkeypatch.setattr(metrics, "MAX_LOGITS", 8 * net.config.vocab)
+    net.register_forward_hook(lambda net, inputs, logits: largest.append(logits.numel()))
+    assert measure() == pytest.approx(whole, rel=1e-6)
+    assert max(largest) <= 14 * net.config.vocab                 # a story of 14 tokens is not divided
+    assert len(largest) > 8

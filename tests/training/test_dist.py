@@ -42,9 +42,9 @@ def run_script(processes, script, *args, **options):
     return subprocess.run(words, capture_output=True, text=True, env=ENV, **options)
 
 
-def convert_in_two(folder, grad_accum=1, start=0, stop=4):
+def convert_in_two(folder, grad_accum=1, start=0, stop=4, rank=0):
     folder.mkdir(exist_ok=True)
-    run = run_script(2, ROOT / "tests/training/worker.py", folder, grad_accum, start, stop, timeout=120)
+    run = run_script(2, ROOT / "tests/training/worker.py", folder, grad_accum, start, stop, rank, timeout=120)
     assert run.returncode == 0, run.stderr
     return json.loads((folder / "results.json").read_text())
 
@@ -92,6 +92,14 @@ def test_a_state_of_two_processes_is_resumed_in_one_and_in_two(one, tmp_path):
     rest = {**one, "records": one["records"][2:]}
     assert_same(worker.convert(tmp_path, steps=range(2, 4)), rest)
     assert_same(convert_in_two(tmp_path / "b", start=2), rest)
+
+
+def test_an_adapter_in_two_processes(tmp_path, monkeypatch):
+    """Whole in both; its gradients are summed."""
+    monkeypatch.setattr(worker, "RANK", 2)
+    one = worker.convert(tmp_path, grad_accum=2)
+    assert all(name.endswith(("lora_A", "lora_B", "mask_vector")) for name in one["grads"])
+    assert_same(one, convert_in_two(tmp_path / "2", rank=2))
 
 
 # the whole command in two processes -----------------------------------------------------------------------
@@ -201,3 +209,60 @@ def test_compiled_blocks_give_the_same_and_share_what_is_compiled(monkeypatch, t
             assert all(a == pytest.approx(b, rel=1e-9) for a, b in zip(plain, compiled, strict=True))
     assert max(counts) < 2 * 8, counts                           # two kinds of blocks
     assert "recompile_limit" not in caplog.text  # the compiler stops at 8 graphs of one kind
+
+
+# shared work ----------------------------------------------------------------------------------------------
+
+SHARING = """
+import torch
+from decoding import reveal
+from model.masks import Layout
+from report import generate, metrics
+from tests.training import worker
+from training import dist
+
+class Letters:
+    eot = ends = worker.EOT
+
+    def decode(self, ids):
+        return "".join(chr(97 + i) for i in ids)
+
+def measure():
+    net = worker.make_teacher()
+    layout = Layout(4, 1, 1)
+    stories = [worker.story(i) for i in range(5)]
+    text = generate.diffusion_generator(net, layout, reveal.parse("threshold:0.3"))
+    passes = []
+    net.register_forward_hook(lambda net, inputs, output: passes.append(inputs[0].numel()))
+    texts, _ = generate.generate_texts(text, stories, worker.EOT, 24, seed=0)
+    numbers = metrics.likelihood(net, stories, layout, Letters())
+    numbers |= metrics.text_metrics(net, texts, 1.0, Letters(), None)
+    numbers["tokens"] = [ids for rollout, _ in texts for ids in metrics.response_ids(rollout)]
+    return numbers, sum(passes)
+
+if __name__ == "__main__":
+    import json
+    dist.start("cpu")
+    numbers, positions = measure()
+    few = dist.map_shared(lambda share: [f"{len(share)}" for _ in share], [7])
+    numbers |= {"positions": dist.gather_objects(positions), "few": few}
+    if dist.is_first():
+        print(json.dumps(numbers))
+    dist.end()
+"""
+
+
+def test_processes_share_an_evaluation(tmp_path):
+    """Each does its part of the work; all get the numbers of one process."""
+    script = tmp_path / "sharing.py"
+    script.write_text(SHARING)
+    run = run_script(2, script, timeout=60)
+    assert run.returncode == 0, run.stderr
+    two = json.loads(run.stdout)
+    functions = {"__name__": "sharing"}
+    exec(SHARING, functions)
+    one, positions = functions["measure"]()
+    assert two.pop("few") == ["1"]                               # fewer items than processes
+    assert all(0.3 * positions < of_process < 0.7 * positions for of_process in two.pop("positions"))
+    assert two.pop("tokens") == one.pop("tokens")
+    assert two == pytest.approx(one, rel=1e-6)

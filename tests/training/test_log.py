@@ -3,6 +3,10 @@ import json
 import math
 import sys
 
+import pytest
+import torch
+
+from training import log
 from training.log import Log
 
 
@@ -25,19 +29,19 @@ def test_a_new_log_begins_with_its_header(tmp_path):
 
 
 def test_lines_in_a_pipe(tmp_path, capsys):
-    log = Log(tmp_path / "log.jsonl", {}, resume=False)
-    log.step({"phase": "distil", "step": 7, "kl": 1.0}, 120, "kl 1.000 nats")
+    run = Log(tmp_path / "log.jsonl", {}, resume=False)
+    run.step({"phase": "distil", "step": 7, "kl": 1.0}, 120, "kl 1.000 nats")
     assert capsys.readouterr().out == "distil      7/120 | kl 1.000 nats\n"
 
 
 def test_a_phase_has_one_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    log = Log(tmp_path / "log.jsonl", {}, resume=False)
+    run = Log(tmp_path / "log.jsonl", {}, resume=False)
     bars = []
     for phase, step, total in (("pretrain", 3, 4), ("pretrain", 4, 4), ("distil", 1, 9), ("distil", 2, 9)):
-        log.step({"phase": phase, "step": step}, total, f"{phase} loss {step}")
-        bars.append(log.bar)
-        assert (log.bar.n, log.bar.total, log.bar.desc.rstrip(": ")) == (step, total, phase)
+        run.step({"phase": phase, "step": step}, total, f"{phase} loss {step}")
+        bars.append(run.bar)
+        assert (run.bar.n, run.bar.total, run.bar.desc.rstrip(": ")) == (step, total, phase)
     assert bars[0] is bars[1] is not bars[2] is bars[3]
     assert bars[0].initial == 2                                  # a resumed phase starts where it stopped
     assert bars[0].disable and not bars[2].disable               # only the finished one is closed
@@ -57,3 +61,46 @@ def test_numbers_that_are_not_finite_become_null(tmp_path):
     for line in path.read_text().splitlines():
         found = json.loads(line, parse_constant=refuse)
         assert found == record | {"kl": None, "eval": {"nats": [None, None, 2]}}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The seconds that have passed, in a list of one number."""
+    seconds = [0.0]
+    monkeypatch.setattr(log.time, "monotonic", lambda: seconds[0])
+    return seconds
+
+
+def test_progress_in_a_pipe_is_a_line_at_most_once_a_minute(clock, capsys):
+    progress = log.Progress("evaluation", 400)
+    for second in range(1, 151):
+        clock[0] = float(second)
+        progress.add(2)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["evaluation: 30% after 01:00, about 02:20 left",
+                     "evaluation: 60% after 02:00, about 01:20 left"]
+    progress.add(1000)                                           # the total was an estimate
+    assert progress.line() == "evaluation: 100% after 02:30, about 00:00 left"
+
+
+def test_progress_on_a_terminal_is_a_bar(clock, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    progress = log.Progress("evaluation", 10)
+    progress.add(4)
+    assert (progress.bar.n, progress.bar.total) == (4, 10)
+    progress.close()
+    said = capsys.readouterr()
+    assert "evaluation" in said.err and not said.out
+
+
+def test_forward_passes_are_counted_only_within_the_task(tiny, monkeypatch):
+    done = []
+    monkeypatch.setattr(log.Progress, "add", lambda self, amount: done.append(amount))
+    net = tiny()
+    tokens = torch.zeros(3, 5, dtype=torch.long)
+    with pytest.raises(KeyboardInterrupt):
+        with log.progress_of_passes("evaluation", 100, net, net):
+            net(tokens)
+            raise KeyboardInterrupt
+    net(tokens)
+    assert done == [15]

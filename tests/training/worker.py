@@ -1,6 +1,6 @@
 """A short conversion in float64 in any number of processes, for test_dist.py.
 
-Arguments: folder, gradient accumulation steps, first update, end of the updates.
+Arguments: folder, gradient accumulation steps, first update, end of the updates, rank of an adapter or 0.
 """
 import copy
 import json
@@ -12,6 +12,7 @@ import torch
 import opdlm
 from decoding.denoiser import Denoiser
 from decoding.reveal import parse
+from model import lora
 from model.gpt import GPT, GPTConfig
 from model.masks import Layout
 from training import dist
@@ -21,6 +22,7 @@ from training.resume import load_state, save_state, start_progress
 EOT = 10
 BATCH = 4
 LAYERS = 2
+RANK = None                 # of an adapter; None: the whole student is trained
 
 
 def make_teacher() -> GPT:
@@ -66,7 +68,7 @@ def make_recipe(grad_accum: int, rollouts: list) -> opdlm.Recipe:
         shard_rows=dist.shard_rows,
         grad_accum=grad_accum,
         updates_per_rollout=2,
-        clean_weight=0.5,
+        clean_weight=0.0 if RANK else 0.5,
     )
     recipe.source = student_text                                 # the check accepts only opdlm.student_text
     return recipe
@@ -75,8 +77,11 @@ def make_recipe(grad_accum: int, rollouts: list) -> opdlm.Recipe:
 def convert(folder: Path, grad_accum: int = 1, steps: range = range(4), compile: bool = False) -> dict:
     """Records, gradients of the last update, rollouts. Resumes from `folder` unless `steps` starts at 0."""
     teacher = make_teacher()
-    student = copy.deepcopy(teacher).init_mask().requires_grad_(True)
-    student = dist.shard_and_compile(student, compile)
+    if RANK:
+        student = lora.adapt(teacher, RANK).init_mask()
+    else:
+        student = copy.deepcopy(teacher).init_mask().requires_grad_(True)
+        student = dist.shard_and_compile(student, compile)
     teacher = dist.compile_blocks(teacher, compile)
     optimizer = SkipNonFinite(Muon(student), grad_accum)
     state_file = folder / "state.safetensors"
@@ -89,7 +94,10 @@ def convert(folder: Path, grad_accum: int = 1, steps: range = range(4), compile:
     recipe = make_recipe(grad_accum, rollouts)
     records = opdlm.train(student, teacher, stories, recipe, optimizer, lambda step: 20, steps)
     records = list(dist.merge_records(records, grad_accum))
-    grads = {name: dist.gather(p.grad).tolist() for name, p in student.named_parameters()}
+    grads = {}
+    for name, p in student.named_parameters():
+        if p.requires_grad:
+            grads[name] = dist.gather(p.grad).tolist()
     save_state(state_file, student, optimizer, progress | {"step": steps.stop})
     return {"records": records, "grads": grads, "rollouts": dist.gather_objects(rollouts)}
 
@@ -97,7 +105,8 @@ def convert(folder: Path, grad_accum: int = 1, steps: range = range(4), compile:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.start("cpu")
-    folder, grad_accum, start, stop = sys.argv[1:]
+    folder, grad_accum, start, stop, rank = sys.argv[1:]
+    RANK = int(rank)
     results = convert(Path(folder), int(grad_accum), range(int(start), int(stop)))
     if dist.is_first():
         Path(folder, "results.json").write_text(json.dumps(results))
