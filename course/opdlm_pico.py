@@ -1,6 +1,6 @@
 """OPDLM in one file: an autoregressive (AR) model becomes a block-diffusion model by on-policy distillation.
 
-    python opdlm_pico.py        about a minute on one CPU core; needs torch and nothing else
+    python opdlm_pico.py        one to two minutes on one CPU core; needs only torch
 
 An AR model of characters learns a rhyme. The student is a copy of it with another attention mask, so that it
 can predict a block of K characters at once. The student writes a text. The frozen AR model, the teacher, says
@@ -57,7 +57,8 @@ class GPT(nn.Module):
 def attention(position, noisy):
     """(T, T) bool: may the query (row) attend to the key (column)? `noisy` (T,): in a block with masks?"""
     block = (position - P) // K                         # blocks are counted from the end of the prompt
-    query_noisy, key_noisy = noisy[:, None], noisy[None, :]
+    query_noisy = noisy[:, None]
+    key_noisy = noisy[None, :]
     causal = position[None, :] <= position[:, None]
     earlier_block = block[None, :] < block[:, None]
     same_block = block[None, :] == block[:, None]
