@@ -14,6 +14,7 @@ from decoding.denoiser import Denoiser
 from decoding.sampling import SamplingConfig, uniforms
 from model.gpt import GPT, GPTConfig
 from model.masks import Layout
+from unmasking import grpo
 from unmasking import policy as policy_module
 from unmasking.grpo import (
     RecordingRule,
@@ -21,6 +22,7 @@ from unmasking.grpo import (
     Trajectory,
     additive,
     grpo_update,
+    imitate,
     imitation_update,
     mixture,
     reward,
@@ -465,6 +467,58 @@ def test_an_update_is_the_gradient_of_the_objective_by_hand(net, mix_in_expert):
         assert torch.allclose(gradient, expected_gradient, atol=1e-4 * size, rtol=1e-4)
     assert record["loss"] == pytest.approx(0, abs=1e-6)                  # the advantages of a group sum to 0
     assert record["reward"] == pytest.approx(rewards[0].mean().item())
+    own = generate_recorded.recorders[0].trajectory()
+    assert record["quality"] == pytest.approx(quality_by_prompt(generate_recorded.texts[0]).mean().item())
+    assert record["exploration"] == own.exploration(policy) > 0
+    assert (record["step"], record["tied_groups"]) == (1, 0)
+    assert record["nfe"] == pytest.approx(own.nfe.float().mean().item())
+
+
+def test_tied_groups_are_counted_and_without_others_there_is_no_step(net):
+    """A group in which all texts have the same reward teaches nothing."""
+    policy = make_policy()
+    settings = Settings(length=14, group_size=3, prompts=2, reward=lambda quality, *_: quality)
+    optimizer = torch.optim.SGD(policy.parameters(), 0.1)
+
+    def one_group_is_tied(text):
+        return (text.tokens[:, 0] == 1) * torch.arange(6.0)
+
+    def all_are_tied(text):
+        return text.tokens[:, 0].float()
+    tied, = train(policy, RecordedTexts(net, 2), all_are_tied, settings, optimizer, range(1))
+    assert tied["tied_groups"] == 1 and "loss" not in tied
+    half, = train(policy, RecordedTexts(net, 2), one_group_is_tied, settings, optimizer, range(1))
+    assert half["tied_groups"] == 0.5 and half["norm"] > 0
+
+
+def test_imitation_begins_with_the_expert_s_texts_and_then_also_labels_the_policy_s(net, monkeypatch):
+    """Every state is in one of ten minibatches, each of which is learned from three times."""
+    policy = make_policy()
+    expert = reveal.parse("threshold:0.35")
+    settings = Settings(length=14, group_size=3, prompts=2, expert=expert)
+    optimizer = torch.optim.SGD(policy.parameters(), 0.0)
+    per_state = []
+
+    def recording_steps(losses, *rest):
+        values = torch.tensor([loss().item() for loss in losses]).view(3, 10)
+        assert torch.equal(values, values[:1].expand(3, 10))
+        per_state.append(values[0])
+        return {}
+    monkeypatch.setattr(grpo, "gradient_steps", recording_steps)
+    texts = RecordedTexts(net, 2)
+    rates = []
+    records = list(imitate(policy, texts, quality_by_prompt, settings, optimizer, range(2, 4), rates.append))
+    first, own, second = texts.recorders
+    assert first.rule is second.rule is expert
+    assert isinstance(own.rule, PolicyRule) and own.rule.explore
+    assert [len(text.tokens) for text in texts.texts] == [2, 6, 2]
+    assert rates == [2, 3] and [record["step"] for record in records] == [3, 4]
+    assert records[1]["nfe"] == pytest.approx(own.trajectory().nfe.float().mean().item())
+    for losses, recorders in zip(per_state, ([first], [own, second])):
+        labelled = [recorder.trajectory().relabelled(expert) for recorder in recorders]
+        log_prob = torch.cat([trajectory.log_prob(policy)[0] for trajectory in labelled])     # (N,)
+        expected = [-log_prob[i::10].mean().item() for i in range(10)]
+        assert losses.tolist() == pytest.approx(expected, rel=1e-5)
 
 
 class World:

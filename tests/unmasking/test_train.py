@@ -1,5 +1,6 @@
 """python -m unmasking.train: the quality of texts, resuming, and what the command refuses."""
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from model.masks import Layout
 from training import cli
 from unmasking import train
 from unmasking.grpo import Settings
-from unmasking.policy import load_policy
+from unmasking.policy import Policy, PolicyConfig, load_policy
 
 TOK = story_world_corpus(stories=20, held_out=2).tokenizer
 SHORT = ("--updates=6", "--length=28")
@@ -75,6 +76,85 @@ def test_no_two_texts_share_their_random_numbers(monkeypatch):
             generate(rule, update, count)
     assert [len(u) for u in numbers] == [6, 2] * 3
     assert len(torch.cat(numbers).unique()) == 3 * (6 + 2)
+
+
+def test_prompts_have_all_lengths_and_each_update_its_own_texts(monkeypatch):
+    """Each prompt stands before `count` adjacent rows; an update's prompts are the next ones."""
+    settings = Settings(length=10, group_size=3, prompts=2)
+    prompts = []
+
+    def stories(row_ids):
+        return torch.tensor(list(row_ids))[:, None].expand(-1, 30)
+
+    def recording_rollout(denoiser, prompt, *rest):
+        prompts.append(prompt)
+    monkeypatch.setattr(train.opdlm, "rollout", recording_rollout)
+    generate = train.make_generator(make_net(0), Layout(4, 1, 1), stories, settings, seed=0, eot=TOK.eot)
+    for update in range(200):
+        generate(reveal.parse("static:1"), update, 3)
+    assert {prompt.size(1) for prompt in prompts} == set(range(12, 20))
+    assert [prompt[:, 0].tolist() for prompt in prompts[:2]] == [[0, 0, 0, 1, 1, 1], [2, 2, 2, 3, 3, 3]]
+
+
+def test_the_bounds_of_quality_are_quantiles_of_the_student_s_own_text(tiny):
+    """Of text that is not the story world: 3/4 of 4 texts per prompt are likely, 1/20 too repetitive."""
+    net = tiny(vocab=TOK.vocab_size, context=96)
+    rows = torch.randint(5, 12, (16, 8), generator=torch.Generator().manual_seed(0)).tolist()
+    text = rollout_of(*rows)
+    calls = []
+
+    def generate(rule, update, count):
+        calls.append((str(rule), update, count))
+        return text
+    corpus = replace(story_world_corpus(stories=20, held_out=2), name="text")
+    quality = train.make_quality(corpus, net, generate)
+    assert calls == [("static:1", 0, 4)]
+    nll, distinct2 = train.nll_and_distinct2(text, net)
+    assert distinct2.min() < distinct2.quantile(0.05) < distinct2.max()
+    is_likely = nll <= nll.quantile(0.75)
+    is_varied = distinct2 >= distinct2.quantile(0.05)
+    assert is_likely.sum() == 12
+    assert quality(text).tolist() == (is_likely & is_varied).float().tolist()
+
+
+# its phases ----------------------------------------------------------------------------------------------
+
+def test_the_three_phases_by_hand():
+    """Imitation, GRPO for speed, GRPO for alpha; after imitation at a sixth of the learning rate."""
+    settings = Settings(length=10, alpha=2, lr=0.6, warmup_alpha=5)
+
+    def phases(settings, ends):
+        return [(p.method.__name__, p.settings.alpha, p.updates, p.lr)
+                for p in train.make_phases(settings, ends)]
+    assert phases(settings, (2, 5, 9)) == [("imitate", 2, range(2), 0.6), ("train", 5, range(2, 5), 0.6 / 6),
+                                           ("train", 2, range(5, 9), 0.6 / 6)]
+    assert phases(settings, (0, 1, 2))[1:] == [("train", 5, range(1), 0.6), ("train", 2, range(1, 2), 0.6)]
+    assert phases(replace(settings, alpha=7), (1, 2, 3))[1][1] == 7      # never slower than asked for
+
+
+def test_the_learning_rate_of_a_phase_rises_and_falls():
+    """Ten updates of linear warm-up, times a cosine to a tenth over the updates of the phase."""
+    phase = train.Phase(None, None, range(20, 60), lr=0.4)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
+    set_lr = train.make_lr_schedule(optimizer, phase)
+    rates = []
+    for update in phase.updates:
+        set_lr(update)
+        rates.append(optimizer.param_groups[0]["lr"])
+    warm = [min(1, (k + 1) / 10) for k in range(40)]
+    shape = [0.55 + 0.45 * math.cos(math.pi * k / 40) for k in range(40)]
+    expected = [0.4 * warm[k] * shape[k] for k in range(40)]
+    assert rates == pytest.approx(expected)
+
+
+def test_weights_without_a_gradient_decay_by_a_tenth_of_the_learning_rate():
+    policy = Policy(PolicyConfig(4, 16)).init_weights(torch.Generator().manual_seed(0))
+    before = [p.detach().clone() for p in policy.parameters()]
+    for p in policy.parameters():
+        p.grad = torch.zeros_like(p)
+    train.make_adamw(policy, 0.5).step()
+    for p, old in zip(policy.parameters(), before):
+        assert torch.allclose(p, old * (1 - 0.1 * 0.5))
 
 
 # the command ---------------------------------------------------------------------------------------------
@@ -164,7 +244,10 @@ def test_a_run_that_can_learn_nothing_says_so(student, capsys):
     assert run("--updates=60", "--length=22") == 0
     assert records()[-1]["step"] == 40                           # 20 updates of imitation, and 20 more
     message = "in 20 updates in a row all texts of each group had the same reward"
-    assert f"{message}, so there is nothing to learn" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"{message}, so there is nothing to learn" in out
+    assert "imitate     1/60 | reward 0.000 | quality 0.00 |" in out
+    assert "steps | tied groups 1.00\n" in out
 
 
 def test_out_is_another_folder(student):
@@ -280,14 +363,19 @@ def test_text_is_scored_by_the_named_ar_model_or_by_that_of_the_run(student, mon
 @pytest.mark.parametrize("world", ["blocks", "whole"])
 def test_the_command_has_the_settings_that_were_measured(world, student, monkeypatch):
     """Those of experiments/unmasking, and for full-sequence models also the expert; --lr is another rate."""
-    settings = []
-    monkeypatch.setattr(train, "train_policy", lambda *args: settings.append(args[5]))
+    calls = []
+    monkeypatch.setattr(train, "train_policy", lambda *args: calls.append(args))
     if world == "whole":
         net, _ = checkpoint.load("run/opdlm")
         layout = Layout(40, 1, 1)
         checkpoint.save("run/opdlm", net, TOK, layout, reveal="leftmost:0.9", confidence="largest")
-    assert run() == run("--lr=0.01", "--alpha=3") == 0
-    default, changed = settings
+    assert run() == run("--lr=0.01", "--alpha=3", "--updates=8", "--seed=5") == 0
+    default, changed = (args[5] for args in calls)
+    ends = (110, 220, 330) if world == "whole" else (150, 300, 450)
+    assert [args[6] for args in calls] == [ends, (2, 5, 8)]
+    assert [args[7] for args in calls] == [0, 5]
+    header = calls[1][9]
+    assert (header["lr"], header["alpha"], header["resume"]) == (0.01, 3, None)
     length = train.max_response(40)
     assert default == Settings(length, expert=default.expert, **WORLDS[world].learning)
     assert changed == replace(default, lr=0.01, alpha=3)
