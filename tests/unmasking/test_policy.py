@@ -16,11 +16,15 @@ from model.gpt import GPT, GPTConfig
 from model.masks import Layout
 from unmasking import policy as policy_module
 from unmasking.grpo import (
+    DAGGER_START,
+    IMITATION_EPOCHS,
+    IMITATION_MINIBATCHES,
     RecordingRule,
     Settings,
     Trajectory,
     additive,
     grpo_update,
+    imitate,
     imitation_update,
     mixture,
     reward,
@@ -464,7 +468,43 @@ def test_an_update_is_the_gradient_of_the_objective_by_hand(net, mix_in_expert):
     for gradient, expected_gradient in zip(found, expected):
         assert torch.allclose(gradient, expected_gradient, atol=1e-4 * size, rtol=1e-4)
     assert record["loss"] == pytest.approx(0, abs=1e-6)                  # the advantages of a group sum to 0
+    trajectory = generate_recorded.recorders[0].trajectory()             # of the policy's texts
     assert record["reward"] == pytest.approx(rewards[0].mean().item())
+    assert record["quality"] == pytest.approx(quality_by_prompt(generate_recorded.texts[0]).mean().item())
+    assert record["nfe"] == pytest.approx(trajectory.nfe.float().mean().item())
+    assert record["exploration"] == pytest.approx(trajectory.exploration(policy))
+    assert (record["step"], record["tied_groups"]) == (1, 0)
+
+
+def test_the_expert_s_texts_are_imitated_and_after_some_updates_also_its_choices_in_the_policy_s(net):
+    """The policy's texts explore. The loss of the last minibatch, by hand, has the labels of all texts."""
+    G = 3
+    prompts = 4
+    policy = make_policy()
+    expert = reveal.parse("threshold:0.35")
+    settings = Settings(length=14, group_size=G, prompts=prompts, expert=expert)
+    no_step = torch.optim.SGD(policy.parameters(), 0.0)
+    num_steps = []
+    no_step.register_step_post_hook(lambda *_: num_steps.append(1))
+    rates = []
+    updates = range(DAGGER_START - 1, DAGGER_START + 1)
+    generate_recorded = RecordedTexts(net, prompts)
+    records = list(imitate(policy, generate_recorded, quality_by_prompt, settings, no_step, updates,
+                           rates.append))
+    first, of_policy, of_expert = generate_recorded.recorders
+    assert (first.rule, of_expert.rule) == (expert, expert)
+    assert of_policy.rule.policy is policy and of_policy.rule.explore is True
+    assert [len(text.tokens) for text in generate_recorded.texts] == [prompts, prompts * G, prompts]
+    assert rates == list(updates)
+    assert len(num_steps) == 2 * IMITATION_EPOCHS * IMITATION_MINIBATCHES
+    for record, recorders, update in zip(records, ([first], [of_policy, of_expert]), updates):
+        log_probs = []
+        for recorder in recorders:
+            log_probs.append(recorder.trajectory().relabelled(expert).log_prob(policy)[0])
+        last = torch.cat(log_probs)[IMITATION_MINIBATCHES - 1::IMITATION_MINIBATCHES]
+        assert record["loss"] == pytest.approx(-last.mean().item(), rel=1e-5)
+        assert record["nfe"] == pytest.approx(recorders[0].trajectory().nfe.float().mean().item())
+        assert record["step"] == update + 1
 
 
 class World:
