@@ -169,7 +169,10 @@ def ar_model(config: Config, corpus: Corpus, device, saved_phase: str | None = N
     `saved_phase` is that of a run to resume: in pretrain the AR model is continued, in distil it must exist.
     """
     if config.init != "scratch":
-        net, _ = checkpoint.load(config.init)
+        dtype = torch.float32
+        if config.lora:                                          # no copy of these weights is trained
+            dtype = getattr(torch, config.teacher_dtype)
+        net, _ = checkpoint.load(config.init, dtype)
         return net.to(device), True
     folder = Path(config.out, "ar")
     changes = ["it does not exist"]
@@ -238,7 +241,7 @@ def pretrain(net: GPT, corpus: Corpus, config: Config, log: Log, state: RunState
         next_tokens = window[:, 1:]
         mask, position = separate_texts(tokens, corpus.tokenizer.bos)
         logits = net(tokens, mask, position)                     # (B * T, V)
-        loss = F.cross_entropy(logits, next_tokens.flatten(), reduction="sum") / (B * T)
+        loss = F.cross_entropy(logits.float(), next_tokens.flatten(), reduction="sum") / (B * T)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -330,7 +333,9 @@ def make_student(teacher, config: Config):
         student = copy.deepcopy(teacher)
     if config.init == "scratch" or not checkpoint.is_student(config.init):
         student.init_mask()
-    return student if config.lora else dist.shard_and_compile(student, config.compile)
+    if config.lora:
+        return dist.in_bf16_on_gpu(student)
+    return dist.shard_and_compile(student, config.compile)
 
 
 def warm_start(recipe: opdlm.Recipe) -> opdlm.Recipe:

@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model import config_check, files
@@ -332,7 +331,7 @@ def load(name: str | Path,
     if base := base_of(name):
         return load_adapted(folder, base, dtype), layout
     with one_sentence_errors(folder):
-        state = rename_tensors(read_tensors(folder), config)
+        state = rename_tensors(read_tensors(folder, dtype), config)
         check_layers(config, state)
         net = network_without_weights(config)
         state = from_hf(net, state)
@@ -398,16 +397,16 @@ def network_without_weights(config: "GPTConfig | LlamaConfig") -> "GPT | Llama":
         return Llama(config)
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, from one file or from several with an index."""
+def read_tensors(folder: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """All tensors of a checkpoint in this number format, from one file or from several with an index."""
     if (folder / WEIGHTS).exists():
-        return read_file(folder, WEIGHTS, "the folder")
+        return read_file(folder, WEIGHTS, "the folder", dtype)
     if not (folder / INDEX).exists():
         raise ValueError(f"it has no {WEIGHTS}, and other formats of weights are not supported")
     weight_map = files.read_json(folder / INDEX)["weight_map"]
     tensors = {}
     for file in sorted(set(weight_map.values())):
-        for key, x in read_file(folder, file, INDEX).items():
+        for key, x in read_file(folder, file, INDEX, dtype).items():
             if key in tensors:
                 raise ValueError(f"{key} is in two of the files that {INDEX} names")
             tensors[key] = x
@@ -417,13 +416,22 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def read_file(folder: Path, file: str, named_by: str) -> dict[str, Tensor]:
-    """The tensors in a file of the folder. ValueError if it leads out of the folder or was not downloaded."""
+def read_file(folder: Path, file: str, named_by: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The tensors in a file of the folder. ValueError if it leads out of the folder or was not downloaded.
+
+    They are converted to `dtype` one by one, so that no file is in memory twice. Those in a format that is
+    not supported stay in it.
+    """
     path = folder / file
     if Path(file).name != file or not path.is_file() or not is_within(path, folder):
         raise ValueError(f"{named_by} names {file}, which is not in the folder: download it again")
     files.refuse_lfs_pointer(path)
-    return load_file(path)
+    tensors = {}
+    with safe_open(path, "pt") as content:
+        for key in content.keys():
+            x = content.get_tensor(key)
+            tensors[key] = x.to(dtype) if dtype and x.dtype in DTYPES else x
+    return tensors
 
 
 def is_within(path: Path, folder: Path) -> bool:

@@ -165,7 +165,9 @@ class ChunkedKL(torch.autograd.Function):
         hidden, table, bias = ctx.saved_tensors
         student = LazyLogits(hidden, table, bias)
         grad_hidden = torch.empty_like(hidden)
-        grad_table = torch.zeros_like(table, dtype=at_least_fp32(table[:0]).dtype)  # bf16 would round the sum
+        grad_table = None
+        if ctx.needs_input_grad[1]:  # not of a frozen table, which --lora has
+            grad_table = torch.zeros_like(table, dtype=at_least_fp32(table[:0]).dtype)  # bf16 rounds sums
         for chunk in chunks(len(hidden)):
             log_probs = student.logits(chunk).log_softmax(-1)                # (n, V)
             q = ctx.target.probs(chunk, log_probs)                           # (n, V)
@@ -174,8 +176,11 @@ class ChunkedKL(torch.autograd.Function):
             grad_logits.mul_(grad_kl[chunk, None])
             grad_logits = grad_logits.to(table.dtype)  # as in the backward pass of the plain output layer
             grad_hidden[chunk] = grad_logits @ table
-            add_product(grad_table, grad_logits.T, hidden[chunk])
-        return grad_hidden, grad_table.to(table.dtype), None, None
+            if grad_table is not None:
+                add_product(grad_table, grad_logits.T, hidden[chunk])
+        if grad_table is not None:
+            grad_table = grad_table.to(table.dtype)
+        return grad_hidden, grad_table, None, None
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -93,6 +93,19 @@ def compile_blocks(net, enabled: bool):
     return net
 
 
+def uses_autocast(device_type: str, is_sharded: bool) -> bool:
+    """Whether a network in training computes in bf16 by autocast: on a GPU, unless FSDP casts its weights."""
+    return device_type == "cuda" and not is_sharded
+
+
+def in_bf16_on_gpu(net, is_sharded: bool = False):
+    """The network; on a GPU its forward passes compute in bf16. Its weights stay in float32."""
+    device_type = net.wte.weight.device.type
+    if uses_autocast(device_type, is_sharded):
+        net.forward = torch.autocast(device_type, torch.bfloat16)(net.forward)
+    return net
+
+
 def shard_and_compile(net, compile: bool = False):
     """The network, ready to train: compiled if `compile`; in a process group sharded, and in bf16 on a GPU.
 
@@ -108,7 +121,7 @@ def shard_and_compile(net, compile: bool = False):
             precision = MixedPrecisionPolicy()
         for module in (*net.h, net):
             fully_shard(module, mp_policy=precision, reshard_after_forward=False)
-    return net
+    return in_bf16_on_gpu(net, is_sharded=dist.is_initialized())
 
 
 def gather(tensor: Tensor) -> Tensor:

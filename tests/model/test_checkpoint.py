@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import urllib.parse
+import weakref
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -816,3 +817,49 @@ def test_pickle_would_be_found():
     for source in ("import pickle", "from pickle import loads", "torch.load(f)",
                    "np.load(f, allow_pickle=True)"):
         assert list(pickles(source))
+
+
+def test_shards_are_converted_one_tensor_at_a_time(tmp_path, monkeypatch, tiny):
+    """So a checkpoint is never in memory in two number formats, nor all of its files at once."""
+    net = tiny(vocab=TOK.vocab_size, layers=4).bfloat16()
+    checkpoint.save(tmp_path, net, TOK)
+    state = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    names = sorted(state)
+    weight_map = {}
+    for i in range(3):
+        file = f"model-{i + 1:05}-of-00003.safetensors"
+        save_file({name: state[name] for name in names[i::3]}, tmp_path / file)
+        weight_map |= dict.fromkeys(names[i::3], file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    alive = weakref.WeakSet()
+    most = [0]
+
+    class Counting:
+        """A file whose tensors are counted while they are in memory."""
+        def __init__(self, *args):
+            self.content = real(*args)
+
+        def __enter__(self):
+            self.inner = self.content.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            return self.content.__exit__(*error)
+
+        def keys(self):
+            return self.inner.keys()
+
+        def get_tensor(self, key):
+            x = self.inner.get_tensor(key)
+            alive.add(x)
+            most[0] = max(most[0], len(alive))
+            return x
+
+    real = checkpoint.safe_open
+    monkeypatch.setattr(checkpoint, "safe_open", Counting)
+    loaded, _ = checkpoint.load(tmp_path)
+    assert 1 <= most[0] <= 2 and len(names) > 40                 # the one before it is still in a variable
+    for name, p in net.state_dict().items():
+        assert name == "mask_vector" or torch.equal(loaded.state_dict()[name], p.float())

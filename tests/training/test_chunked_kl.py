@@ -300,3 +300,22 @@ def test_checkpointed_blocks_save_only_their_input(tiny):
             net(stories(range(4)))
         return sum(x.nbytes for x in tensors.values())
     assert saved_bytes(checkpointed(tiny(layers=6))) < 0.5 * saved_bytes(tiny(layers=6))
+
+
+def test_a_frozen_table_has_no_gradient(monkeypatch):
+    """That of --lora: it is not computed. The hidden states have theirs all the same."""
+    products = []
+    real = chunked_kl.add_product
+    monkeypatch.setattr(chunked_kl, "add_product", lambda *args: products.append(1) or real(*args))
+    generator = torch.Generator().manual_seed(0)
+    grads = []
+    for is_frozen in (False, True):
+        generator.manual_seed(0)
+        hidden = torch.randn(5, 4, generator=generator).requires_grad_(True)
+        table = torch.randn(7, 4, generator=generator).requires_grad_(not is_frozen)
+        target = LazyLogits(torch.randn(5, 4, generator=generator), table.detach(), None)
+        distill_loss(target, LazyLogits(hidden, table, None)).sum().backward()
+        grads.append(hidden.grad)
+        assert (table.grad is None) == is_frozen
+    assert len(products) == 1
+    assert torch.equal(*grads)

@@ -1,19 +1,27 @@
 """Two processes, or several backward passes per update, take the steps of one."""
+import copy
 import functools
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import opdlm
 from data import story_world
+from model import lora
+from tests.model import test_llama
 from tests.training import worker
+from training import dist
+from training.chunked_kl import chunked_kl
 from training.dist import find_device
 
 ROOT = Path(__file__).parents[2]
@@ -266,3 +274,41 @@ def test_processes_share_an_evaluation(tmp_path):
     assert all(0.3 * positions < of_process < 0.7 * positions for of_process in two.pop("positions"))
     assert two.pop("tokens") == one.pop("tokens")
     assert two == pytest.approx(one, rel=1e-6)
+
+
+# number formats -------------------------------------------------------------------------------------------
+
+def test_bf16_on_a_gpu_without_fsdp():
+    assert dist.uses_autocast("cuda", is_sharded=False)
+    assert not dist.uses_autocast("cuda", is_sharded=True)       # FSDP casts the weights
+    assert not dist.uses_autocast("cpu", is_sharded=False)
+    assert not dist.uses_autocast("mps", is_sharded=False)
+
+
+@pytest.mark.parametrize("is_adapter", [False, True])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_autocast_computes_in_bf16_and_keeps_the_weights(family, is_adapter, monkeypatch, tiny):
+    """As on a GPU, here on the CPU: rollout, loss and gradients of an update."""
+    def update():
+        teacher = (tiny() if family == "gpt2" else test_llama.llama()).float().requires_grad_(False)
+        student = copy.deepcopy(teacher).requires_grad_(True)
+        if is_adapter:
+            student = lora.adapt(teacher, 2)
+        student = dist.in_bf16_on_gpu(student.init_mask())
+        recipe = worker.make_recipe(1, [])
+        recipe.source = opdlm.student_text
+        recipe = replace(recipe, clean_weight=0, batch=2, **chunked_kl("full", "teacher"))
+        optimizer = torch.optim.AdamW(student.parameters())
+        steps = opdlm.train(student, teacher, worker.stories, recipe, optimizer, lambda step: 20, range(1))
+        kl = [record["kl"] for record in steps]
+        grads = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+        assert {x.dtype for x in (*student.parameters(), *grads.values())} == {torch.float32}
+        return kl, grads, student(torch.zeros(1, 3, dtype=torch.long))
+
+    kl, grads, logits = update()
+    monkeypatch.setattr(dist, "uses_autocast", lambda device_type, is_sharded: True)
+    kl_bf16, grads_bf16, logits_bf16 = update()
+    assert (logits.dtype, logits_bf16.dtype) == (torch.float32, torch.bfloat16)
+    assert kl_bf16 != kl and all(map(math.isfinite, kl_bf16))
+    assert grads_bf16.keys() == grads.keys() and grads
+    assert all(grad.isfinite().all() for grad in grads_bf16.values())
