@@ -1,4 +1,5 @@
 """Invariants of model/config_check.py: a value of config.json is possible, or one sentence names its key."""
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -214,7 +215,7 @@ PREFIXES = {
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_prefixes_of_wrappers_do_not_matter(tmp_path, family, prefix):
     make(tmp_path / "net", family)
-    before = checkpoint.load(tmp_path / "net")[0].state_dict()
+    before = copy.deepcopy(checkpoint.load(tmp_path / "net")[0].state_dict())
     edit_tensors(tmp_path / "net", renamed(PREFIXES[prefix]))
     after = checkpoint.load(tmp_path / "net")[0].state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
