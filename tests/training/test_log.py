@@ -3,6 +3,7 @@ import json
 import math
 import sys
 
+from training import log
 from training.log import Log
 
 
@@ -25,25 +26,34 @@ def test_a_new_log_begins_with_its_header(tmp_path):
 
 
 def test_lines_in_a_pipe(tmp_path, capsys):
-    log = Log(tmp_path / "log.jsonl", {}, resume=False)
-    log.step({"phase": "distil", "step": 7, "kl": 1.0}, 120, "kl 1.000 nats")
+    steps = Log(tmp_path / "log.jsonl", {}, resume=False)
+    steps.step({"phase": "distil", "step": 7, "kl": 1.0}, 120, "kl 1.000 nats")
     assert capsys.readouterr().out == "distil      7/120 | kl 1.000 nats\n"
 
 
 def test_a_phase_has_one_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    log = Log(tmp_path / "log.jsonl", {}, resume=False)
+    steps = Log(tmp_path / "log.jsonl", {}, resume=False)
     bars = []
     for phase, step, total in (("pretrain", 3, 4), ("pretrain", 4, 4), ("distil", 1, 9), ("distil", 2, 9)):
-        log.step({"phase": phase, "step": step}, total, f"{phase} loss {step}")
-        bars.append(log.bar)
-        assert (log.bar.n, log.bar.total, log.bar.desc.rstrip(": ")) == (step, total, phase)
+        steps.step({"phase": phase, "step": step}, total, f"{phase} loss {step}")
+        bars.append(steps.bar)
+        assert (steps.bar.n, steps.bar.total, steps.bar.desc.rstrip(": ")) == (step, total, phase)
     assert bars[0] is bars[1] is not bars[2] is bars[3]
     assert bars[0].initial == 2                                  # a resumed phase starts where it stopped
     assert bars[0].disable and not bars[2].disable               # only the finished one is closed
     bars[2].close()
     said = capsys.readouterr()
+    assert "\rpretrain 4/4 |" in said.err and "left, pretrain loss 4" in said.err
     assert "pretrain loss 4" in said.err and "distil loss 2" in said.err and not said.out
+
+
+def test_only_the_first_process_writes(tmp_path, monkeypatch):
+    path = tmp_path / "log.jsonl"
+    path.write_text("of the first process\n")
+    monkeypatch.setattr(log, "is_first", lambda: False)
+    log.Log(path, {"config": 1}, resume=False).write({"step": 1})
+    assert path.read_text() == "of the first process\n"
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path):
