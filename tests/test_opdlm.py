@@ -661,6 +661,10 @@ def test_the_clean_weight_adds_the_loss_of_the_student_as_an_ar_model(tiny):
     clean_loss = (kl.sum(1) / response_mask.sum(1)).sum() / recipe.batch
     difference = records[0.5]["loss"] - records[0.0]["loss"]
     assert difference == pytest.approx(0.5 * clean_loss.item(), rel=1e-6)
+    in_loss = int((recipe.states(text.order[:, 3:], response_mask, u_state[:, 3:], 4) & response_mask).sum())
+    assert 0 < in_loss < response_mask.sum()
+    assert records[0.0]["loss_positions"] == in_loss
+    assert records[0.5]["loss_positions"] == in_loss + response_mask.sum()
     for name in ("kl", "text_nats", "masked", "tokens"):
         assert records[0.5][name] == records[0.0][name]
 

@@ -226,3 +226,11 @@ def test_an_external_rule_gets_its_argument_with_the_home_folder(monkeypatch):
     monkeypatch.setitem(reveal.EXTERNAL, "echo", lambda argument: argument)
     assert reveal.parse("echo:~/policy,2") == "/home/me/policy,2"
     assert reveal.parse("echo:a:~/b") == "a:~/b" and reveal.parse("echo") == ""
+
+
+def test_the_rule_of_a_checkpoint_takes_the_confidence_asked_for():
+    saved = {"reveal": "threshold:0.3"}
+    assert reveal.parse_saved(saved, "config.json").confidence is reveal.largest
+    by_entropy = reveal.parse_saved(saved, "config.json", "entropy")
+    assert by_entropy == reveal.parse("threshold:0.3", "entropy") != reveal.parse("threshold:0.3")
+    assert reveal.parse_saved(saved, "config.json", None, "entropy") == by_entropy

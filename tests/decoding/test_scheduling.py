@@ -296,6 +296,14 @@ def test_all_masked_is_one_state():
         assert curves["ce_error"][k] == pytest.approx(0, abs=1e-12)
 
 
+def test_costs_of_rows_do_not_depend_on_their_batch():
+    tokens = STORY.expand(5, 5)
+    whole = scheduling.costs_in_stretch(HEAVY, LIGHT, tokens, (0.2, 0.9), 7, seed=0, batch=64)
+    parts = scheduling.costs_in_stretch(HEAVY, LIGHT, tokens, (0.2, 0.9), 7, seed=0, batch=2)
+    for costs, costs_in_parts in zip(whole, parts):
+        assert len(costs) == 5 and torch.allclose(costs, costs_in_parts)
+
+
 def test_a_model_costs_nothing_against_itself():
     curves = importance_curves(HEAVY, HEAVY, [STORY] * 5, 5, END, stretches=3)
     assert set(curves["ce"] + curves["kl"]) == {0.0}

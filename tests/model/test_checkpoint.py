@@ -367,6 +367,9 @@ def test_a_conversion_s_length_is_at_most_the_checkpoint_s(tmp_path):
     checkpoint.save(tmp_path / "ar", network(), TOK)
     for length, default, expected in ((None, 9, 9), (None, 99, 16), (5, 9, 5), (16, 9, 16)):
         assert checkpoint.sizes_from_checkpoint(tmp_path / "ar", length, default)["length"] == expected
+    config = network().config
+    sizes = {"pretrain_steps": 0, "layers": config.layers, "width": config.width, "length": 16}
+    assert checkpoint.sizes_from_checkpoint(tmp_path / "ar", None, 16) == sizes
     with pytest.raises(ValueError, match="--length=17 is more than the 16 positions of"):
         checkpoint.sizes_from_checkpoint(tmp_path / "ar", 17, 9)
 

@@ -362,3 +362,9 @@ def test_a_config_may_be_nested_as_deeply_as_the_limit():
     message = f"nested too deeply: expected at most {config_check.MAX_DEPTH} levels"
     with pytest.raises(ValueError, match=message):
         config_check.check_unsupported(nested(config_check.MAX_DEPTH + 1))
+
+
+def test_a_student_s_layout_without_a_block_has_blocks_of_4():
+    config_check.check_student({}, context=4)
+    with pytest.raises(ValueError, match="block in .student. in config.json"):
+        config_check.check_student({}, context=3)

@@ -36,6 +36,11 @@ def dead_pid():
     return process.pid
 
 
+def test_another_process_runs_and_an_ended_one_does_not(dead_pid):
+    assert files.is_running(os.getppid())
+    assert not files.is_running(os.getpid()) and not files.is_running(dead_pid)
+
+
 def test_folders_of_others_stay(tmp_path):
     """Names that a careless writer would take for its temporary ones belong to the user."""
     for name in ("run.old", "run.new", "run.old2", ".run", ".run.old", ".run.new"):

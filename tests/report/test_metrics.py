@@ -1,5 +1,7 @@
 import math
+import platform
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -324,3 +326,35 @@ def test_a_large_vocabulary_is_read_in_parts_with_the_same_numbers(layout, tiny,
     assert measure() == pytest.approx(whole, rel=1e-6)
     assert max(largest) <= 14 * net.config.vocab                 # a story of 14 tokens is not divided
     assert len(largest) > 8
+
+
+# the machine ---------------------------------------------------------------------------------------------
+
+def test_facts_name_what_a_number_depends_on(monkeypatch):
+    monkeypatch.setattr(metrics, "commit", lambda: "abc")
+    facts = metrics.facts(torch.device("cpu"))
+    device = facts.pop("device")
+    assert device.startswith("cpu (")
+    assert facts == {"commit": "abc", "torch": torch.__version__, "python": platform.python_version(),
+                     "threads": torch.get_num_threads(), "processes": 1}
+
+
+def test_the_commit_is_unknown_without_git(monkeypatch):
+    done = SimpleNamespace(stdout="abc-dirty\n")
+    monkeypatch.setattr(metrics.subprocess, "run", lambda *_, **__: done)
+    monkeypatch.setattr(metrics.shutil, "which", lambda name: "/usr/bin/git")
+    assert metrics.commit() == "abc-dirty"
+    done.stdout = ""                                                     # a folder that is no repository
+    assert metrics.commit() == "unknown"
+    done.stdout = "abc"
+    monkeypatch.setattr(metrics.shutil, "which", lambda name: None)
+    assert metrics.commit() == "unknown"
+
+
+def test_the_matmul_rate_is_the_median_of_five(monkeypatch):
+    """A product of two n x n matrices has 2 n^3 FLOPs; the first of six is a warm-up."""
+    clock = [0.0]
+    for seconds in (9, 5, 1, 4, 2, 3):
+        clock += [clock[-1] + seconds, clock[-1] + seconds]
+    monkeypatch.setattr(metrics.time, "perf_counter", iter(clock).__next__)
+    assert metrics.matmul_rate("cpu", size=8) == pytest.approx(2 * 8 ** 3 / 3)

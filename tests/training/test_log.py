@@ -47,7 +47,16 @@ def test_a_phase_has_one_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
     assert bars[0].disable and not bars[2].disable               # only the finished one is closed
     bars[2].close()
     said = capsys.readouterr()
+    assert "\rpretrain 4/4 |" in said.err and "left, pretrain loss 4" in said.err
     assert "pretrain loss 4" in said.err and "distil loss 2" in said.err and not said.out
+
+
+def test_only_the_first_process_writes(tmp_path, monkeypatch):
+    path = tmp_path / "log.jsonl"
+    path.write_text("of the first process\n")
+    monkeypatch.setattr(log, "is_first", lambda: False)
+    log.Log(path, {"config": 1}, resume=False).write({"step": 1})
+    assert path.read_text() == "of the first process\n"
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path):

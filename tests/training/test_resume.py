@@ -21,6 +21,7 @@ from training.optim import Muon
 from training.resume import (
     RunState,
     SigtermFlag,
+    Terminated,
     check_results,
     check_writable,
     latest_state,
@@ -29,6 +30,7 @@ from training.resume import (
     read_state,
     save_state,
     start_progress,
+    write_state,
 )
 
 FORK = multiprocessing.get_context("fork")
@@ -388,3 +390,61 @@ def test_a_run_that_saves_first_says_that_it_received_the_signal(capfd):
         assert sigterm
     assert capfd.readouterr().err == "SIGTERM: the run stops at its next save point\n"
     assert sigterm.exit_code == 0
+
+
+def test_a_state_in_a_folder_that_is_gone_is_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match="state cannot be written .*: make room and continue with --resume"):
+        write_state(tmp_path / "gone/state", {"x": torch.zeros(1)}, "{}")
+
+
+# the phases of a run -------------------------------------------------------------------------------------
+
+def test_a_run_is_resumed_in_its_phase_and_only_with_what_it_began_with(tiny, tmp_path):
+    path = tmp_path / "state.safetensors"
+    net, optimizer = train_little(tiny)
+    begun = RunState(path, {"lr": 1, "seed": 2}, resume=False)
+    begun.check_unchanged(["seed"], {"data": 5})
+    begun.check_teacher(net)
+    begun.start()
+    begun.start_phase("distil", net, optimizer)
+    begun.progress["step"] = 7
+    begun.save(net, optimizer)
+
+    other, other_optimizer = train_little(tiny, steps=1, seed=1)
+    resumed = RunState(path, {"lr": 3, "seed": 2}, resume=True)
+    resumed.check_unchanged(["seed"], {"data": 5, "val_data": 6})       # an older state has no val_data
+    resumed.check_teacher(net)
+    with pytest.raises(ValueError, match=r"the AR model \(--init, or ar/ in --out\) has changed"):
+        resumed.check_teacher(other)
+    with pytest.raises(ValueError, match="--lr was 1 and is 3, the training text .--data. has changed"):
+        resumed.check_unchanged(["lr"], {"data": 4})
+    resumed.start()
+    resumed.start_phase("pretrain", other, other_optimizer)     # the saved network is of another phase
+    assert not equal(net.state_dict(), other.state_dict())
+    resumed.start_phase("distil", other, other_optimizer)
+    assert equal(net.state_dict(), other.state_dict())
+    assert (resumed.saved_phase, resumed.progress["step"]) == ("distil", 7)
+    assert resumed.progress["settings"] == {"lr": 3, "seed": 2}
+
+    again = RunState(path, {}, resume=False)                             # a new run deletes the states
+    again.start()
+    assert not latest_state(path) and again.progress["step"] == 0
+
+
+def test_without_anything_to_save_sigterm_ends_the_run_at_once():
+    with SigtermFlag() as sigterm:
+        assert not sigterm and sigterm.exit_code == 0
+        signal.raise_signal(signal.SIGTERM)
+        pytest.fail("it goes on")
+    assert sigterm.exit_code == 143
+
+
+def test_a_run_that_saves_first_goes_on_and_then_ends():
+    saved = []
+    with SigtermFlag() as sigterm:
+        sigterm.saves_first = True
+        signal.raise_signal(signal.SIGTERM)
+        assert sigterm
+        saved.append(True)
+        raise Terminated
+    assert saved and sigterm.exit_code == 143
