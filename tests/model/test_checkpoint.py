@@ -536,7 +536,8 @@ def test_transformers_loads_an_export_in_the_dtype_of_its_tensors(tmp_path, dtyp
             assert {config["dtype"], config.get("torch_dtype", expected)} == {expected}
             assert set(config["vision_config"].values()) == {expected}
     out = tmp_path / f"{torch.float32}-{key}-{dtype}"
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(out, torch_dtype="auto")  # the default from 5 on
+    # "auto" is the default only from version 5 on.
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out, torch_dtype="auto")
     assert next(theirs.parameters()).dtype == dtype
 
 

@@ -167,6 +167,23 @@ def test_a_run_that_can_learn_nothing_says_so(student, capsys):
     assert f"{message}, so there is nothing to learn" in capsys.readouterr().out
 
 
+def test_the_flags_name_the_texts_and_the_student_s_tokenizer_reads_them(student, monkeypatch):
+    arguments = []
+
+    def noting_the_arguments(*args):
+        arguments.extend(args)
+        return story_world_corpus(stories=50, held_out=2)
+    monkeypatch.setattr(train, "open_corpus", noting_the_arguments)
+    monkeypatch.setattr(train, "train_policy", lambda *_: None)
+    monkeypatch.setenv("HOME", str(student.parent))
+    monkeypatch.setenv("USERPROFILE", str(student.parent))
+    assert run("--data=~/a.txt", "--val_data=~/b.txt") == 0
+    data, val_data, vocab_size, tok = arguments
+    assert (data, val_data) == (str(student.parent / "a.txt"), str(student.parent / "b.txt"))
+    assert vocab_size == TOK.vocab_size
+    assert tok.encode("A boy named Tom") == TOK.encode("A boy named Tom")
+
+
 def test_out_is_another_folder(student):
     assert run("--updates=1", "--out=other", "--length=22") == 0
     assert not (student / "policy").exists()
