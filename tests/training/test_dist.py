@@ -114,7 +114,8 @@ def test_an_adapter_in_two_processes(tmp_path, monkeypatch):
 
 SHORT = ("--data=stories.txt", "--vocab=300", "--pretrain_steps=60", "--pretrain_batch=4", "--warm_steps=32",
          "--updates_per_rollout=2", "--layers=1", "--width=64", "--length=64", "--batch=4", "--eval_every=2",
-         "--distill_steps=40", "--device=cpu", "--sample_prompt=One day")
+         "--distill_steps=40", "--device=cpu", "--sample_prompt=One day", "--eval_texts=128",
+         "--eval_tokens=64")
 
 
 def distill_records(folder):
