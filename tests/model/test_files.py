@@ -38,6 +38,7 @@ def dead_pid():
 
 def test_another_process_runs_and_an_ended_one_does_not(dead_pid):
     assert files.is_running(os.getppid())
+    assert files.is_running(10 ** 30)                            # the system cannot say: its files stay
     assert not files.is_running(os.getpid()) and not files.is_running(dead_pid)
 
 
