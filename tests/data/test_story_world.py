@@ -198,6 +198,9 @@ class Fork(Exception):
 class Script(random.Random):
     """Takes the given choices; after them it continues at random, or without `rng` it raises Fork."""
 
+    def __new__(cls, *_):
+        return super().__new__(cls)                              # Python 3.10 takes one argument here
+
     def __init__(self, path, rng=None):
         super().__init__(0)
         self.left, self.rng, self.probability = list(path), rng, 1.0

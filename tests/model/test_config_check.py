@@ -193,8 +193,11 @@ def test_two_bases_of_the_wavelengths_are_refused(tmp_path):
 # weights that are not what they should be -------------------------------------------------------------
 
 def edit_tensors(folder, change_tensors):
-    state = load_file(folder / "model.safetensors")
-    save_file(change_tensors(state), folder / "model.safetensors", {"format": "pt"})
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    changed = folder / "changed"                                 # tensors that were loaded may lie in `path`
+    save_file(change_tensors(state), changed, {"format": "pt"})
+    changed.replace(path)
 
 
 def renamed(function):

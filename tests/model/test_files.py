@@ -70,22 +70,23 @@ def test_files_of_others_in_a_replaced_folder_stay(tmp_path):
 
 KILLED = """
 import os, sys
+from functools import partial
+calls = []
+def counted(function, *args, **kwargs):
+    calls.append(function)
+    if len(calls) == int(sys.argv[2]):
+        os.kill(os.getpid(), 9)
+    return function(*args, **kwargs)
+functions = {name: getattr(os, name) for name in ("rename", "mkdir", "unlink", "rmdir")}
+for name, function in functions.items():
+    setattr(os, name, partial(counted, function))                # before pathlib, which has copies in 3.10
 from pathlib import Path
 from model import files
-calls = []
-def counted(function):
-    def call(*args, **kwargs):
-        calls.append(function)
-        if len(calls) == int(sys.argv[2]):
-            os.kill(os.getpid(), 9)
-        return function(*args, **kwargs)
-    return call
-for name in ("rename", "mkdir", "unlink", "rmdir"):
-    setattr(os, name, counted(getattr(os, name)))
+calls.clear()
 with files.replace_folder(Path(sys.argv[1]), ("own-*", "config.json")) as new:
     for name in ("config.json", "own-weights"):
         Path(new, name).write_text("two")
-        counted(id)(0)
+        counted(id, 0)
 """
 
 
