@@ -274,23 +274,6 @@ def test_the_line_of_an_update():
     assert train.describe(record) == "reward 0.250 | quality 0.50 | 12.3 steps | tied groups 0.12"
 
 
-def test_the_flags_name_the_texts_and_the_student_s_tokenizer_reads_them(student, monkeypatch):
-    arguments = []
-
-    def noting_the_arguments(*args):
-        arguments.extend(args)
-        return story_world_corpus(stories=50, held_out=2)
-    monkeypatch.setattr(train, "open_corpus", noting_the_arguments)
-    monkeypatch.setattr(train, "train_policy", lambda *_: None)
-    monkeypatch.setenv("HOME", str(student.parent))
-    monkeypatch.setenv("USERPROFILE", str(student.parent))
-    assert run("--data=~/a.txt", "--val_data=~/b.txt") == 0
-    data, val_data, vocab_size, tok = arguments
-    assert (data, val_data) == (str(student.parent / "a.txt"), str(student.parent / "b.txt"))
-    assert vocab_size == TOK.vocab_size
-    assert tok.encode("A boy named Tom") == TOK.encode("A boy named Tom")
-
-
 def test_out_is_another_folder(student):
     assert run("--updates=1", "--out=other", "--length=22") == 0
     assert not (student / "policy").exists()
