@@ -30,8 +30,8 @@ def advantages(quality: Tensor, nfe: Tensor, length: int, alpha: float) -> Tenso
 
     `quality` (prompts, G) is at least 0; `nfe` (prompts, G) is the number of denoising steps of a text, 1
     to `length`, the maximum length L. The reward is quality * ((L - nfe + 1) / L) ** alpha: quality, times
-    the share of steps that were saved. As in the paper, the advantage is not divided by the group's standard
-    deviation. (In the project: unmasking/grpo.py, reward and train.)
+    a factor that is 1 for a single step. As in the paper (arXiv 2512.09106), the advantage is not divided by
+    the group's standard deviation. (In the project: unmasking/grpo.py, reward and train.)
     """
     raise NotImplementedError("write me: advantages")
 
@@ -41,8 +41,9 @@ def paired_interval(ours: Tensor, theirs: Tensor, picks: Tensor) -> tuple[float,
 
     `ours`, `theirs` (N,) are the scores of two samplers on the same N prompts. `picks` (D, N) are random
     prompts, from 0 to N - 1: a row is one draw of N prompts with replacement. Every draw gives a mean gain.
-    The ends of the interval are the 2.5th and the 97.5th percentile of the D means (torch.quantile). (In the
-    project: experiments/unmasking/comparison.py, bootstrap.)
+    The ends of the interval are the 2.5th and the 97.5th percentile of the D means: torch.quantile at 0.025
+    and 0.975, one number at a time (a tensor of both has to have the dtype of the means). (In the project:
+    experiments/unmasking/comparison.py, bootstrap.)
     """
     raise NotImplementedError("write me: paired_interval")
 

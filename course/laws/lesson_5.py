@@ -73,7 +73,7 @@ def block_one_is_ar(mine):
             require(close(value, ar), f"V = {V}, text {show(text)}: your {value:.4f} nats, the AR model's "
                     f"{ar:.4f}",
                     "with block size 1 each block is one mask; the nats are a sum over tokens, the first "
-                    "token is context only")
+                    "token is context only; is column i - 1 of `noisy` position i of `tokens`?")
 
 
 def sums_to_one(mine):

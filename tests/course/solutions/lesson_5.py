@@ -31,13 +31,15 @@ def story_nats(net, tokens: Tensor, layout: Layout) -> Tensor:
 
     The chain rule from left to right. Blocks of K = layout.block positions begin after the first token. Slot
     j of a block is predicted while the slots before it show their tokens, and slot j and those after it are
-    masked. One pass scores slot j of all blocks at once, so K passes score a text:
+    masked. One pass scores slot j of all blocks at once, so K passes score a text, a sum over its tokens:
 
         opdlm.student_logits(net, tokens, noisy, 1, layout, rows, position)
 
     gives the logits (N, V) for N positions, given as `rows` (N,) and `position` (N,). `noisy` (B, R) is
     tokens[:, 1:] with net.mask_id where it is masked. Position i of `tokens` is column i - 1 of `noisy`. The
-    last block may be shorter than K. (In the project: report/metrics.py, story_nats.)
+    last block may be shorter than K. The check has logits in float64, the demonstration in float32, and
+    index_add wants one dtype: convert the nats to that of your sum. (In the project: report/metrics.py,
+    story_nats.)
     """
     B = len(tokens)
     slot = torch.arange(tokens.size(1) - 1) % layout.block       # (R,) position within the block

@@ -31,8 +31,9 @@ def visited(order: Tensor, response_mask: Tensor, u: Tensor, block: int) -> Tens
 
     `order` (B, R) is the denoising step of its block that revealed a position. State k of a block is what the
     student saw at step k: the positions with order >= k are masked. Only states with at least one masked
-    position in the response count. `response_mask` (B, R) bool. `u` (B, R, 2): random numbers in [0, 1); one
-    per block is used, opdlm.per_block(u, block) (B, blocks, 1).
+    position in the response count. `order` is -1 where no step came; after the end of a text, in its
+    last block, there may be numbers that do not belong to the response. `response_mask` (B, R) bool.
+    `u` (B, R, 2): random numbers in [0, 1); one per block is used, opdlm.per_block(u, block) (B, blocks, 1).
 
     opdlm.split_blocks(x, block, fill) makes (B, blocks, K) of (B, R), where `fill` pads the last block;
     opdlm.join_blocks(x, R) goes back. (In the project: opdlm.visited.)

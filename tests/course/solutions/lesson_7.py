@@ -35,13 +35,15 @@ def accept(p: Tensor, q: Tensor, drafts: Tensor, u: Tensor) -> tuple[Tensor, Ten
     """How many drafts are accepted (B,), and the token that follows them (B,).
 
     `p`, `q` (B, A + 1, V): the distributions of verifier and drafter at A + 1 positions; `drafts` (B, A + 1),
-    drawn from q. The last position has no draft: q is 0 there. `u` (B, A + 1, 3): random numbers in [0, 1).
+    drawn from q. The last position has no draft: q is 0 there, p(x) / q(x) divides by 0, and what `drafts`
+    holds there means nothing; it is never accepted. `u` (B, A + 1, 3): random numbers in [0, 1).
 
     From the left, the draft x of a position is accepted with probability min(1, p(x) / q(x)), by the number
     u[..., speculative.ACCEPT]. At the first position whose draft is rejected, the token that follows is drawn
     from (p - q)+, the positive part of p - q, which has to be made a distribution again; at the position
-    without a draft it is drawn from p. Its number is u[..., speculative.RESAMPLE] of that position. If p = q
-    there, (p - q)+ is zero: draw from p. (In the project: decoding/speculative.py, accept.)
+    without a draft it is drawn from p. Its number is u[..., speculative.RESAMPLE] of that position. Rounding
+    may reject a draft although p = q; then (p - q)+ is zero: draw from p, and do not divide by 0. (In the
+    project: decoding/speculative.py, accept.)
     """
     p_draft = p.gather(2, drafts[..., None])[..., 0]             # (B, A + 1)
     q_draft = q.gather(2, drafts[..., None])[..., 0]
