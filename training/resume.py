@@ -59,9 +59,13 @@ def check_results(out: Path, folders: tuple[str, ...], files: tuple[str, ...]) -
 def follow(path: Path) -> Path:
     """The target of a symbolic link; of another path, the path itself, made absolute."""
     try:
-        return path.resolve()
-    except (OSError, RuntimeError):                              # RuntimeError: before Python 3.13
-        raise ValueError(f"{path} is a symbolic link that leads nowhere: remove it") from None
+        target = path.resolve()
+        is_loop = target.is_symlink()                            # since Python 3.13 it is no error
+    except (OSError, RuntimeError):
+        is_loop = True
+    if is_loop:
+        raise ValueError(f"{path} is a symbolic link that leads nowhere: remove it")
+    return target
 
 
 def check_parent(path: Path, target: Path) -> None:
