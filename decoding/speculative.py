@@ -294,6 +294,7 @@ class DraftLayout:
         before_block = num_accepted.repeat_interleave(block) - 1             # (M,)
         block_index = torch.arange(len(masks), device=device) // max(block, 1)
         same_block = block_index[:, None] == block_index                     # (M, M)
+        text_sees_no_mask = same_block.new_zeros(W, len(masks))
 
         verify = num_uncached - 1 + num_accepted                 # (A + 1,) columns of x and the drafts
         draft = column[W:].view(num_drafts + 1, block)[:, :-1]   # columns of all masks but a block's last
@@ -305,7 +306,7 @@ class DraftLayout:
             is_mask=column >= W,
             mask_slot=column - W,
             last_visible=torch.cat([text, before_block]),
-            sees_mask=F.pad(same_block, (0, 0, W, 0)),
+            sees_mask=torch.cat([text_sees_no_mask, same_block]),
             read=(first_column + read).flatten(),
         )
 
@@ -389,8 +390,8 @@ class DraftStream:
         sees_text = text <= last_visible[..., None]              # (B, W + M, num_text)
         mask_used = used[:, used.size(1) - M:]                   # (B, M)
         sees_mask = layout.sees_mask & mask_used[:, None]        # (B, W + M, M)
-        sees_mask = F.pad(sees_mask, (0, self.num_mask_slots - M))
-        return torch.cat([sees_mask, sees_text], 2)[:, None]
+        unused = sees_mask.new_zeros(*sees_mask.shape[:2], self.num_mask_slots - M)
+        return torch.cat([sees_mask, unused, sees_text], 2)[:, None]
 
 
 def without_output_layer(hidden: Tensor, *output_layer: Tensor) -> tuple[Tensor, tuple]:
