@@ -90,6 +90,17 @@ def conditionals(joint: Tensor, tokens: Tensor, masked: Tensor) -> Tensor:
     return torch.where(evidence > 0, total / evidence.clamp(min=1e-300), 1 / V)
 
 
+def draw(probs: Tensor, u: Tensor) -> Tensor:
+    """(B,) tokens from distributions `probs` (B, V), which sum to 1, with random numbers `u` (B,).
+
+    Token v is drawn if u lies between the sum of the probabilities before v and the sum including v. Unlike
+    decoding.sampling.inverse_cdf, it does not divide by the sum.
+    """
+    cdf = probs.cumsum(-1)
+    token = (cdf <= u[:, None]).sum(-1)
+    return token.clamp(max=probs.size(-1) - 1)
+
+
 @torch.no_grad()
 def stories(net, layout, tok, rule: reveal.Rule, n: int = 32,
             length: int = 48) -> tuple[float, float, list[str]]:

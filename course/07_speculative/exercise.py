@@ -21,16 +21,6 @@ from decoding.sampling import SamplingConfig, uniforms
 
 # 1. to write --------------------------------------------------------------------------------------
 
-def draw(probs: Tensor, u: Tensor) -> Tensor:
-    """(B,) tokens from distributions `probs` (B, V), which sum to 1, with random numbers `u` (B,). Given.
-
-    Token v is drawn if u lies between the sum of the probabilities before v and the sum including v.
-    """
-    cdf = probs.cumsum(-1)
-    token = (cdf <= u[:, None]).sum(-1)
-    return token.clamp(max=probs.size(-1) - 1)
-
-
 def accept(p: Tensor, q: Tensor, drafts: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """How many drafts are accepted (B,), and the token that follows them (B,).
 
@@ -57,7 +47,7 @@ def one_position() -> None:
     B = 100_000
     generator = torch.Generator().manual_seed(0)
     u = torch.rand(B, 2, 3, generator=generator, dtype=torch.float64)
-    drafts = draw(q.expand(B, -1), torch.rand(B, generator=generator, dtype=torch.float64))
+    drafts = given.draw(q.expand(B, -1), torch.rand(B, generator=generator, dtype=torch.float64))
     drafts = torch.stack([drafts, torch.zeros_like(drafts)], 1)
     p_rows = p.expand(B, 2, -1)
     q_rows = torch.stack([q, torch.zeros_like(q)]).expand(B, -1, -1)

@@ -1,6 +1,6 @@
 """Wrong answers that people give, per lesson: (name, old text, new text, what the refusal has to say).
 
-Each is made from the reference solution by one replacement. The last element stands in what the check prints.
+Each is made from the solved exercise by one replacement. The last element stands in what the check prints.
 """
 
 # Lesson 1: masks and the bound --------------------------------------------------------------------
@@ -142,7 +142,8 @@ LESSON_7 = [
     ("a rejected draft is replaced from p", "(p_next - q_next)", "p_next", "often enough already"),
     ("residual not renormalised", "residual / total.clamp(min=1e-30)", "residual",
      "probabilities that sum to 1"),
-    ("the most likely token of the residual", "draw(residual, u[row, num_accepted, speculative.RESAMPLE])",
+    ("the most likely token of the residual",
+     "given.draw(residual, u[row, num_accepted, speculative.RESAMPLE])",
      "residual.argmax(-1)", "drawn in proportion"),
     ("the number of the acceptance is used again", "num_accepted, speculative.RESAMPLE]",
      "num_accepted, speculative.ACCEPT]",

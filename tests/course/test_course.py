@@ -1,4 +1,5 @@
 """The course: the checks accept the solutions and refuse wrong answers; the pages keep their promises."""
+import ast
 import re
 import subprocess
 import sys
@@ -8,12 +9,12 @@ import pytest
 
 from course import check
 from tests.course.mistakes import MISTAKES
+from tests.course.solved import SOLUTIONS, functions, solved
 from training import cli
 
 ROOT = Path(__file__).parents[2]
 COURSE = ROOT / "course"
 LESSONS = check.lessons()
-SOLUTIONS = {number: ROOT / f"tests/course/solutions/lesson_{number}.py" for number in LESSONS}
 PLANTED = [(number, *mistake) for number in LESSONS for mistake in MISTAKES[number]]
 NAMES = [f"{number}: {name}" for number, name, *_ in PLANTED]
 QUICK = [1, 2, 3, 4, 5, 7]        # lessons whose demonstration takes seconds
@@ -33,8 +34,10 @@ def run_check(capsys, *argv) -> tuple[int, str]:
 # 1. the checks --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("number", LESSONS)
-def test_a_solution_is_accepted(number, capsys):
-    code, text = run_check(capsys, number, SOLUTIONS[number])
+def test_a_solution_is_accepted(number, capsys, tmp_path):
+    answer = tmp_path / "answer.py"
+    answer.write_text(solved(number))
+    code, text = run_check(capsys, number, answer)
     assert code == 0 and "All laws hold." in text, text
     assert text.count("law: ok") >= 3
 
@@ -47,7 +50,7 @@ def test_an_untouched_exercise_is_still_to_write(number, capsys):
 
 @pytest.mark.parametrize("number, name, old, new, said", PLANTED, ids=NAMES)
 def test_a_wrong_answer_is_refused(number, name, old, new, said, capsys, tmp_path):
-    source = SOLUTIONS[number].read_text()
+    source = solved(number)
     assert source.count(old) == 1, f"{name}: the text to replace stands {source.count(old)} times"
     answer = tmp_path / "answer.py"
     answer.write_text(source.replace(old, new))
@@ -66,12 +69,16 @@ def test_there_are_three_wrong_answers_and_each_has_its_own_message(number, caps
 
 @pytest.mark.parametrize("number", LESSONS)
 def test_a_solution_writes_only_the_functions_of_the_exercise(number):
-    """Without the bodies of the functions to write, and without docstrings, both files are the same."""
+    """All functions to write, with their arguments; of the exercise, every other line stays."""
     stub = (LESSONS[number] / "exercise.py").read_text()
-    solution = SOLUTIONS[number].read_text()
+    answers = functions((SOLUTIONS / f"lesson_{number}.py").read_text())
+    to_write = re.findall(r"write me: (\w+)", stub)
+    assert list(answers) == to_write
+    for name in to_write:
+        assert ast.dump(answers[name].args) == ast.dump(functions(stub)[name].args)
     kept = [line for line in stub.splitlines() if "raise NotImplementedError" not in line]
-    missing = [line for line in kept if line not in solution.splitlines()]
-    assert missing == []
+    missing = [line for line in kept if line not in solved(number).splitlines()]
+    assert missing == [] and "NotImplementedError" not in solved(number)
 
 
 # 2. the command ---------------------------------------------------------------------------------------
@@ -159,14 +166,16 @@ def without_numbers(line: str) -> str:
 
 
 @pytest.mark.parametrize("number", QUICK)
-def test_a_page_shows_what_the_solved_demonstration_prints(number, capsys):
+def test_a_page_shows_what_the_solved_demonstration_prints(number, capsys, tmp_path):
     """Numbers may differ by 5 %: other processors round differently, and a text may change after that."""
     page = (LESSONS[number] / "README.md").read_text()
     section = page.partition("## The exercise")[2].partition("\n## ")[0]
     blocks = re.findall(r"^```(\w*)\n(.*?)^```", section, re.M | re.S)
     shown = [line for language, block in blocks if not language for line in block.splitlines()]
     assert len(shown) >= 3
-    check.load(SOLUTIONS[number]).demonstration()
+    answer = tmp_path / "answer.py"
+    answer.write_text(solved(number))
+    check.load(answer).demonstration()
     printed = capsys.readouterr().out.splitlines()
     printed = [line for line in printed if without_numbers(line) in map(without_numbers, shown)]
     assert len(printed) == len(shown)
