@@ -27,7 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model import config_check, files
+from model import config_check, files, lora
 from model.gpt import GPT, GPTConfig
 from model.masks import Layout
 
@@ -357,8 +357,6 @@ def base_of(name: str | Path) -> str | None:
 
 def load_adapted(folder: Path, base: str, dtype: torch.dtype | None) -> "GPT | Llama":
     """The AR model `base` with the adapter in the folder, which has float32 numbers."""
-    from model import lora
-
     if not base.startswith("hf:") and not Path(base, "config.json").exists():
         raise ValueError(f"{folder} is an adapter of the AR model in {base}, which is not there: copy it "
                          "there, or write its place into base in config.json")
@@ -544,17 +542,11 @@ def save(folder: str | Path, net: "GPT | Llama", tokenizer, layout: Layout | Non
     if state is None:
         state = {name: p.detach().cpu().contiguous() for name, p in net.state_dict().items()}
     if base:
-        from model import lora
-
-        state = {name: state[name] for name in lora.adapter_names(net)}
         extra["base"] = base
     eos = list(tokenizer.eos)
     special_ids = {"bos_token_id": tokenizer.bos, "eos_token_id": eos if len(eos) > 1 else eos[0]}
     with files.replace_folder(Path(folder), OWN_FILES) as new_folder:
-        write_files(new_folder, net.config, state, layout, {**special_ids, **extra})
-        if base:
-            settings = lora.peft_config(net, base)
-            (new_folder / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=1), encoding="utf-8")
+        write_files(new_folder, net, state, layout, {**special_ids, **extra})
         tokenizer.save(new_folder)
 
 
@@ -573,16 +565,10 @@ def export(name: str | Path, folder: str | Path, dtype: torch.dtype | None = Non
     net, layout = load(name, dtype)
     config = dict(read_config(name))
     config.pop("auto_map", None)  # names code that is not exported
-    state = net.state_dict()
+    if base:
+        config["base"] = base
     with files.replace_folder(folder, OWN_FILES, may_exist=False) as new_folder:
-        if base:
-            from model import lora
-
-            config["base"] = base
-            state = {key: state[key] for key in lora.adapter_names(net)}
-            settings = json.dumps(lora.peft_config(net, base), indent=1)
-            (new_folder / ADAPTER_CONFIG).write_text(settings, encoding="utf-8")
-        write_files(new_folder, net.config, state, layout, config)
+        write_files(new_folder, net, net.state_dict(), layout, config)
         for file in TOKENIZER_FILES:
             if (source / file).is_file():
                 shutil.copyfile(source / file, new_folder / file)
@@ -592,19 +578,23 @@ def export(name: str | Path, folder: str | Path, dtype: torch.dtype | None = Non
             tokenizer.load(source).save_for_transformers(new_folder)
 
 
-def write_files(folder: Path, config: "GPTConfig | LlamaConfig", state: dict[str, Tensor],
-                layout: Layout | None, extra: dict) -> None:
-    """Write the tensors and config.json, with the keys `extra`; with a "base", `state` is an adapter."""
+def write_files(folder: Path, net: "GPT | Llama", state: dict[str, Tensor], layout: Layout | None,
+                extra: dict) -> None:
+    """Write the tensors and config.json, with the keys `extra`. With "base": of an adapter alone."""
+    config = net.config
+    base = extra.get("base")
+    if base:
+        state = {name: state[name] for name in lora.adapter_names(net)}
     tensors = {}
     for key, x in state.items():
         if key != MASK:
             x = x.T if is_transposed(config, key) else x
             tensors[to_hf_name(config, key)] = x.contiguous()
-    if "base" in extra:
-        from model import lora
-
+    if base:
         tensors = {lora.peft_name(name): x for name, x in tensors.items()}
         files.write_tensors(folder / ADAPTER, tensors)
+        adapter_settings = json.dumps(lora.peft_config(net, base), indent=1)
+        (folder / ADAPTER_CONFIG).write_text(adapter_settings, encoding="utf-8")
     else:
         files.write_tensors(folder / WEIGHTS, tensors)
 

@@ -60,6 +60,25 @@ def test_a_file_that_is_no_checkpoint_is_refused_in_one_sentence(tmp_path, capsy
         assert "is not a checkpoint of nanoGPT" in error and error.count("\n") == 1
 
 
+class Hostile:
+    """Whoever reads it with its code makes a file."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def test_code_in_a_file_is_not_run(weights, tmp_path, capsys):
+    made = tmp_path / "made"
+    torch.save({"model_args": SIZES, "model": weights, "config": Hostile(made)}, tmp_path / "ckpt.pt")
+    program = check.load(FILE)
+    assert cli.run(program.main, [str(tmp_path / "ckpt.pt"), str(tmp_path / "new")]) == 2
+    assert "is not a checkpoint of nanoGPT" in capsys.readouterr().err
+    assert not made.exists() and not (tmp_path / "new").exists()
+
+
 def test_another_vocabulary_is_refused():
     with pytest.raises(ValueError, match="the model has 65 tokens"):
         check.load(FILE).convert({"model_args": SIZES | {"vocab_size": 65}, "model": {}})
