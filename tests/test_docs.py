@@ -117,11 +117,13 @@ def test_every_number_with_its_spread_stands_on_a_results_page(page):
 @pytest.mark.parametrize("page", ["README.md", "docs/reference.md"])
 def test_the_closing_table_is_that_of_the_first_seed(page):
     numbers = results("main_run", "story_world.json")["runs"][0]["summary"]
-    table = re.search(r"^( {18} +ar +before +after)\n((?:\w+ +[\d. ]+.*\n)+)", TEXT[page], re.M)
-    found = {line.split()[0]: line[:48] for line in table[2].splitlines()}
+    assert list(numbers) == ["ar", "before", "after", "speculative"]
+    header = r"^( {18} +ar +before +after +speculative)\n"
+    table = re.search(header + r"((?:\w+ +[\d. ]+.*\n)+)", TEXT[page], re.M)
+    found = {line.split()[0]: line[:70] for line in table[2].splitlines()}
     assert len(found) >= 5
     for name, line in found.items():
-        assert line == f"{name:18}" + "".join(f"{column[name]:10.3f}" for column in numbers.values())
+        assert line == f"{name:18}" + "".join(f"{column[name]:13.3f}" for column in numbers.values())
 
 
 def test_what_is_said_of_the_main_run_is_made_of_the_results():
@@ -131,6 +133,8 @@ def test_what_is_said_of_the_main_run_is_made_of_the_results():
         values = [run[column][name] for run in runs]
         return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
     section = " ".join(TEXT["docs/results.md"].partition("\n## Main run")[2].partition("\n## ")[0].split())
+    for column, name in (("speculative", "valid"), ("speculative", "tok_per_fwd")):
+        assert cell(column, name) in section
     for column, name in (("after", "valid"), ("ar", "valid"), ("after", "tok_per_fwd")):
         assert cell(column, name) in section
         assert cell(column, name).split()[0] in README
@@ -288,7 +292,7 @@ def test_the_table_of_renamed_flags():
 def test_the_keys_of_the_summary_are_explained():
     explained = {key for row in rows_of_table("docs/reference.md", "key") for key in code(row[0])}
     numbers = results("main_run", "story_world.json")["runs"][0]["summary"]
-    assert set(numbers) == {"ar", "before", "after"}
+    assert set(numbers) == {"ar", "before", "after", "speculative"}
     assert {key for column in numbers.values() for key in column} <= explained
 
 
