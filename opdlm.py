@@ -419,6 +419,7 @@ class Recipe:
     clean_source: Callable | None = None        # whose text clean_loss reads; None: the text of the update
     divergence: Callable = distill_loss         # from target to student, per position
     head: Callable = F.linear  # the student's output layer; training/chunked_kl.py has a lean one
+    logits: Callable = student_logits  # model/lora.py has a faster twin for a student that is an adapter
     show: Callable = repr  # token ids as text, for a debugger: p recipe.show(noisy[0])
 
     def __post_init__(self):
@@ -455,7 +456,7 @@ def train_step(student, teacher, text: Rollout, P: int, u: Tensor, recipe: Recip
     text_probs = target.gather(1, tokens[rows, position][:, None])           # (N, 1) of the text's tokens
     if recipe.sampled_target:
         target = recipe.sampling(target)
-    logits = student_logits(student, tokens, noisy, P, recipe.layout, rows, position, recipe.head)
+    logits = recipe.logits(student, tokens, noisy, P, recipe.layout, rows, position, recipe.head)
     kl = recipe.divergence(target, logits)                                   # (N,)
     weight = recipe.weight(masked, response_mask, recipe.layout.block)[in_loss]
     loss = (kl * weight).sum()

@@ -310,6 +310,8 @@ def make_recipe(config: Config, eot: int | tuple[int, ...], show: Callable = rep
         clean_source=opdlm.data_text if config.clean_text == "data" else None,
         show=show,
     )
+    if config.lora and not config.checkpointing:                 # a cache cannot be written twice
+        recipe = replace(recipe, logits=lora.student_logits)
     return replace(recipe, **chunked_kl(config.kl, config.target, vocab))
 
 

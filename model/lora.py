@@ -15,11 +15,16 @@ Shapes: B rows, T positions, N positions read, C channels in, D channels out, R 
 """
 import copy
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+
+from model import masks
+from model.gpt import Cache
+from model.masks import Layout
 
 
 class Gate:
@@ -28,6 +33,7 @@ class Gate:
     def __init__(self, mask_id: int):
         self.mask_id = mask_id
         self.is_on = True       # False: no adapter is needed in this pass
+        self.is_everywhere = False      # True: every position of this pass is [MASK]
         self.all = None         # (B, T, 1) bool
         self.read = None        # the same of the positions that are read, (N, 1); of all, without `read`
 
@@ -40,6 +46,7 @@ class Gate:
         if read is not None:
             self.read = self.read[read]
         self.is_on = torch.is_grad_enabled() or bool(self.all.any())
+        self.is_everywhere = bool(self.all.all())
 
     def of(self, x: Tensor) -> Tensor:
         """The gate of activations (B, T, C), or (N, C) after the last block's attention."""
@@ -67,6 +74,8 @@ class AdaptedLinear(nn.Module):
             return y
         low = F.linear(x, self.lora_A.to(x.dtype))               # (..., R)
         change = F.linear(low, self.lora_B.to(x.dtype))          # (..., D)
+        if self.gate.is_everywhere:
+            return y + change
         return torch.where(self.gate.of(x), y + change, y)
 
 
@@ -113,6 +122,53 @@ def adapter_names(net) -> list[str]:
 def rank_of(net) -> int:
     """The rank of the adapter."""
     return next(module.lora_A.size(0) for module in net.modules() if isinstance(module, AdaptedLinear))
+
+
+# Training ------------------------------------------------------------------------------------------------
+
+def student_logits(student, tokens: Tensor, noisy: Tensor, P: int, layout: Layout, rows: Tensor,
+                   position: Tensor, head: Callable = F.linear) -> Tensor:
+    """(N, V) logits of N positions: the twin of `opdlm.student_logits` for an adapted network.
+
+    The clean text has no gradient, since no adapter is on there. So it is read first, without one, and its
+    keys and values are kept in a cache for the noisy response.
+    """
+    T = tokens.size(1)
+    B, R = noisy.shape
+    device = tokens.device
+    last_block = (T - P - 1) % layout.block + 1
+    C = T - last_block                                           # no block attends to the last one's text
+    mask = masks.training_mask(T, P, layout, device, C)          # (C + R, C + R)
+    clean_position = torch.arange(C, device=device)
+    noisy_position = torch.arange(P, T, device=device)
+    noisy_slot = torch.arange(C, C + R, device=device)           # in the cache, after the clean text
+
+    # Logits are read `logit_shift` before their position: in the noisy response if that is in the same block,
+    # else in the clean text.
+    source = position - layout.logit_shift                       # (N,)
+    in_noisy = masks.block_of(source, P, layout.block) == masks.block_of(position, P, layout.block)
+    in_clean = ~in_noisy
+    read_clean = rows[in_clean] * C + source[in_clean]
+    read_noisy = rows[in_noisy] * R + source[in_noisy] - P
+
+    cache = [Cache(C + R) for _ in student.h]
+    with torch.no_grad():
+        slots = cache[0].flat_index(clean_position.expand(B, -1))
+        clean, _ = student(tokens[:, :C], mask[:C, :C], clean_position, read_clean, cache, slots,
+                           head=hidden_states)
+    slots = cache[0].flat_index(noisy_slot.expand(B, -1))
+    changed, output_layer = student(noisy, mask[C:], noisy_position, read_noisy, cache, slots,
+                                    head=hidden_states)
+
+    hidden = changed.new_zeros(len(position), changed.size(-1))  # (N, C)
+    hidden = hidden.index_put((in_clean,), clean)
+    hidden = hidden.index_put((in_noisy,), changed)
+    return head(hidden, *output_layer)
+
+
+def hidden_states(hidden: Tensor, *output_layer: Tensor) -> tuple[Tensor, tuple]:
+    """Instead of logits: what they are made of, hidden states (N, C) and the output layer."""
+    return hidden, output_layer
 
 
 # The files of peft --------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from data import corpus, tokenizer
 from data.corpus import story_world_corpus, windows
 from data.tinystories import NoNetwork, stories
 from decoding.sampling import SamplingConfig
-from model import checkpoint
+from model import checkpoint, lora
 from model.masks import AR, Layout
 from report import compare, metrics, trace
 from tests.model import test_llama
@@ -288,6 +288,15 @@ def test_init_takes_another_family(kind, monkeypatch, request):
         teacher.config.width,
         teacher.config.layers,
     )
+
+
+def test_an_adapter_is_trained_by_its_own_pass_unless_activations_are_recomputed():
+    """A cache cannot be written twice, as --checkpointing would."""
+    plain = train_tiny.make_recipe(train_tiny.Config(), eot=0)
+    adapter = train_tiny.make_recipe(train_tiny.Config(lora=2), eot=0)
+    recomputed = train_tiny.make_recipe(train_tiny.Config(lora=2, checkpointing=True), eot=0)
+    assert plain.logits is recomputed.logits is opdlm.student_logits
+    assert adapter.logits is lora.student_logits
 
 
 @pytest.mark.parametrize("flags", [[], ["--init=finished/ar", "--checkpointing", "--teacher_dtype=bfloat16"]])

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+import opdlm
 from data.corpus import story_world_corpus
 from decoding import reveal
 from decoding.sampling import SamplingConfig
@@ -111,6 +112,29 @@ def test_what_the_student_drafts_and_verifies_is_the_ar_models_text(net):
     found = drafted(prompt, 20, 0, range(3), EOT)
     assert torch.equal(found.tokens * found.response_mask, expected.tokens * expected.response_mask)
     assert found.forwards.sum() <= expected.forwards.sum()
+
+
+@pytest.mark.parametrize("states", [opdlm.all_masked, opdlm.prefix_shown])
+@pytest.mark.parametrize("length", [12, 14])
+def test_text_read_without_gradients_gives_the_same_loss(net, states, length):
+    """Logits and gradients are those of one pass over text and response, also with a last short block."""
+    student = disturb(lora.adapt(net, 3), 0.2)
+    tokens = text(net, 2, length)
+    P = 3
+    response = torch.ones(2, length - P, dtype=torch.bool)
+    masked = states(response.long(), response, torch.rand(2, length - P, 2), LAYOUT.block)
+    noisy = tokens[:, P:].masked_fill(masked, student.mask_id)
+    rows, slots = masked.nonzero(as_tuple=True)
+    logits, grads = {}, {}
+    for function in (opdlm.student_logits, lora.student_logits):
+        student.zero_grad()
+        logits[function] = function(student, tokens, noisy, P, LAYOUT, rows, slots + P)
+        logits[function].square().mean().backward()
+        grads[function] = [p.grad.clone() for p in student.parameters() if p.requires_grad]
+    torch.testing.assert_close(*logits.values(), atol=1e-5, rtol=1e-4)
+    for plain, fast in zip(*grads.values(), strict=True):
+        assert plain.abs().max() > 0
+        torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-3)
 
 
 def test_gradients_with_and_without_checkpointing(tiny):
