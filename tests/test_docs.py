@@ -341,7 +341,7 @@ def tour(page: str) -> tuple[str, list[str]]:
     return command, re.findall(r"^\(Pdb\) (.*)$", TEXT[page], re.M)
 
 
-@pytest.mark.skipif(sys.version_info[:3] == (3, 13, 0), reason="pdb of Python 3.13.0 takes a script's flags for its own")
+@pytest.mark.skipif(sys.version_info[:3] == (3, 13, 0), reason="its pdb takes the script's flags for its own")
 def test_the_debugger_s_tour(tmp_path):
     """Every stop is made, in the function named, and every expression has a value."""
     command, lines = tour("docs/debugger.md")
