@@ -353,9 +353,9 @@ def commit() -> str:
     return git.stdout.strip() or "unknown"
 
 
-def matmul_rate(device, size: int = 1024) -> float:
-    """Measured FLOP/s of a square float32 matrix product: the median of five."""
-    a = torch.randn(size, size, device=device)
+def matmul_rate(device, size: int = 1024, dtype: torch.dtype = torch.float32) -> float:
+    """Measured FLOP/s of a product of two `size` x `size` matrices of `dtype`: the median of five."""
+    a = torch.randn(size, size, device=device, dtype=dtype)
 
     def measure() -> float:
         began = time.perf_counter()

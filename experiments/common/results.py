@@ -125,7 +125,7 @@ def save_results(experiment: str, variant: str, results: dict, plot: Callable, q
     save_picture(plot, results, folder / f"{variant}.png")
 
 
-def run_info(experiment: str, options) -> dict:
+def run_info(experiment: str, options, device: torch.device = torch.device("cpu")) -> dict:
     """What a results file begins with. Called before the work: a commit may follow. No paths."""
     flags = {}
     changed = [f"python -m experiments.{experiment}.run"]
@@ -142,7 +142,7 @@ def run_info(experiment: str, options) -> dict:
     return {
         "command": " ".join(changed),
         "options": flags,
-        **metrics.facts(torch.device("cpu")),
+        **metrics.facts(device),
         "threads": 1,
     }
 

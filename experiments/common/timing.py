@@ -1,4 +1,5 @@
-"""Seconds: of a function, of a plain AR loop, and per token of several text generators in turns."""
+"""Seconds and peak memory of a function, a plain AR loop, and seconds per token of generators in turns."""
+import gc
 import time
 from collections.abc import Callable
 
@@ -9,10 +10,36 @@ from report import generate
 
 
 def seconds_of(function: Callable) -> float:
-    """Wall-clock seconds of one call."""
+    """Wall-clock seconds of one call, including the work that it leaves to a GPU."""
+    wait_for_gpu()
     began = time.perf_counter()
     function()
+    wait_for_gpu()
     return time.perf_counter() - began
+
+
+def wait_for_gpu() -> None:
+    """Returns when a GPU, if this process uses one, has done all that it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def allocated(device: torch.device) -> int:
+    """Bytes of all tensors on a GPU; 0 on a CPU, where torch does not count them."""
+    gc.collect()
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def gpu_peak(function: Callable, device: torch.device, before: int) -> int | None:
+    """Bytes: the largest sum of all tensors on a GPU during a call, less `before`.
+
+    None on a CPU, where nothing is called.
+    """
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    function()
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 @torch.inference_mode()
@@ -25,8 +52,8 @@ def greedy_ar(net, prompt: torch.Tensor, length: int) -> torch.Tensor:
     T = P + length
     caches = [Cache(T) for _ in net.h]
     tokens = torch.cat([prompt, prompt.new_zeros(B, length)], 1)
-    position = torch.arange(T)
-    row = torch.arange(B)
+    position = torch.arange(T, device=prompt.device)
+    row = torch.arange(B, device=prompt.device)
     begin = 0
     for end in range(P, T):
         new = position[begin:end]                                # the positions of this forward pass

@@ -358,3 +358,16 @@ def test_the_matmul_rate_is_the_median_of_five(monkeypatch):
         clock += [clock[-1] + seconds, clock[-1] + seconds]
     monkeypatch.setattr(metrics.time, "perf_counter", iter(clock).__next__)
     assert metrics.matmul_rate("cpu", size=8) == pytest.approx(2 * 8 ** 3 / 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_matmul_rate_is_that_of_a_number_format(monkeypatch, dtype):
+    formats = []
+    randn = torch.randn
+
+    def spy(*size, device, dtype):
+        formats.append(dtype)
+        return randn(*size, device=device, dtype=dtype)
+    monkeypatch.setattr(metrics.torch, "randn", spy)
+    metrics.matmul_rate("cpu", 8, dtype)
+    assert formats == [dtype]
