@@ -1,5 +1,6 @@
 """A student's export runs in `transformers`: its text is ours, token for token at temperature 0."""
 import ast
+import json
 import shutil
 import sys
 
@@ -12,7 +13,7 @@ from decoding import reveal
 from decoding.denoiser import Denoiser
 from decoding.sampling import SamplingConfig
 from decoding.speculative import speculative_decode
-from model import checkpoint, lora
+from model import checkpoint, files, lora
 from model.gpt import GPT, GPTConfig
 from model.masks import Layout
 from tests.model import test_llama
@@ -154,6 +155,50 @@ def test_the_defaults_are_those_that_the_student_was_trained_for(tmp_path):
         assert responses(tokens, 6, ends) == ours(net, AR_ALIGNED, "static:2", prompt, ends)
 
 
+def test_a_text_may_fill_the_context(tmp_path):
+    net = network()
+    model = load(exported(tmp_path, net, AR_ALIGNED))
+    prompt = prompts(net)
+    for rule, how in ((None, {"mode": "speculative"}), ("static:1", {"reveal": "static:1"})):
+        tokens = model.generate(prompt, max_new_tokens=42, eos_token_id=-1, **how)
+        assert tokens[:, 6:].tolist() == ours(net, AR_ALIGNED, rule, prompt, -1, length=42)
+
+
+def test_a_mask_in_the_vocabulary_is_never_generated(tmp_path):
+    net = network("a2d-qwen3")
+    with torch.no_grad():
+        net.wte.weight[net.mask_id] *= 20                        # the table is also the output layer
+    model = load(exported(tmp_path, net, AR_ALIGNED))
+    prompt = prompts(net)
+    assert (model(prompt).logits.argmax(-1) == net.mask_id).any()
+    tokens = model.generate(prompt, max_new_tokens=LENGTH, mode="speculative", eos_token_id=-1)
+    assert (tokens != net.mask_id).all()
+    assert tokens[:, 6:].tolist() == ours(net, AR_ALIGNED, None, prompt, -1)
+
+
+def test_drafts_are_the_first_step_of_a_block(tmp_path, monkeypatch):
+    net = network()
+    model = load(exported(tmp_path, net, AR_ALIGNED))
+    code = remote_code(model)
+    seen = []
+    verified = code.verified
+    monkeypatch.setattr(code, "verified", lambda drafts, q, p: seen.append(drafts) or verified(drafts, q, p))
+    for prompt in prompts(net)[:, None]:
+        seen.clear()
+        model.generate(prompt, max_new_tokens=LENGTH, mode="speculative", eos_token_id=-1)
+        assert [seen[0].tolist()] == ours(net, AR_ALIGNED, "static:4", prompt, -1, length=4)
+        assert len(seen) < LENGTH                                # drafts are accepted
+
+
+def test_all_ids_that_end_a_text_are_read(tmp_path):
+    folder = exported(tmp_path, network(), AR_ALIGNED)
+    config = files.read_json(folder / "config.json")
+    config.update(bos_token_id=4, eos_token_id=[5, 6])
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text('{"bos_token_id": 4, "eos_token_id": [6, 7]}')
+    assert set(load(folder).end_ids(None).tolist()) == {4, 5, 6, 7}
+
+
 def test_the_shipped_student_tells_the_same_story(tmp_path):
     folder = checkpoint.REMOTE_CODE.parents[1] / "pretrained"
     checkpoint.export(folder, tmp_path / "student")
@@ -168,25 +213,44 @@ def test_the_shipped_student_tells_the_same_story(tmp_path):
 
 # the same distribution ----------------------------------------------------------------------------------
 
-def remote_code(folder):
+def remote_code(model):
     """The module of a student's code."""
-    return sys.modules[type(load(folder)).__mro__[1].__module__]
+    return sys.modules[type(model).__mro__[1].__module__]
 
 
 def test_tokens_are_drawn_with_the_temperature(tmp_path):
     net = network()
-    folder = exported(tmp_path, net, AR_ALIGNED)
+    model = load(exported(tmp_path, net, AR_ALIGNED))
     prompt = prompts(net)[:1]
-    probs = (net(prompt)[-1] / 2).softmax(-1)
+    logits = net(prompt)[-1]
+    probs = (logits / 0.2).softmax(-1)
+    assert (probs - logits.softmax(-1)).abs().max() > 0.2
     torch.manual_seed(0)
     for how in ({"mode": "speculative"}, {"reveal": "static:1"}):
-        tokens = load(folder).generate(prompt.expand(400, -1), max_new_tokens=1, temperature=2.0, **how)
+        tokens = model.generate(prompt.expand(400, -1), max_new_tokens=1, temperature=0.2, **how)
         shares = tokens[:, -1].bincount(minlength=TOK.vocab_size) / 400
         assert (shares - probs).abs().max() < 0.08
 
 
+@pytest.mark.parametrize("confidence", ["largest", "drawn"])
+def test_the_confidence_is_the_student_s(tmp_path, monkeypatch, confidence):
+    """The largest probability does not depend on what was drawn, that of the drawn token does."""
+    net = network()
+    model = load(exported(tmp_path, net, AR_ALIGNED, confidence=confidence))
+    code = remote_code(model)
+    choose = code.choose
+    seen = []
+    monkeypatch.setattr(code, "choose", lambda rule, x: seen.append(x) or choose(rule, x))
+    torch.manual_seed(0)
+    for _ in range(2):
+        model.generate(prompts(net)[:1], max_new_tokens=4, reveal="static:4", temperature=100.0)
+    first, second = seen
+    assert torch.equal(first, second) == (confidence == "largest")
+    assert ((first > 0) & (first < 1)).all()
+
+
 def test_verified_drafts_have_the_verifier_s_distribution(tmp_path):
-    code = remote_code(exported(tmp_path, network(), AR_ALIGNED))
+    code = remote_code(load(exported(tmp_path, network(), AR_ALIGNED)))
     torch.manual_seed(0)
     q = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]])
     p = torch.tensor([[0.3, 0.3, 0.4], [0.5, 0.4, 0.1], [0.2, 0.2, 0.6]])
@@ -199,6 +263,13 @@ def test_verified_drafts_have_the_verifier_s_distribution(tmp_path):
     assert (shares - p).abs().max() < 0.04
     assert counts[0].sum() == 4000
     assert abs(counts[1].sum() / 4000 - 0.6) < 0.04              # min(0.7, 0.3) + min(0.2, 0.3) + 0.1
+
+
+def test_a_draft_that_is_rejected_by_rounding_is_drawn_again(tmp_path, monkeypatch):
+    code = remote_code(load(exported(tmp_path, network(), AR_ALIGNED)))
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor(1.0))   # as in u * q >= p, p = q
+    p = torch.tensor([[0.0, 1.0], [0.5, 0.5]])
+    assert code.verified(torch.tensor([1]), p[:1], p).tolist() == [1]
 
 
 # the folder ---------------------------------------------------------------------------------------------
