@@ -2,7 +2,7 @@
 
     tok = AutoTokenizer.from_pretrained(FOLDER)
     model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
-    prompt = [tok.bos_token_id, *tok.encode("Once upon a time")]
+    prompt = [tok.bos_token_id, *tok.encode("Once upon a time", add_special_tokens=False)]
     ids = model.generate(torch.tensor([prompt]), max_new_tokens=100)
 
 A student is an AR model of `transformers` that also writes text by block diffusion. Without

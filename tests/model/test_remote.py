@@ -1,6 +1,7 @@
 """A student's export runs in `transformers`: its text is ours, token for token at temperature 0."""
 import ast
 import json
+import re
 import shutil
 import sys
 
@@ -89,13 +90,16 @@ def responses(tokens, prompt_len, ends):
 
 # the same text ------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+CASES = [(kind, layout) for kind in ("gpt2", "llama, its own head") for layout in LAYOUTS]
+CASES += [(kind, layout) for kind in ("llama", "qwen2", "qwen3", "a2d-qwen3") for layout in LAYOUTS[:2]]
+
+
+@pytest.mark.parametrize(("kind", "layout"), CASES, ids=str)
 def test_generate_writes_our_text(tmp_path, kind, layout):
     net = network(kind)
     model = load(exported(tmp_path, net, layout))
-    prompt = prompts(net)
-    rules = ["leftmost:0.3", "threshold:0.3", "static:1", "static:3", *([None] if layout.is_ar_model else [])]
+    prompt = prompts(net)[:2]
+    rules = ["leftmost:0.3", "threshold:0.3", "static:3", *([None] if layout.is_ar_model else [])]
     texts = []
     for rule in rules:
         expected = ours(net, layout, rule, prompt, ends=-1)
@@ -158,8 +162,8 @@ def test_the_defaults_are_those_that_the_student_was_trained_for(tmp_path):
 def test_a_text_may_fill_the_context(tmp_path):
     net = network()
     model = load(exported(tmp_path, net, AR_ALIGNED))
-    prompt = prompts(net)
-    for rule, how in ((None, {"mode": "speculative"}), ("static:1", {"reveal": "static:1"})):
+    prompt = prompts(net)[:1]
+    for rule, how in ((None, {"mode": "speculative"}), ("static:2", {"reveal": "static:2"})):
         tokens = model.generate(prompt, max_new_tokens=42, eos_token_id=-1, **how)
         assert tokens[:, 6:].tolist() == ours(net, AR_ALIGNED, rule, prompt, -1, length=42)
 
@@ -211,6 +215,16 @@ def test_the_shipped_student_tells_the_same_story(tmp_path):
         assert tokens[:, prompt.size(1):].tolist() == ours(net, layout, rule, prompt, tok.eos_token_id, 24)
 
 
+def test_the_commands_of_the_page_write_the_story(tmp_path, monkeypatch, capsys):
+    root = checkpoint.REMOTE_CODE.parents[2]
+    page = (root / "docs/checkpoints.md").read_text(encoding="utf-8")
+    commands = re.search(r"^```python\n(.*?)^```", page, re.M | re.S)[1]
+    monkeypatch.chdir(tmp_path)
+    checkpoint.export(root / "model/pretrained", "my-student")
+    exec(commands, {})
+    assert "Once upon a time, there was a little girl" in capsys.readouterr().out
+
+
 # the same distribution ----------------------------------------------------------------------------------
 
 def remote_code(model):
@@ -227,8 +241,8 @@ def test_tokens_are_drawn_with_the_temperature(tmp_path):
     assert (probs - logits.softmax(-1)).abs().max() > 0.2
     torch.manual_seed(0)
     for how in ({"mode": "speculative"}, {"reveal": "static:1"}):
-        tokens = model.generate(prompt.expand(400, -1), max_new_tokens=1, temperature=0.2, **how)
-        shares = tokens[:, -1].bincount(minlength=TOK.vocab_size) / 400
+        tokens = model.generate(prompt.expand(300, -1), max_new_tokens=1, temperature=0.2, **how)
+        shares = tokens[:, -1].bincount(minlength=TOK.vocab_size) / 300
         assert (shares - probs).abs().max() < 0.08
 
 
@@ -255,14 +269,14 @@ def test_verified_drafts_have_the_verifier_s_distribution(tmp_path):
     q = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]])
     p = torch.tensor([[0.3, 0.3, 0.4], [0.5, 0.4, 0.1], [0.2, 0.2, 0.6]])
     counts = torch.zeros(3, 3)
-    for _ in range(4000):
+    for _ in range(3000):
         tokens = code.verified(code.draw(q), q, p)
         for position, token in enumerate(tokens.tolist()):
             counts[position, token] += 1
     shares = counts / counts.sum(1, keepdim=True)
     assert (shares - p).abs().max() < 0.04
-    assert counts[0].sum() == 4000
-    assert abs(counts[1].sum() / 4000 - 0.6) < 0.04              # min(0.7, 0.3) + min(0.2, 0.3) + 0.1
+    assert counts[0].sum() == 3000
+    assert abs(counts[1].sum() / 3000 - 0.6) < 0.04              # min(0.7, 0.3) + min(0.2, 0.3) + 0.1
 
 
 def test_a_draft_that_is_rejected_by_rounding_is_drawn_again(tmp_path, monkeypatch):
