@@ -88,6 +88,11 @@ def responses(tokens, prompt_len, ends):
     return found
 
 
+def remote_code(model):
+    """The module of a student's code."""
+    return sys.modules[type(model).__mro__[1].__module__]
+
+
 # the same text ------------------------------------------------------------------------------------------
 
 CASES = [(kind, layout) for kind in ("gpt2", "llama, its own head") for layout in LAYOUTS]
@@ -99,7 +104,7 @@ def test_generate_writes_our_text(tmp_path, kind, layout):
     net = network(kind)
     model = load(exported(tmp_path, net, layout))
     prompt = prompts(net)[:2]
-    rules = ["leftmost:0.3", "threshold:0.3", "static:3", *([None] if layout.is_ar_model else [])]
+    rules = ["leftmost:0.08", "threshold:0.08", "static:3", *([None] if layout.is_ar_model else [])]
     texts = []
     for rule in rules:
         expected = ours(net, layout, rule, prompt, ends=-1)
@@ -111,7 +116,19 @@ def test_generate_writes_our_text(tmp_path, kind, layout):
     assert layout.block == 1 or len({str(text) for text in texts}) > 2   # the rules matter
 
 
-@pytest.mark.parametrize("rule", ["leftmost:0.3", "static:2", None])
+def test_the_reveal_rules_are_ours(tmp_path):
+    code = remote_code(load(exported(tmp_path, network(), AR_ALIGNED)))
+    generator = torch.Generator().manual_seed(0)
+    for size in (1, 2, 3, 5, 8):
+        for confidence in torch.rand(20, size, generator=generator):
+            for rule in ("leftmost:0.5", "leftmost:1", "threshold:0.5", "threshold:1", "static:1",
+                         "static:3"):
+                masked = torch.ones(1, size, dtype=torch.bool)
+                expected = reveal.parse(rule)(confidence[None], masked, None, None)[0]
+                assert torch.equal(code.choose(rule, confidence), expected), rule
+
+
+@pytest.mark.parametrize("rule", ["leftmost:0.08", "static:2", None])
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_a_text_ends_where_ours_ends(tmp_path, kind, rule):
     net = network(kind)
@@ -135,13 +152,13 @@ def test_prompts_of_different_lengths_are_padded_at_the_left(tmp_path, layout):
     model = load(exported(tmp_path, net, layout))
     prompt = prompts(net)
     lengths = torch.tensor([6, 3, 1, 4])
-    expected = ours(net, layout, "leftmost:0.3", prompt, -1, prompt_len=lengths)
+    expected = ours(net, layout, "leftmost:0.08", prompt, -1, prompt_len=lengths)
     at_left = torch.zeros_like(prompt)
     for row, length in enumerate(lengths.tolist()):
         at_left[row, 6 - length:] = prompt[row, :length]
     attention_mask = (torch.arange(6) >= 6 - lengths[:, None]).long()
     tokens = model.generate(at_left, attention_mask=attention_mask, max_new_tokens=LENGTH, eos_token_id=-1,
-                            reveal="leftmost:0.3")
+                            reveal="leftmost:0.08")
     assert torch.equal(tokens[:, :6], at_left) and tokens[:, 6:].tolist() == expected
 
 
@@ -149,9 +166,9 @@ def test_the_defaults_are_those_that_the_student_was_trained_for(tmp_path):
     net = network()
     prompt = prompts(net)
     ends = TOK.ends if isinstance(TOK.ends, tuple) else (TOK.ends,)
-    for mode, rule in (("diffusion", "threshold:0.3"), ("speculative", None)):
+    for mode, rule in (("diffusion", "threshold:0.08"), ("speculative", None)):
         folder = tmp_path / mode
-        student = exported(folder, net, AR_ALIGNED, reveal="threshold:0.3", mode=mode, confidence="drawn")
+        student = exported(folder, net, AR_ALIGNED, reveal="threshold:0.08", mode=mode, confidence="drawn")
         model = load(student)
         tokens = model.generate(prompt, max_new_tokens=LENGTH)
         assert responses(tokens, 6, ends) == ours(net, AR_ALIGNED, rule, prompt, ends)
@@ -226,11 +243,6 @@ def test_the_commands_of_the_page_write_the_story(tmp_path, monkeypatch, capsys)
 
 
 # the same distribution ----------------------------------------------------------------------------------
-
-def remote_code(model):
-    """The module of a student's code."""
-    return sys.modules[type(model).__mro__[1].__module__]
-
 
 def test_tokens_are_drawn_with_the_temperature(tmp_path):
     net = network()
