@@ -4,7 +4,8 @@
     load                   the network in a folder, and its layout if it is a student
     sizes_from_checkpoint  the sizes that a conversion takes from a checkpoint
     save                   write a network to a folder, which `transformers` loads too
-    export                 write any checkpoint as `save` does; tensors change only if another dtype is given
+    export                 write any checkpoint as `save` does; tensors change only if another dtype is given.
+                           A student gets the code with which `transformers` runs it (model/remote/)
 
 Safetensors contain numbers only, so loading a checkpoint never runs code from it.
 
@@ -43,7 +44,8 @@ TOKENIZER_FILES = ("bpe.json", "tokenizer.json", "tokenizer_config.json", "speci
                    "generation_config.json")
 FILES = ["config.json", WEIGHTS, "model-*-of-*.safetensors", INDEX, MASK_FILE, ADAPTER,
          ADAPTER_CONFIG, *TOKENIZER_FILES]
-OWN_FILES = (*FILES, "importance.json")     # what is replaced with a checkpoint; other files stay
+REMOTE_CODE = Path(__file__).parent / "remote/modeling_opdlm.py"
+OWN_FILES = (*FILES, "importance.json", REMOTE_CODE.name)    # replaced with a checkpoint; others stay
 
 MASK = "mask_vector"        # the parameter that `transformers` does not know
 QWEN3_MASK = 151669         # first unused id of Qwen3: [MASK] in the checkpoints that OPDLM and dllm released
@@ -554,6 +556,7 @@ def export(name: str | Path, folder: str | Path, dtype: torch.dtype | None = Non
     """Write the checkpoint `name` to a new folder, with its tokenizer and the other keys of its config.json.
 
     Tensors keep their bytes, unless `dtype` is given. An adapter is exported as one, without its AR model.
+    Any other student gets a copy of model/remote/modeling_opdlm.py.
     """
     source = fetch(name)
     folder = Path(folder)
@@ -565,10 +568,15 @@ def export(name: str | Path, folder: str | Path, dtype: torch.dtype | None = Non
     net, layout = load(name, dtype)
     config = dict(read_config(name))
     config.pop("auto_map", None)  # names code that is not exported
+    has_code = layout is not None and base is None
+    if has_code:
+        config["auto_map"] = {"AutoModelForCausalLM": remote_class(net.config)}
     if base:
         config["base"] = base
     with files.replace_folder(folder, OWN_FILES, may_exist=False) as new_folder:
         write_files(new_folder, net, net.state_dict(), layout, config)
+        if has_code:
+            shutil.copyfile(REMOTE_CODE, new_folder / REMOTE_CODE.name)
         for file in TOKENIZER_FILES:
             if (source / file).is_file():
                 shutil.copyfile(source / file, new_folder / file)
@@ -576,6 +584,11 @@ def export(name: str | Path, folder: str | Path, dtype: torch.dtype | None = Non
             from data import tokenizer  # only here is a tokenizer more than a file
 
             tokenizer.load(source).save_for_transformers(new_folder)
+
+
+def remote_class(config: "GPTConfig | LlamaConfig") -> str:
+    """The class that runs a student of this family in `transformers`, as "auto_map" names it."""
+    return f"{REMOTE_CODE.stem}.{config.family.capitalize()}Student"
 
 
 def write_files(folder: Path, net: "GPT | Llama", state: dict[str, Tensor], layout: Layout | None,

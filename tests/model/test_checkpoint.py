@@ -436,12 +436,17 @@ def test_a_student_is_exported_whole_and_without_code_of_others(student, tmp_pat
     checkpoint.export(student, tmp_path / "out")
     before = {p.name: p.read_bytes() for p in student.iterdir()}
     after = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
-    assert after.keys() - before.keys() == {"tokenizer.json", "tokenizer_config.json"}  # for transformers
+    added = {"tokenizer.json", "tokenizer_config.json", "modeling_opdlm.py"}    # for transformers
+    assert after.keys() - before.keys() == added
+    settings = json.loads(after.pop("config.json"))
+    assert settings.pop("auto_map") == {"AutoModelForCausalLM": "modeling_opdlm.Gpt2Student"}
+    assert settings == json.loads(before.pop("config.json"))
     assert {name: after[name] for name in before} == before
     released(tmp_path / "a2d", mask_token_id=7)
     checkpoint.export(tmp_path / "a2d", tmp_path / "qwen3")
     config = checkpoint.read_config(tmp_path / "qwen3")
-    assert config["model_type"] == "qwen3" and config["mask_token_id"] == 7 and "auto_map" not in config
+    assert config["model_type"] == "qwen3" and config["mask_token_id"] == 7
+    assert config["auto_map"] == {"AutoModelForCausalLM": "modeling_opdlm.Qwen3Student"}     # not theirs
     assert checkpoint.load(tmp_path / "qwen3")[1] == checkpoint.load(tmp_path / "a2d")[1]
 
 
@@ -564,7 +569,7 @@ def test_files_of_an_export_have_the_usual_permissions(student, tmp_path):
     checkpoint.export(student, tmp_path / "out")
     os.umask(umask)
     modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "out").iterdir()}
-    assert set(modes.values()) == {"0o644"} and len(modes) == 6
+    assert set(modes.values()) == {"0o644"} and len(modes) == 7
 
 
 def test_an_export_deletes_no_folder_of_others(student, tmp_path):
