@@ -75,8 +75,8 @@ class Muon(torch.optim.Optimizer):
         rows, columns = params[0].shape
         lr = group["lr"] * max(1.0, rows / columns) ** 0.5
         updates = orthogonalize(torch.stack(directions))                     # (n, rows, columns)
-        for i, p in enumerate(params):                           # torch 2.9 cannot iterate over shards
-            p.add_(updates[i], alpha=-lr)
+        for p, update in zip(params, updates):
+            p.add_(update, alpha=-lr)
 
     def adamw_step(self, params: list[Tensor], group: dict) -> None:
         beta1, beta2 = group["betas"]

@@ -45,6 +45,7 @@ RENAMED_ROWS = {
     "half of it on stories": "half of the updates on stories",
     "stories, every left part": "stories, every prefix", "block 4, left parts": "block 4, prefixes",
 }
+PATHS = {"data": "FILE.txt", "val_data": "FILE.txt", "init": "FOLDER"}      # options that are paths
 TEXT_FLAGS = "--data=FILE.txt --val_data=FILE.txt"
 RENAMED_COMMANDS = {    # of older results; the first word is experiments/NAME
     "ablations": "ablations",
@@ -131,9 +132,9 @@ def run_info(experiment: str, options, device: torch.device = torch.device("cpu"
     changed = [f"python -m experiments.{experiment}.run"]
     for field in fields(options):
         value = getattr(options, field.name)
-        if field.name in ("data", "val_data"):
+        if field.name in PATHS:
             if value != field.default:
-                changed.append(f"--{field.name}=FILE.txt")
+                changed.append(f"--{field.name}={PATHS[field.name]}")
             continue
         flags[field.name] = value
         if value != field.default:
