@@ -67,7 +67,7 @@ class Config:
     reveal: str = "leftmost:0.98"   # reveal rule, NAME:ARGUMENT (docs/decoding.md)
     confidence: Literal["largest", "drawn", "margin", "entropy"] | None = None  # default: the rule's own
     source: Literal["student", "student-ar", "teacher", "data"] = "student"    # whose text is learned from
-    temperature: float = 1.0    # of generated text; match the temperature at which you will decode
+    temperature: float = 0.7    # of generated text, in training and evaluation; decode at the same one
     top_k: int | None = None    # generated text is sampled from the k most likely tokens
     top_p: float | None = None  # generated text is sampled from the fewest tokens with this total probability
     states: Literal["visited", "random", "prefix", "all"] = "visited"  # masked states to learn on
@@ -76,18 +76,18 @@ class Config:
     weight: Literal["mean", "first", "1/t"] = "first"   # loss weight of a masked position (docs/method.md)
     clean_weight: float = 0.0   # weight of the student's loss as an AR model, for --verifier=self
     clean_text: Literal["own", "data"] = "own"  # of that loss: the update's own text, or training text
-    warm_steps: int | None = None   # first updates, on training text; default: 540 on toy, 230 on text
-    updates_per_rollout: int = 1    # updates on each generated batch of texts
+    warm_steps: int | None = None   # first updates, on training text; default: 180 on toy, 80 on text
+    updates_per_rollout: int | None = None  # updates on each generated batch; default: 1 on toy, 4 on text
     max_prompt: int = 16        # prompts have 1 to this many tokens
     max_response: int | None = None     # tokens of a text to learn from, after its prompt; default: --length
     # Optimization
     pretrain_steps: int | None = None   # AR updates; default: 480 on toy, 640 on text, 0 with --init
     pretrain_batch: int | None = None   # windows per AR update; default: 32 on toy, 16 on text
-    distill_steps: int | None = None    # distillation updates; default: 580 on toy, 246 on text
+    distill_steps: int | None = None    # distillation updates; default: 560 on toy, 240 on text
     batch: int = 16             # rows per distillation update, over all processes
     grad_accum: int = 1         # gradient accumulation steps per update
     optimizer: Literal["muon", "adamw"] = "muon"    # muon: for the matrices of the blocks, AdamW for the rest
-    lr: float | None = None     # peak learning rate; default: 0.02 (muon), 0.001 (adamw), with --init a tenth
+    lr: float | None = None     # peak learning rate; default: 0.01 (muon), 0.001 (adamw), with --init a tenth
     lr_schedule: Literal["linear", "trapezoid", "cosine", "constant"] = "linear"    # of distillation
     length_ramp: int = 0        # updates over which responses grow to full length
     # Model
@@ -120,7 +120,7 @@ PAPER = {
 MDLM = {
     "block": 0, "align": "paper", "context": "block", "reveal": "ancestral:128",
     "source": "data", "states": "random", "target": "onehot", "weight": "1/t", "warm_steps": 0,
-    "eval_every": 1000, "max_prompt": 1,
+    "temperature": 1.0, "eval_every": 1000, "max_prompt": 1,
 }
 DIALS = ("source", "states", "target", "weight")
 PRESETS = {"paper": PAPER, "mdlm": MDLM}
@@ -128,10 +128,10 @@ for _name, _dials in opdlm.METHODS.items():
     PRESETS[_name] = dict(zip(DIALS, _dials)) | {"warm_steps": 0}
 
 SIZES = {       # defaults that depend on the data
-    "toy": {"pretrain_steps": 480, "pretrain_batch": 32, "distill_steps": 580, "warm_steps": 540,
-            "width": 128, "length": 96, "eval_texts": 512},
-    "text": {"pretrain_steps": 640, "pretrain_batch": 16, "distill_steps": 246, "warm_steps": 230,
-             "width": 192, "length": 256, "eval_texts": 128},
+    "toy": {"pretrain_steps": 480, "pretrain_batch": 32, "distill_steps": 560, "warm_steps": 180,
+            "updates_per_rollout": 1, "width": 128, "length": 96, "eval_texts": 512},
+    "text": {"pretrain_steps": 640, "pretrain_batch": 16, "distill_steps": 240, "warm_steps": 80,
+             "updates_per_rollout": 4, "width": 192, "length": 256, "eval_texts": 128},
 }
 
 STEPS = 10**9           # far above any run

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from training import dist
 
-LEARNING_RATES = {"muon": 0.02, "adamw": 1e-3}      # peak learning rates that suit small networks
+LEARNING_RATES = {"muon": 0.01, "adamw": 1e-3}      # peak rates of the distillation of small networks
 
 # The learning rate relative to its peak, when a share `done` of the steps is done (after the warm-up).
 LR_SHAPES = {
