@@ -405,7 +405,7 @@ def test_the_dials_reach_the_method(flags, monkeypatch):
     assert recipe.weight is opdlm.WEIGHTS[given.get("weight", "first")]
     assert recipe.updates_per_rollout == int(given.get("updates_per_rollout", 1))
     assert recipe.max_prompt == int(given.get("max_prompt", 16))
-    assert recipe.sampling == SamplingConfig(float(given.get("temperature", 1)), top_k=given.get("top_k"))
+    assert recipe.sampling == SamplingConfig(float(given.get("temperature", 0.7)), top_k=given.get("top_k"))
 
 
 def test_what_saves_memory_changes_no_loss():
@@ -590,9 +590,9 @@ def test_an_older_state_can_be_resumed(capsys, finished_run):
     config["trained"]["rows"] = config["trained"].pop("pretrain_batch")
     Path("run/ar/config.json").write_text(json.dumps(config))
     assert "--layers was 1 and is 2" in refused_resume(capsys, "--layers=2")
-    assert train("--distill_steps=2", "--out=run", "--resume", "--lr=0.01", "--eval_every=1") == 0
+    assert train("--distill_steps=2", "--out=run", "--resume", "--lr=0.03", "--eval_every=1") == 0
     said = capsys.readouterr().out
-    assert "resuming from step 1;" in said and "lr was 0.02 and is 0.01" in said
+    assert "resuming from step 1;" in said and "lr was 0.01 and is 0.03" in said
 
 
 # pretraining is saved too -----------------------------------------------------------------------------

@@ -53,8 +53,8 @@ def updates(results: dict) -> tuple[int, int]:
 def duration(results: dict) -> str:
     seconds = [run["seconds"] for run in results["runs"]]
     if len(seconds) == 1:
-        return f"{seconds[0]} seconds on two CPU cores"
-    return f"{min(seconds)} to {max(seconds)} seconds per seed on two CPU cores"
+        return f"{seconds[0]} seconds"
+    return f"{min(seconds)} to {max(seconds)} seconds per seed"
 
 
 def page(all_results: dict[str, dict]) -> str:
