@@ -50,6 +50,14 @@ def updates(results: dict) -> tuple[int, int]:
     return config["distill_steps"], config["warm_steps"]
 
 
+def settings(results: dict) -> str:
+    """What the runs had: updates, whose text they learned from, temperature and learning rate."""
+    config = results["runs"][0]["header"]["config"]
+    total, warm = updates(results)
+    return (f"{total} updates, the first {warm} on training text and {total - warm} on the student's own; "
+            f"temperature {config.get('temperature', 1.0)}, learning rate {config['lr']}.")
+
+
 def duration(results: dict) -> str:
     seconds = [run["seconds"] for run in results["runs"]]
     if len(seconds) == 1:
@@ -66,8 +74,9 @@ def page(all_results: dict[str, dict]) -> str:
             The default command of the project, `python train_tiny.py`, over several seeds. It pretrains an AR
             model, copies it under another attention mask (the student before), distils it first on training
             stories (`--warm_steps`), then on text that it generates itself, and compares the student after
-            that with its teacher. Text is sampled at temperature 1 with the default rule, leftmost:0.98; in
-            the last column the student drafts a block and verifies it itself, as an AR model."""),
+            that with its teacher. Text is sampled with the default rule, leftmost:0.98; in the last column
+            the student drafts a block and verifies it itself, as an AR model. All columns have the
+            temperature at which the student's text was generated in training."""),
         md.paragraph("""
             `val_nats` is the NLL of held-out stories by the chain rule: the student reveals from left to
             right, one token at a time. `gen_nats` is the NLL of generated text under the teacher, `valid` the
@@ -78,7 +87,7 @@ def page(all_results: dict[str, dict]) -> str:
             `positions_per_tok` counts the positions that they process."""),
         "## The story world",
         md.measured(story_world, "story_world", duration(story_world), story_world["runs"][0]["header"]),
-        md.paragraph("Three seeds, 512 stories each; mean (smallest to largest)."),
+        md.paragraph(f"Three seeds, 512 stories each; mean (smallest to largest). {settings(story_world)}"),
         table(story_world),
         md.details("The closing table of seed 0, as the run prints it", closing_table(story_world)),
         md.picture("story_world", "Loss and KL against training tokens, seed 0"),
@@ -87,9 +96,9 @@ def page(all_results: dict[str, dict]) -> str:
         md.bullets(story_world_findings(story_world)),
         "## TinyStories",
         md.measured(real_text, "tinystories", duration(real_text), real_text["runs"][0]["header"]),
-        md.paragraph("""
+        md.paragraph(f"""
             One seed, 128 stories. 15 MB of the training file, 0.8 MB of the validation file, a BPE of 2,048
-            tokens, 2.2 million parameters."""),
+            tokens, 2.2 million parameters. {settings(real_text)}"""),
         table(real_text),
         md.picture("tinystories", "Loss and KL against training tokens"),
         md.picture(
@@ -119,8 +128,9 @@ def story_world_findings(results: dict) -> list[str]:
         f"Drafted and verified by the student itself, {cell('speculative', 'valid')} of the stories are "
         f"valid at {cell('speculative', 'tok_per_fwd')} tokens per forward pass: better and faster than the "
         f"reveal rule, at {cell('speculative', 'positions_per_tok')} positions per token.",
-        f"Only the last {total - warm} of {total} updates learn from the student's own text. What they add "
-        "was not measured.",
+        f"{total - warm} of {total} updates learn from the student's own text, and need no more than prompts. "
+        "Training stories are unlimited here; where they are, they teach at least as well "
+        "([methods](../methods/README.md)).",
         f"A forward pass of the student processes more: {cell('after', 'positions_per_tok')} positions per "
         f"token, where AR takes {cell('ar', 'positions_per_tok')}.",
         f"Useful arithmetic is {shares['stories']:.0%} of a matrix product's speed in updates on stories and "
