@@ -10,7 +10,7 @@ experiments/real/results/smollm2.json.
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -239,15 +239,16 @@ def main(argv: list[str]) -> None:
     for kind, texts in prompts.test_prompts().items():
         rows[kind] = [encode(text, tokenizer) for text in texts[:few]]
     generators = decoders(teacher, student, untrained, layout)
+    settings = asdict(replace(options, turns=0, threads=0))      # all but those of the timings
     ways = {}
     for name, generator in generators.items():
         measure = partial(measure_texts, generator, rows, teacher, tokenizer, options)
-        ways[name] = cached(work / f"{name}.json", asdict(options), measure)
+        ways[name] = cached(work / f"{name}.json", settings, measure)
         print(f"{name}: {ways[name]['all']['tok_per_fwd']:.2f} tokens per forward pass", flush=True)
     results["texts"] = ways
     scored = held_out_texts(options, tokenizer)
     score = partial(likelihoods, teacher, student, layout, scored, tokenizer)
-    results["likelihood"] = cached(work / "likelihood.json", asdict(options), score)
+    results["likelihood"] = cached(work / "likelihood.json", settings, score)
     timed = [row for kind_rows in rows.values() for row in kind_rows[:2]]
     results["seconds_per_token"] = seconds_per_token(generators["self-verified"], teacher, timed,
                                                      tokenizer.ends, options)
