@@ -128,7 +128,7 @@ def story_world_findings(results: dict) -> list[str]:
         f"Drafted and verified by the student itself, {cell('speculative', 'valid')} of the stories are "
         f"valid at {cell('speculative', 'tok_per_fwd')} tokens per forward pass: better and faster than the "
         f"reveal rule, at {cell('speculative', 'positions_per_tok')} positions per token.",
-        f"{total - warm} of {total} updates learn from the student's own text, and need no more than prompts. "
+        f"{total - warm} of {total} updates learn from the student's own text, and need only prompts. "
         "Training stories are unlimited here; where they are, they teach at least as well "
         "([methods](../methods/README.md)).",
         f"A forward pass of the student processes more: {cell('after', 'positions_per_tok')} positions per "
