@@ -86,8 +86,8 @@ class Config:
     distill_steps: int | None = None    # distillation updates; default: 560 on toy, 240 on text
     batch: int = 16             # rows per distillation update, over all processes
     grad_accum: int = 1         # gradient accumulation steps per update
-    optimizer: Literal["muon", "adamw"] = "muon"    # muon: for the matrices of the blocks, AdamW for the rest
-    lr: float | None = None     # peak learning rate; default: 0.01 (muon), 0.001 (adamw), with --init a tenth
+    optimizer: Literal["muon", "adamw"] | None = None   # default: muon (for matrices); --lora: adamw
+    lr: float | None = None     # peak; default: 0.01 (muon), 0.001 (adamw), --init a tenth, --lora 0.003
     lr_schedule: Literal["linear", "trapezoid", "cosine", "constant"] = "linear"    # of distillation
     length_ramp: int = 0        # updates over which responses grow to full length
     # Model
@@ -134,6 +134,7 @@ SIZES = {       # defaults that depend on the data
              "updates_per_rollout": 4, "width": 192, "length": 256, "eval_texts": 128},
 }
 
+LORA_RATE = 0.003       # peak learning rate of an adapter, with adamw
 STEPS = 10**9           # far above any run
 ROWS = 10**6
 RANGES = {      # values allowed; --block depends on the length, and --width is a multiple of 64
@@ -432,11 +433,14 @@ def resolve_options(config: Config, corpus: Corpus) -> Config:
     check_ranges(config, RANGES)
     defaults = dict(SIZES["toy" if corpus.name == "toy" else "text"])
     defaults["data"] = corpus.name
+    config = replace(config, optimizer=config.optimizer or ("adamw" if config.lora else "muon"))
     defaults["lr"] = LEARNING_RATES[config.optimizer]
     if config.init != "scratch":
         sizes = checkpoint.sizes_from_checkpoint(config.init, config.length, defaults["length"])
         config = replace(config, **sizes)
         defaults["lr"] = LEARNING_RATES[config.optimizer] / 10          # large checkpoints need smaller rates
+    if config.lora and config.optimizer == "adamw":
+        defaults["lr"] = LORA_RATE
         if corpus.name != "toy":
             defaults |= evaluation_size(config, defaults)
     missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}

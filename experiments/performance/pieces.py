@@ -70,6 +70,7 @@ def config_of(size: Size, device: torch.device, compiled: bool = False) -> train
         layers=size.network.layers,
         width=size.network.width,
         length=size.network.context,
+        optimizer="muon",
         lr=LEARNING_RATE,
         temperature=0.0,
         kl="full",
