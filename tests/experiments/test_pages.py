@@ -77,7 +77,8 @@ def test_pictures_are_small_and_shown():
 
 @pytest.mark.parametrize("name", ["main_run", "methods", "ablations"])
 def test_withdrawn_claims_are_not_made(name):
-    assert not [claim for claim in WITHDRAWN if claim in sentences(name)]
+    text = sentences(name)
+    assert not [claim for claim in WITHDRAWN if re.search(rf"(?<![\d.]){re.escape(claim)}", text)]
 
 
 def test_the_pages_say_what_their_tables_do_not_show():

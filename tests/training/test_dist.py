@@ -115,7 +115,7 @@ def test_an_adapter_in_two_processes(tmp_path, monkeypatch):
 SHORT = ("--data=stories.txt", "--vocab=300", "--pretrain_steps=60", "--pretrain_batch=4", "--warm_steps=32",
          "--updates_per_rollout=2", "--layers=1", "--width=64", "--length=64", "--batch=4", "--eval_every=2",
          "--distill_steps=40", "--device=cpu", "--sample_prompt=One day", "--eval_texts=128",
-         "--eval_tokens=64")
+         "--eval_tokens=64", "--lr=0.02", "--temperature=1")
 
 
 def distill_records(folder):
@@ -166,7 +166,7 @@ def test_the_whole_command_in_two_processes(alone):
 
 def test_one_of_two_processes_is_killed_and_the_run_resumed(alone):
     """Converts a checkpoint in the format of GPT-2; the result can be sampled."""
-    words = [*command(2, ROOT / "train_tiny.py"), *SHORT, "--init=1/ar", "--lr=0.02", "--out=3"]
+    words = [*command(2, ROOT / "train_tiny.py"), *SHORT, "--init=1/ar", "--out=3"]
     options = {"cwd": alone, "env": ENV, "capture_output": True, "text": True, "timeout": 200}
     run = subprocess.Popen(words, cwd=alone, env=ENV, text=True, stdout=subprocess.DEVNULL,
                            stderr=subprocess.PIPE)
