@@ -439,10 +439,10 @@ def resolve_options(config: Config, corpus: Corpus) -> Config:
         sizes = checkpoint.sizes_from_checkpoint(config.init, config.length, defaults["length"])
         config = replace(config, **sizes)
         defaults["lr"] = LEARNING_RATES[config.optimizer] / 10          # large checkpoints need smaller rates
-    if config.lora and config.optimizer == "adamw":
-        defaults["lr"] = LORA_RATE
         if corpus.name != "toy":
             defaults |= evaluation_size(config, defaults)
+    if config.lora and config.optimizer == "adamw":
+        defaults["lr"] = LORA_RATE
     missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     config = replace(config, **missing)
     config = replace(config, block=config.block or config.length)

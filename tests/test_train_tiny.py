@@ -360,6 +360,22 @@ def test_the_size_of_an_evaluation(finished_run):
     assert 4 < texts < 128 and tokens == 96
 
 
+def test_the_optimizer_and_rate_of_a_run(finished_run):
+    """An adapter has AdamW and a rate of its own; a checkpoint a tenth of a new network's."""
+    def chosen(*flags):
+        config = cli.parse(train_tiny.Config, flags, train_tiny.__doc__, train_tiny.PRESETS)
+        corpus = replace(story_world_corpus(stories=20, held_out=2), name="stories")
+        config = train_tiny.resolve_options(config, corpus)
+        return config.optimizer, config.lr
+
+    init = f"--init={finished_run}/ar"
+    assert chosen() == ("muon", 0.01) and chosen("--optimizer=adamw") == ("adamw", 0.001)
+    assert chosen(init) == ("muon", 0.001)
+    assert chosen(init, "--lora=2") == chosen("--lora=2") == ("adamw", 0.003)
+    assert chosen(init, "--lora=2", "--optimizer=muon") == ("muon", 0.001)
+    assert chosen("--lora=2", "--lr=0.5") == ("adamw", 0.5)
+
+
 def test_text_and_export_of_a_run(capsys, tmp_path):
     assert train("--distill_steps=1", "--out=run") == 0
     for mode, folder in (("ar", "ar"), ("diffusion", "opdlm")):

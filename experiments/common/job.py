@@ -55,7 +55,8 @@ def without_paths(runs: list[dict]) -> list[dict]:
 
 def config_of(job: Job, sampler: str = "") -> train_tiny.Config:
     """The configuration of a job; `sampler` sets further flags, written as in Job.samplers."""
-    flags = {"data": "toy", "warm_steps": 0, "updates_per_rollout": 1, "temperature": 1.0}
+    flags = {"data": "toy", "warm_steps": 0, "updates_per_rollout": 1, "temperature": 1.0,
+             "optimizer": "muon"}
     flags |= job.teacher_flags or {}
     flags |= job.flags
     flags["seed"] = job.seed

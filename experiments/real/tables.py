@@ -155,7 +155,7 @@ def findings(results: dict) -> list[str]:
         f"{same_answers(results, 'self-verified'):.1%} of these answers are the AR model's, token for token. "
         "Drafts are verified by the frozen AR model, so this holds before training too "
         f"({same_answers(results, before):.1%}): it says that nothing was lost, not that something was "
-        "learned. Where answers differ, two tokens were equally likely up to rounding.",
+        "learned.",
         f"By a reveal rule, without a verifier, {agreement('leftmost:0.9')} of the tokens are the AR model's "
         f"choice with leftmost:0.9, at {speed('leftmost:0.9')} tokens per forward pass, and "
         f"{agreement('static:2')} with static:2, at {speed('static:2')}.",

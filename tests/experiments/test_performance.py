@@ -245,7 +245,7 @@ def test_pages_work_with_an_experiment_that_has_no_results(monkeypatch, tmp_path
 def test_the_index_says_of_no_other_experiment_that_it_is_not_measured():
     measured = [name for name in pages.NAMES if pages.load_all(name)]
     assert pages.index().count("(not measured yet)") == len(pages.NAMES) - len(measured)
-    assert set(pages.NAMES) - set(measured) <= {"performance", "real"}
+    assert set(pages.NAMES) - set(measured) <= {"performance"}
 
 
 def test_the_page_of_results_has_the_command_and_every_table(quick):
