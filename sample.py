@@ -107,7 +107,7 @@ def with_defaults(options: Options) -> Options:
     """The options, with the checkpoint's --mode, --verifier and --temperature where they are not given."""
     folder = find_checkpoint(options.ckpt, options.mode)
     student = folder.parent / "opdlm"
-    if folder.name == "ar" and (student / "config.json").exists():
+    if options.mode == "ar" and folder.name == "ar" and (student / "config.json").exists():
         folder = student                                         # both models of a run have one temperature
     config = checkpoint.read_config(folder)
     if "student" not in config:

@@ -45,7 +45,7 @@ from torch import Tensor
 
 from decoding.denoiser import Denoiser
 from decoding.sampling import SamplingConfig, inverse_cdf, is_end, padding_id
-from model.gpt import Cache
+from model.gpt import Cache, without_output_layer
 from model.masks import Layout
 
 DRAFT, ACCEPT, RESAMPLE = range(3)      # what the three random numbers of a position are used for
@@ -392,8 +392,3 @@ class DraftStream:
         sees_mask = layout.sees_mask & mask_used[:, None]        # (B, W + M, M)
         unused = sees_mask.new_zeros(*sees_mask.shape[:2], self.num_mask_slots - M)
         return torch.cat([sees_mask, unused, sees_text], 2)[:, None]
-
-
-def without_output_layer(hidden: Tensor, *output_layer: Tensor) -> tuple[Tensor, tuple]:
-    """Instead of logits: the hidden states (N, C), and the weights that make logits of them."""
-    return hidden, output_layer

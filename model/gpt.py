@@ -214,3 +214,8 @@ def checkpointed(net: nn.Module, enabled: bool = True) -> nn.Module:
             # `forward` is replaced, not the block: parameter names stay, and the hooks of FSDP stay outside
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     return net
+
+
+def without_output_layer(hidden: Tensor, *output_layer: Tensor) -> tuple[Tensor, tuple]:
+    """A `head` of `forward`. Instead of logits: hidden states (N, C), and what makes logits of them."""
+    return hidden, output_layer

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import masks
-from model.gpt import Cache
+from model.gpt import Cache, without_output_layer
 from model.masks import Layout
 
 
@@ -131,7 +131,7 @@ def student_logits(student, tokens: Tensor, noisy: Tensor, P: int, layout: Layou
     """(N, V) logits of N positions: the twin of `opdlm.student_logits` for an adapted network.
 
     The clean text has no gradient, since no adapter is on there. So it is read first, without one, and its
-    keys and values are kept in a cache for the noisy response.
+    keys and values are kept in a cache for the noisy response. C is its length here.
     """
     T = tokens.size(1)
     B, R = noisy.shape
@@ -155,20 +155,15 @@ def student_logits(student, tokens: Tensor, noisy: Tensor, P: int, layout: Layou
     with torch.no_grad():
         slots = cache[0].flat_index(clean_position.expand(B, -1))
         clean, _ = student(tokens[:, :C], mask[:C, :C], clean_position, read_clean, cache, slots,
-                           head=hidden_states)
+                           head=without_output_layer)
     slots = cache[0].flat_index(noisy_slot.expand(B, -1))
     changed, output_layer = student(noisy, mask[C:], noisy_position, read_noisy, cache, slots,
-                                    head=hidden_states)
+                                    head=without_output_layer)
 
-    hidden = changed.new_zeros(len(position), changed.size(-1))  # (N, C)
+    hidden = changed.new_zeros(len(position), changed.size(-1))  # (N, width)
     hidden = hidden.index_put((in_clean,), clean)
     hidden = hidden.index_put((in_noisy,), changed)
     return head(hidden, *output_layer)
-
-
-def hidden_states(hidden: Tensor, *output_layer: Tensor) -> tuple[Tensor, tuple]:
-    """Instead of logits: what they are made of, hidden states (N, C) and the output layer."""
-    return hidden, output_layer
 
 
 # The files of peft --------------------------------------------------------------------------------------
