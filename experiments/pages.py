@@ -16,6 +16,7 @@ from training import cli
 NAMES = (
     "main_run",
     "real",
+    "on_policy",
     "methods",
     "ablations",
     "decoding",

@@ -42,6 +42,16 @@ def open_job(job: Job) -> tuple[train_tiny.Config, Corpus]:
     return train_tiny.resolve_options(config, corpus), corpus
 
 
+def first_stories(corpus: Corpus, count: int | None) -> Corpus:
+    """The corpus with its first `count` training stories; with all of them if `count` is None."""
+    if count is None:
+        return corpus
+    if not 0 < count < len(corpus.starts):
+        raise ValueError(f"train_stories={count}: expected 1 to {len(corpus.starts) - 1}")
+    end = corpus.starts[count] + 1                               # with the end-of-text after the last one
+    return Corpus(corpus.train[:end], corpus.val, corpus.tokenizer, corpus.name)
+
+
 def load_teacher(job: Job) -> torch.nn.Module:
     """The AR model of the job's seed; pretrained first, if out/ does not have it."""
     torch.set_num_threads(1)
@@ -68,8 +78,10 @@ def train_updates(student, teacher, corpus, recipes: list, config) -> Iterator[d
         recipe = recipes[first // each % len(recipes)]
         steps = range(first, min(first + each, config.distill_steps))
         records = opdlm.train(student, teacher, data, recipe, optimizer, lambda step: config.length, steps)
+        began = time.perf_counter()
         for record in records:
-            yield record
+            yield record | {"seconds": time.perf_counter() - began}
+            began = time.perf_counter()                          # an evaluation does not count
             set_lr(record["step"])
 
 
@@ -106,7 +118,7 @@ def train_student(job: Job, teacher, corpus: Corpus, config) -> Iterator[tuple[i
     if job.prepare_student:
         job.prepare_student(student)
     mean = copy.deepcopy(student)
-    spent = dict.fromkeys(("tokens", "loss_positions", "positions", "flops"), 0)
+    spent = dict.fromkeys(("tokens", "loss_positions", "positions", "flops", "seconds"), 0)
     yield 0, mean, spent
     for record in train_updates(student, teacher, corpus, recipes_of(job, recipe, config), config):
         update_mean(mean, student, record["step"])
@@ -125,10 +137,11 @@ def convert(job: Job) -> dict:
     torch.set_num_threads(1)
     config, corpus = open_job(job)
     teacher = load_teacher(job)
-    starts = stories(corpus.val, corpus.tokenizer.eot)
+    starts = stories(corpus.val, corpus.tokenizer.eot)[job.first_story:]
     held = metrics.held_out(corpus.val, starts, job.stories, config.length)
+    known = first_stories(corpus, job.train_stories)
     points = []
-    for step, mean, spent in train_student(job, teacher, corpus, config):
+    for step, mean, spent in train_student(job, teacher, known, config):
         if step in job.eval_steps:
             points.append({"step": step, **spent, **evaluate(mean, teacher, job, corpus, held, config)})
     result = {
@@ -147,7 +160,8 @@ def load_student(job: Job) -> tuple[torch.nn.Module, object]:
     if not settings_file.exists() or json.loads(settings_file.read_text()) != job.settings:
         config, corpus = open_job(job)
         teacher = load_teacher(job)
-        for _, net, _ in train_student(job, teacher, corpus, config):
+        known = first_stories(corpus, job.train_stories)
+        for _, net, _ in train_student(job, teacher, known, config):
             mean = net                           # after the last update: the student
         layout = train_tiny.make_recipe(config, corpus.tokenizer.eot).layout
         checkpoint.save(folder, mean, corpus.tokenizer, layout)

@@ -1,4 +1,5 @@
 """Evaluates a student: its validation NLL, and the text that it generates with each of several samplers."""
+from collections.abc import Callable
 from dataclasses import replace
 
 import train_tiny
@@ -7,6 +8,9 @@ from decoding.sampling import SamplingConfig
 from experiments.common.job import Job, config_of
 from model.masks import AR
 from report import generate, metrics
+
+TOLERANCE = 0.02        # tokens per forward pass, of a level found by bisection
+TRIALS = 96             # stories of each of its steps
 
 
 def make_generator(sampler: str, net, teacher, job: Job, recipe, layout=None) -> generate.TextGenerator:
@@ -27,11 +31,55 @@ def make_generator(sampler: str, net, teacher, job: Job, recipe, layout=None) ->
     return generate.diffusion_generator(net, layout, sampler_recipe.rule, sampling)
 
 
+def level_for_cost(cost: float, generator_at: Callable, held: list, eot, length: int, seed: int) -> float:
+    """The level of `leftmost` at which text takes `cost` tokens per forward pass, by bisection.
+
+    `generator_at(level)` is a text generator. A higher level reveals fewer tokens per pass. The search ends
+    within TOLERANCE of the cost, measured on the first TRIALS stories.
+    """
+    low, high = 0.0, 1.0
+    for _ in range(12):
+        level = (low + high) / 2
+        texts, _ = generate.generate_texts(generator_at(level), held[:TRIALS], eot, length, seed)
+        tokens = sum(int(rollout.response_mask.sum()) for rollout, _ in texts)
+        forwards = sum(int(rollout.forwards.sum()) for rollout, _ in texts)
+        found = tokens / forwards
+        if abs(found - cost) < TOLERANCE:
+            break
+        if found > cost:
+            low = level
+        else:
+            high = level
+    return level
+
+
+def at_cost(sampler: str, net, teacher, job: Job, recipe, held: list, length: int) -> str:
+    """The sampler `cost=C` as a reveal rule with C tokens per forward pass; any other as it is."""
+    name, _, value = sampler.partition("=")
+    if name != "cost":
+        return sampler
+
+    def generator_at(level: float):
+        return make_generator(f"reveal=leftmost:{level}", net, teacher, job, recipe)
+
+    level = level_for_cost(float(value), generator_at, held, recipe.eot, length, job.seed)
+    return f"reveal=leftmost:{level}"
+
+
+def valid_texts(texts: list, tokenizer, judge: Callable) -> str:
+    """One digit per text: 1 if it is finished and breaks no law, else 0."""
+    digits = ""
+    for text, is_finished in metrics.whole_stories(texts, tokenizer):
+        digits += str(int(is_finished and not any(judge(text))))
+    return digits
+
+
 def evaluate(net, teacher, job: Job, corpus, held: list, config, layout=None) -> dict:
     """val_nats and bits_per_byte, and by sampler the metrics of generated text.
 
     `layout` replaces that of the job: an AR model is evaluated under its own. If the student verifies its own
-    drafts, `ar_nats` is its validation NLL as an AR model.
+    drafts, `ar_nats` is its validation NLL as an AR model. In the story world `valid_texts` says of each text
+    whether it is valid.
     """
     tok = corpus.tokenizer
     recipe = train_tiny.make_recipe(config, tok.eot)
@@ -40,9 +88,14 @@ def evaluate(net, teacher, job: Job, corpus, held: list, config, layout=None) ->
     if any("verifier=self" in sampler for sampler in job.samplers):
         result["ar_nats"] = metrics.likelihood(net, held, AR, tok)["val_nats"]
     for sampler in job.samplers:
-        generator = make_generator(sampler, net, teacher, job, recipe, layout)
+        rule = at_cost(sampler, net, teacher, job, recipe, held, config.length)
+        generator = make_generator(rule, net, teacher, job, recipe, layout)
         texts, seconds = generate.generate_texts(generator, held, recipe.eot, config.length, job.seed)
         result[sampler] = metrics.text_metrics(teacher, texts, seconds, tok, judge)
+        if rule != sampler:
+            result[sampler]["rule"] = rule
+        if judge:
+            result[sampler]["valid_texts"] = valid_texts(texts, tok, judge)
     return result
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import train_tiny
 
 WORK = Path("out/experiments")      # finished work; it is read, not done again
+MISSING = object()
+YOUNGER = {"copies": 1, "first_story": 0, "train_stories": None}    # fields that older results lack: defaults
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,8 @@ class Job:
     recipes: Callable | None = None     # (recipe, rollouts) -> the recipes that the rollouts use in turn
     prepare_student: Callable | None = None     # changes the student before the first update
     stories: int = 256                  # held-out stories that an evaluation continues
+    first_story: int = 0                # number of the first of them
+    train_stories: int | None = None    # the conversion has the first so many; default: all, as the teacher
     teacher_flags: dict | None = None   # flags of the teacher that differ from the defaults
     folder: str = "story_world"         # where it is saved, under out/experiments
     copies: int = 1                     # of each text in a batch, if the recipes repeat texts
@@ -33,7 +37,7 @@ class Job:
         """Everything above that JSON can hold. A saved result is read only if these are the same."""
         settings = {}
         for name, value in vars(self).items():
-            if callable(value) or name == "folder" or (name == "copies" and value == 1):
+            if callable(value) or name == "folder" or YOUNGER.get(name, MISSING) == value:
                 continue
             settings[name] = list(value) if isinstance(value, tuple) else value
         return settings

@@ -1,0 +1,211 @@
+"""Tables, picture and page of on-policy text under scarce data."""
+import math
+import statistics
+
+from experiments.common import page as md
+from experiments.common.plots import GREY, legend_below, series_style
+from experiments.common.results import markdown_table, mean_range
+
+TITLE = "Where a student's own text pays: few stories"
+SUMMARY = "Conversions that have 16, 64, 256 or all stories: training stories, the teacher's text, own text"
+COST = 1.5              # tokens per forward pass of the comparison
+SAMPLERS = ("reveal=static:1", f"cost={COST}")
+FAST = SAMPLERS[1]
+COLUMNS = (             # of the table: metric, sampler
+    ("valid", SAMPLERS[0]),
+    ("valid", FAST),
+    ("broken", FAST),
+    ("recovery", FAST),
+    ("gen_nats", FAST),
+)
+NOT_MEASURED = "Not measured yet:\n\n```bash\npython -m experiments.on_policy.run\n```"
+# Written before the first run of the experiment, of `valid` at 1.5 tokens per forward pass.
+PREDICTIONS = (
+    "Own text with 64 stories is within 0.05 of the best row that has all stories.",
+    "Both rows on the 64 stories themselves are at least 0.2 below that.",
+    "The teacher's fresh text is as good as own text or better, at every number of stories.",
+    "With all stories own text is not better than stories.",
+    "Own text without any prompt is within 0.05 of own text with 64 stories.",
+)
+
+
+# 1. reading the results ---------------------------------------------------------------------------------
+
+def row_of(run: dict) -> str:
+    return run["settings"]["name"].removeprefix("trial, ").rpartition(" stories, lr")[0].rpartition(", ")[0]
+
+
+def count_of(run: dict) -> int | None:
+    """The number of stories that a conversion had; None: all."""
+    return run["settings"].get("train_stories")
+
+
+def rate_of(run: dict) -> float:
+    return run["settings"]["flags"]["lr"]
+
+
+def best_rates(trials: list[dict]) -> dict[tuple[str, bool], float]:
+    """By row and whether it has all stories: the learning rate with the most valid development stories."""
+    best = {}
+    for run in trials:
+        key = (row_of(run), count_of(run) is None)
+        if key not in best or trial_score(run) > trial_score(best[key]):
+            best[key] = run
+    return {key: rate_of(run) for key, run in best.items()}
+
+
+def trial_score(run: dict) -> float:
+    return run["points"][-1][FAST]["valid"]
+
+
+def groups(results: dict) -> dict[tuple[str, int | None], list[dict]]:
+    """By row and number of stories: the runs, one per seed."""
+    found = {}
+    for run in results["runs"]:
+        if run["settings"]["name"] != "untrained":
+            found.setdefault((row_of(run), count_of(run)), []).append(run)
+    return found
+
+
+def values(runs: list[dict], metric: str, sampler: str, step: int = -1) -> list[float]:
+    """By seed, a metric of the text of the step-th evaluation."""
+    found = [run["points"][step][sampler].get(metric) for run in runs]
+    return [value for value in found if value is not None]
+
+
+def difference(ours: list[dict], theirs: list[dict]) -> str:
+    """`valid` of ours minus theirs at COST: mean, and its 95 % interval from pairs of texts with the same
+    prompt, random numbers and teacher."""
+    pairs = []
+    for a, b in zip(ours, theirs):
+        texts = zip(a["points"][-1][FAST]["valid_texts"], b["points"][-1][FAST]["valid_texts"])
+        pairs += [int(x) - int(y) for x, y in texts]
+    mean = statistics.mean(pairs)
+    half = 1.96 * statistics.stdev(pairs) / math.sqrt(len(pairs))
+    return f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f})"
+
+
+# 2. tables ----------------------------------------------------------------------------------------------
+
+def count_name(count: int | None) -> str:
+    return "all" if count is None else str(count)
+
+
+def table(results: dict) -> str:
+    """Markdown: one row per row and number of stories."""
+    header = ["learns from", "stories", "rate", "`valid` at 1", f"`valid` at {COST}", "`broken`",
+              "`recovery`", "`gen_nats`", f"`valid` at {COST}, half of the updates", "TFLOP", "seconds"]
+    rows = []
+    for (row, count), runs in sorted(groups(results).items(), key=lambda item: order(*item[0])):
+        cells = [mean_range(values(runs, metric, sampler), 2) for metric, sampler in COLUMNS]
+        cells.append(mean_range(values(runs, "valid", FAST, 0), 2))
+        tera_flops = statistics.mean(run["points"][-1]["flops"] for run in runs) / 1e12
+        seconds = statistics.mean(run["points"][-1]["seconds"] for run in runs)
+        rows.append([row, count_name(count), str(rate_of(runs[0])), *cells, f"{tera_flops:.2f}",
+                     f"{seconds:.0f}"])
+    rows.append(["nothing (untrained)", "", "", *control_cells(results, 0), "", "0", "0"])
+    rows.append(["the AR model itself", "all", "", *teacher_cells(results), "", "", ""])
+    return markdown_table(header, rows)
+
+
+def order(row: str, count: int | None) -> tuple:
+    return (math.inf if count is None else count, row)
+
+
+def control_cells(results: dict, step: int) -> list[str]:
+    """The untrained student's cells."""
+    runs = [run for run in results["runs"] if run["settings"]["name"] == "untrained"]
+    return [mean_range(values(runs, metric, sampler, step), 2) for metric, sampler in COLUMNS]
+
+
+def teacher_cells(results: dict) -> list[str]:
+    """The AR model's cells: it writes one token per pass."""
+    teachers = [run["teacher"] for run in results["runs"] if run["settings"]["name"] == "untrained"]
+    cells = []
+    for metric, sampler in COLUMNS:
+        found = [teacher[metric] for teacher in teachers if metric in teacher]
+        cells.append(mean_range(found, 2) if sampler == SAMPLERS[0] else "")
+    return cells
+
+
+def plot(results: dict, figure) -> None:
+    """`valid` at 1.5 and at 1 token per forward pass against the number of stories."""
+    found = groups(results)
+    counts = sorted({count for _, count in found if count}) + [None]
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, sampler, cost in zip(panels, (FAST, SAMPLERS[0]), (COST, 1)):
+        rows = dict.fromkeys(row for row, _ in found if (row, counts[0]) in found)
+        for index, row in enumerate(rows):
+            by_count = [values(found[row, count], "valid", sampler) for count in counts]
+            means = [statistics.mean(seeds) for seeds in by_count]
+            below = [mean - min(seeds) for mean, seeds in zip(means, by_count)]
+            above = [max(seeds) - mean for mean, seeds in zip(means, by_count)]
+            style = series_style(index)
+            axes.errorbar(range(len(counts)), means, [below, above], capsize=2, label=row, **style)
+        for row, count in found:
+            if row not in rows:
+                mean = statistics.mean(values(found[row, count], "valid", sampler))
+                axes.axhline(mean, color=GREY, linestyle="--", label=row)
+        axes.set_xticks(range(len(counts)), [count_name(count) for count in counts])
+        axes.set(xlabel="training stories", title=f"at {cost} tokens per forward pass", ylim=(0, 1))
+    panels[0].set_ylabel("share of valid stories")
+    legend_below(figure, panels[0], columns=5)
+
+
+PLOTS = {"scarce": plot}
+
+
+# 3. page ------------------------------------------------------------------------------------------------
+
+def differences(results: dict) -> str:
+    """Markdown: pairs of rows at equal cost."""
+    found = groups(results)
+    counts = sorted({count for _, count in found if count}) + [None]
+    pairs = [(("own text", count), ("stories", count)) for count in counts]
+    pairs += [(("own text", count), ("teacher's text", count)) for count in counts]
+    pairs += [
+        (("own text", counts[1]), ("stories", None)),
+        (("own text", counts[1]), ("teacher's text", None)),
+        (("own text, no prompts", None), ("own text", counts[1])),
+    ]
+    rows = []
+    for ours, theirs in pairs:
+        names = [f"{row}, {count_name(count)}" for row, count in (ours, theirs)]
+        rows.append([*names, difference(found[ours], found[theirs])])
+    return markdown_table(["row, stories", "minus", f"`valid` at {COST} (95 % interval)"], rows)
+
+
+def page(all_results: dict[str, dict]) -> str:
+    results = all_results.get("scarce")
+    return md.join(
+        f"# {TITLE}",
+        md.paragraph("""
+            The AR model has learned from 30,000 stories of the story world. Its conversion has fewer: the
+            first 16, 64 or 256 of them, or all. "stories" learns from them with the teacher's distributions
+            as targets, "SDAR" with the stories' own tokens as targets. For "teacher's text" and "own text"
+            they only give prompts of 1 to 16 tokens: the teacher, or the student itself, writes a new text
+            after them for each update. "own text, no prompts" begins each text with the end-of-text token
+            alone. All rows have 320 updates of 16 rows, one update per rollout, block 4, the aligned layout
+            (`--align=ar --context=causal`), text at temperature 1 and no warm start."""),
+        md.paragraph(f"""
+            Text is compared at 1 token per forward pass and at {COST}, where an untrained student fails. The
+            level of `leftmost` for {COST} is found by bisection for each student. Cells are mean (smallest to
+            largest) over three seeds, each with its own teacher. `valid`, `broken`, `recovery` and `gen_nats`
+            are defined in [reference.md](../../docs/reference.md); the last three are at {COST}.
+            TFLOP and seconds, on one CPU core, are those of the training with its rollouts."""),
+        "## Predictions",
+        md.paragraph(f"Written before the first run, of `valid` at {COST} tokens per forward pass:"),
+        md.bullets(list(PREDICTIONS)),
+        "## Results",
+        *(results_of(results) if results else [NOT_MEASURED]),
+    )
+
+
+def results_of(results: dict) -> list[str]:
+    return [
+        md.measured(results, "scarce", "about two hours on two CPU cores"),
+        table(results),
+        md.picture("scarce", "Share of valid stories against the number of training stories"),
+        "Differences of pairs of texts with the same teacher, prompt and random numbers:",
+        differences(results),
+    ]
