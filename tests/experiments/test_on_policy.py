@@ -1,0 +1,161 @@
+"""Conversions with few stories, and text at a given cost."""
+import numpy as np
+import pytest
+import torch
+
+import opdlm
+from data import story_world
+from data.corpus import open_corpus
+from data.tinystories import stories
+from experiments.common import evaluation
+from experiments.common.conversion import first_stories
+from experiments.common.job import Job
+from experiments.on_policy import run as on_policy
+from experiments.on_policy import tables
+from experiments.temperature import run as temperature
+from experiments.temperature import tables as temperature_tables
+from report import metrics
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return open_corpus("toy", None, 2048)
+
+
+# 1. the corpus of a conversion ----------------------------------------------------------------------------
+
+def test_a_conversion_has_the_first_stories_and_no_other(corpus):
+    few = first_stories(corpus, 3)
+    assert len(few.starts) == 3
+    assert few.train[-1] == corpus.tokenizer.eot
+    assert np.array_equal(few.train, corpus.train[:len(few.train)])
+    begin, end = corpus.starts[2:4]
+    assert few.train[begin:].tolist() == corpus.train[begin:end + 1].tolist(), "the third story is whole"
+    assert first_stories(corpus, None) is corpus
+    with pytest.raises(ValueError, match="train_stories=30000: expected 1 to 29999"):
+        first_stories(corpus, len(corpus.starts))
+
+
+def test_every_window_of_a_small_corpus_comes_from_its_stories(corpus):
+    few = first_stories(corpus, 2)
+    known = {corpus.train[begin:end].tobytes() for begin, end in zip(corpus.starts[:2], corpus.starts[1:3])}
+    windows = few.windows(96)(np.linspace(0, 0.999, 50))
+    for window in windows:
+        begins = np.flatnonzero(window == corpus.tokenizer.eot)
+        for begin, end in zip(begins, begins[1:]):
+            if end > begin + 1:
+                assert window[begin:end].astype(corpus.train.dtype).tobytes() in known
+
+
+# 2. text at a given cost ----------------------------------------------------------------------------------
+
+def texts_with(tokens: int, forwards: float) -> list:
+    """A batch of one text, of so many tokens and forward passes."""
+    ones = torch.ones(1, tokens, dtype=torch.long)
+    rollout = opdlm.Rollout(ones, ones, ones.bool(), torch.tensor([forwards]), torch.tensor([1]))
+    return [(rollout, torch.tensor([1]))]
+
+
+def test_bisection_finds_the_level_of_a_cost(monkeypatch):
+    """Tokens per forward pass that fall from 4 at level 0 to 1 at level 1."""
+    def generate_texts(level, held, *_):
+        assert len(held) <= evaluation.TRIALS
+        return texts_with(6000, round(6000 / (4 - 3 * level))), 1.0
+
+    monkeypatch.setattr(evaluation.generate, "generate_texts", generate_texts)
+    for cost in (1.1, 1.5, 2, 3):
+        level = evaluation.level_for_cost(cost, lambda level: level, [None] * 500, 0, 96, 0)
+        assert 4 - 3 * level == pytest.approx(cost, abs=1.1 * evaluation.TOLERANCE)
+
+
+def test_valid_texts_say_which_texts_are_valid(corpus):
+    """Two stories of the world, one without its end, and one with its sentences in another order."""
+    tok = corpus.tokenizer
+    starts = stories(corpus.val, tok.eot)
+    whole = [story.tolist() for story in metrics.held_out(corpus.val, starts, 2, 96)]
+    sentences = story_world.story(0).split(". ")
+    disordered = [tok.eot, *tok.encode(". ".join(sentences[::-1])), tok.eot]
+    batches = []
+    for ids in (*whole, whole[0][:-1], disordered):
+        tokens = torch.tensor([ids])
+        response = torch.ones_like(tokens, dtype=torch.bool)
+        response[:, :1] = False
+        one = torch.tensor([1])
+        batches.append((opdlm.Rollout(tokens, tokens, response, one, one), one))
+    digits = evaluation.valid_texts(batches, tok, story_world.breaks)
+    assert digits == "1100"
+    scores = metrics.story_scores(metrics.whole_stories(batches, tok), story_world.breaks)
+    assert scores["valid"] == 0.5
+
+
+# 3. rows, rates, differences ------------------------------------------------------------------------------
+
+def test_fields_that_older_results_lack_do_not_change_their_settings():
+    job = Job("row", 0, {}, (1,))
+    assert not {"first_story", "train_stories", "copies"} & set(job.settings)
+    assert Job("row", 0, {}, (1,), train_stories=16).settings["train_stories"] == 16
+
+
+def test_development_stories_are_not_those_of_the_numbers():
+    options = on_policy.Options()
+    trial = on_policy.trials(options)[0]
+    job = on_policy.job_of("stories", 64, 0.01, 0, options)
+    assert trial.first_story >= job.first_story + job.stories
+    trial = temperature.trial_of("stories", 0.01, temperature.Options())
+    job = temperature.job_of("stories", 0.01, 0, temperature.Options())
+    assert trial.first_story >= job.first_story + job.stories
+
+
+def scarce_run(name: str, count: int | None, rate: float, valid: float, digits: str = "", seed: int = 0):
+    point = {tables.FAST: {"valid": valid, "valid_texts": digits}}
+    settings = {"name": name, "seed": seed, "flags": {"lr": rate}, "train_stories": count}
+    return {"settings": settings, "points": [point]}
+
+
+def test_the_best_rate_is_chosen_by_row_and_by_few_or_all_stories():
+    trials = [
+        scarce_run("trial, own text, 64 stories, lr 0.01", 64, 0.01, 0.5),
+        scarce_run("trial, own text, 64 stories, lr 0.02", 64, 0.02, 0.6),
+        scarce_run("trial, stories, 64 stories, lr 0.01", 64, 0.01, 0.3),
+        scarce_run("trial, stories, 64 stories, lr 0.02", 64, 0.02, 0.2),
+        scarce_run("trial, stories, all stories, lr 0.01", None, 0.01, 0.7),
+        scarce_run("trial, stories, all stories, lr 0.02", None, 0.02, 0.8),
+    ]
+    rates = tables.best_rates(trials)
+    assert rates == {("own text", False): 0.02, ("stories", False): 0.01, ("stories", True): 0.02}
+    jobs = on_policy.jobs_of(on_policy.Options(counts="16,all", seeds=1), rates | {
+        ("SDAR", False): 0.1, ("SDAR", True): 0.2, ("teacher's text", False): 0.3,
+    })
+    found = {job.name: job.flags["lr"] for job in jobs}
+    assert found.pop("untrained") and found == {
+        "own text, no prompts, all stories, lr 0.02": 0.02,
+        "SDAR, 16 stories, lr 0.1": 0.1, "stories, 16 stories, lr 0.01": 0.01,
+        "teacher's text, 16 stories, lr 0.3": 0.3, "own text, 16 stories, lr 0.02": 0.02,
+        "SDAR, all stories, lr 0.2": 0.2, "stories, all stories, lr 0.02": 0.02,
+        "teacher's text, all stories, lr 0.3": 0.3, "own text, all stories, lr 0.02": 0.02,
+    }
+
+
+def test_rows_keep_commas_of_their_own():
+    run = scarce_run("own text, no prompts, all stories, lr 0.02", None, 0.02, 1.0)
+    assert tables.row_of(run) == "own text, no prompts"
+
+
+def test_a_difference_is_paired_by_text():
+    """Pairs +1, 0, 0, +1: mean 0.5, standard error 0.577 / 2."""
+    ours = [scarce_run("a", 16, 0.1, 0, "11", 0), scarce_run("a", 16, 0.1, 0, "01", 1)]
+    theirs = [scarce_run("b", 16, 0.1, 0, "01", 0), scarce_run("b", 16, 0.1, 0, "00", 1)]
+    assert tables.difference(ours, theirs) == "+0.500 (-0.066 to +1.066)"
+    assert tables.difference(ours, ours) == "+0.000 (+0.000 to +0.000)"
+
+
+def test_a_rate_is_scored_at_the_temperature_of_the_text():
+    def trial(rate, at_0, at_1):
+        point = {"verifier=self temperature=0": {"tok_per_fwd": at_0},
+                 "verifier=self temperature=1": {"tok_per_fwd": at_1}}
+        settings = {"name": f"trial, own text at 0, block 4, lr {rate}",
+                    "flags": {"lr": rate, "temperature": 0}}
+        return {"settings": settings, "points": [point]}
+
+    rates = temperature_tables.best_rates([trial(0.01, 1.5, 2.0), trial(0.02, 1.6, 1.0)])
+    assert rates == {"own text at 0": 0.02}
