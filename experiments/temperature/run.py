@@ -61,7 +61,7 @@ def job_of(row: str, rate: float, seed: int, options: Options) -> Job:
         name=f"{row}, block {options.block}, lr {rate}",
         seed=seed,
         flags=flags,
-        eval_steps=(0, options.updates // 2, options.updates),
+        eval_steps=(0, options.updates),
         samplers=SAMPLERS,
         stories=options.stories,
         folder=f"temperature_{variant_of(options.data)}",
