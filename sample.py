@@ -89,8 +89,8 @@ class Options:
             raise ValueError("--light names the smaller model and --schedule its steps: give both or neither")
         unused = {
             None: (),
-            "diffusion": (),
-            "ar": ("reveal", "confidence", "block", "schedule"),
+            "diffusion": ("verifier",),
+            "ar": ("reveal", "confidence", "block", "schedule", "verifier"),
             "speculative": DIFFUSION_FLAGS,
         }
         for name in unused[self.mode]:
@@ -120,12 +120,17 @@ def with_defaults(options: Options) -> Options:
     if type(temperature) not in (int, float) or not 0 <= temperature <= MAX_TEMPERATURE:
         raise ValueError(f"{folder}/config.json: expected a temperature from 0 to {MAX_TEMPERATURE}, got "
                          f"{temperature!r}")
-    defaults = {"mode": trained_mode, "temperature": temperature}
-    if any(getattr(options, name) for name in DIFFUSION_FLAGS):
-        defaults["mode"] = "diffusion"
-    defaults["verifier"] = "self" if trained_mode == "speculative" else "teacher"
-    missing = {name: value for name, value in defaults.items() if getattr(options, name) is None}
-    return replace(options, **missing)
+    mode = options.mode or trained_mode
+    if options.mode is None and options.verifier:
+        mode = "speculative"
+    if options.mode is None and any(getattr(options, name) for name in DIFFUSION_FLAGS):
+        mode = "diffusion"
+    verifier = options.verifier
+    if mode == "speculative" and verifier is None:
+        verifier = "self" if trained_mode == "speculative" else "teacher"
+    if options.temperature is not None:
+        temperature = options.temperature
+    return replace(options, mode=mode, verifier=verifier, temperature=temperature)
 
 
 def find_checkpoint(name: str | None, mode: str | None) -> Path:

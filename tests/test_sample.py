@@ -174,6 +174,22 @@ def test_verified_text_is_the_verifier_s(run, capsys):
     assert said(capsys, run / "opdlm", "--mode=verified", f"--verifier={run}/ar", *cold)[0] == text
 
 
+def test_a_verifier_alone_asks_for_speculative_decoding(run, capsys):
+    """The run's own mode is diffusion."""
+    cold = ("--temperature=0",)
+    speculative = said(capsys, run, "--mode=speculative", "--verifier=self", *cold)
+    assert said(capsys, run, "--verifier=self", *cold)[0] == speculative[0]
+    assert said(capsys, run, *cold)[0] != speculative[0]
+
+
+@pytest.mark.parametrize("flags", [["--mode=ar"], ["--mode=diffusion"], ["--reveal=static:1"]])
+def test_a_verifier_means_nothing_without_drafts(run, capsys, flags):
+    with pytest.raises(SystemExit) as left:
+        sys.exit(cli.run(sample.main, [f"--ckpt={run}", "--device=cpu", "--verifier=self", *flags]))
+    assert left.value.code == 2
+    assert "--verifier=self has no effect with --mode=" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "flags, wrong",
     [
@@ -474,7 +490,8 @@ def test_a_policy_that_is_not_finite_is_named(run, tmp_path, capsys):
 @pytest.mark.parametrize("mode", ["ar", "diffusion", "speculative"])
 def test_many_texts_are_generated_in_batches(run, capsys, monkeypatch, mode):
     """They are the same texts, and the last line counts all of them."""
-    flags = ["--n=7", "--length=9", f"--mode={mode}", "--prompt=One day", "--verifier=self"]
+    flags = ["--n=7", "--length=9", f"--mode={mode}", "--prompt=One day"]
+    flags += ["--verifier=self"] * (mode == "speculative")
     together, last = said(capsys, run, *flags)
     assert numbers(last)[3] == 7
     sizes = []
