@@ -36,6 +36,8 @@ STORIES = 1_000_000     # characters of --data that give prompts for training
 SAMPLES = 3             # of each kind of prompt, shown on the page
 GREEDY = SamplingConfig(temperature=0)
 WARM = SamplingConfig(temperature=0.7)
+SHORTER = (2, 3)        # blocks of decoding, shorter than those of training
+TIMED = ("self-verified", "self-verified, blocks of 2")
 SHIPPED = str(EXPERIMENTS.parent / "model/pretrained")
 
 
@@ -148,7 +150,7 @@ def continue_all(generator: generate.TextGenerator, rows: list[Tensor], length: 
 def decoders(teacher, student, untrained, layout: Layout) -> dict[str, generate.TextGenerator]:
     """The ways of writing that are compared; the first one is the AR model, greedy."""
     one = reveal.parse("static:1")
-    return {
+    ways = {
         "AR": generate.diffusion_generator(teacher, AR, one, GREEDY),
         "self-verified before training": generate.speculative_generator(untrained, layout, None, GREEDY),
         "self-verified": generate.speculative_generator(student, layout, None, GREEDY),
@@ -157,6 +159,11 @@ def decoders(teacher, student, untrained, layout: Layout) -> dict[str, generate.
         "AR, temperature 0.7": generate.diffusion_generator(teacher, AR, one, WARM),
         "self-verified, temperature 0.7": generate.speculative_generator(student, layout, None, WARM),
     }
+    for block in SHORTER:                                        # the same student
+        shorter = replace(layout, block=block)
+        ways[f"self-verified, blocks of {block}"] = generate.speculative_generator(student, shorter, None,
+                                                                                   GREEDY)
+    return ways
 
 
 def measure_texts(generator: generate.TextGenerator, rows: dict[str, list[Tensor]], teacher, tokenizer,
@@ -189,21 +196,22 @@ def likelihoods(teacher, student, layout: Layout, texts: dict[str, list[Tensor]]
     return found
 
 
-def seconds_per_token(generator: generate.TextGenerator, teacher, rows: list[Tensor], eot,
+def seconds_per_token(generators: dict[str, generate.TextGenerator], teacher, rows: list[Tensor], eot,
                       options: Options) -> dict[str, list[float]]:
     """By decoder, one number per turn: texts one at a time. AR is a plain greedy loop with a cache."""
     length = 2 * options.answer
     torch.set_num_threads(options.threads)
-    seconds = {"AR": [], "self-verified": []}
+    seconds = {"AR": []} | {name: [] for name in generators}
     for _ in range(options.turns):
         taken = sum(seconds_of(lambda row=row: greedy_ar(teacher, row[None], length)) for row in rows)
         seconds["AR"].append(taken / (len(rows) * length))
-        began = time.perf_counter()
-        num_tokens = 0
-        for row in rows:
-            (rollout, _), = continue_all(generator, [row], length, eot)
-            num_tokens += int(rollout.response_mask.sum())
-        seconds["self-verified"].append((time.perf_counter() - began) / num_tokens)
+        for name, generator in generators.items():
+            began = time.perf_counter()
+            num_tokens = 0
+            for row in rows:
+                (rollout, _), = continue_all(generator, [row], length, eot)
+                num_tokens += int(rollout.response_mask.sum())
+            seconds[name].append((time.perf_counter() - began) / num_tokens)
     return seconds
 
 
@@ -250,8 +258,9 @@ def main(argv: list[str]) -> None:
     score = partial(likelihoods, teacher, student, layout, scored, tokenizer)
     results["likelihood"] = cached(work / "likelihood.json", settings, score)
     timed = [row for kind_rows in rows.values() for row in kind_rows[:2]]
-    results["seconds_per_token"] = seconds_per_token(generators["self-verified"], teacher, timed,
-                                                     tokenizer.ends, options)
+    timed_generators = {name: generators[name] for name in TIMED}
+    results["seconds_per_token"] = seconds_per_token(timed_generators, teacher, timed, tokenizer.ends,
+                                                     options)
     results["samples"] = samples(ways, tokenizer, few or SAMPLES)
     write_json(output_folder("real", options.quick) / "smollm2.json", round_floats(results))
     print(table(results))
