@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from experiments.common.conversion import convert_all
 from experiments.common.job import Job, quick_job
 from experiments.common.results import run_info, save_results
-from experiments.on_policy.tables import COST, SAMPLERS, best_rates, plot, table
+from experiments.on_policy.tables import COST, FEW, SAMPLERS, best_rates, plot, table
 from training import cli
 
 # flags of train_tiny.py
@@ -26,7 +26,6 @@ ROWS = {
     "own text": DATA | {"source": "student", "states": "visited"},
 }
 NO_PROMPTS = "own text, no prompts"         # texts that begin with the end-of-text token alone
-FEW = 64                # stories that the grid of learning rates has
 DEVELOPMENT = 512      # number of the first development story
 
 

@@ -8,6 +8,7 @@ from experiments.common.results import markdown_table, mean_range
 
 TITLE = "Where a student's own text pays: few stories"
 SUMMARY = "Conversions that have 16, 64, 256 or all stories: training stories, the teacher's text, own text"
+FEW = 64                # stories that the learning rates are chosen with, and that the predictions are about
 COST = 1.5              # tokens per forward pass of the comparison
 SAMPLERS = ("reveal=static:1", f"cost={COST}")
 FAST = SAMPLERS[1]
@@ -97,25 +98,51 @@ def table(results: dict) -> str:
               "`recovery`", "`gen_nats`", f"`valid` at {COST}, half of the updates", "TFLOP", "seconds"]
     rows = []
     for (row, count), runs in sorted(groups(results).items(), key=lambda item: order(*item[0])):
-        cells = [mean_range(values(runs, metric, sampler), 2) for metric, sampler in COLUMNS]
+        cells = text_cells(runs)
         cells.append(mean_range(values(runs, "valid", FAST, 0), 2))
         tera_flops = statistics.mean(run["points"][-1]["flops"] for run in runs) / 1e12
         seconds = statistics.mean(run["points"][-1]["seconds"] for run in runs)
         rows.append([row, count_name(count), str(rate_of(runs[0])), *cells, f"{tera_flops:.2f}",
                      f"{seconds:.0f}"])
-    rows.append(["nothing (untrained)", "", "", *control_cells(results, 0), "", "0", "0"])
+    rows.append(["nothing (untrained)", "", "", *control_cells(results), "", "0", "0"])
     rows.append(["the AR model itself", "all", "", *teacher_cells(results), "", "", ""])
     return markdown_table(header, rows)
+
+
+def rates_table(results: dict) -> str:
+    """Markdown: `valid` of development stories at COST by learning rate; the chosen rate in bold."""
+    rates = sorted({rate_of(run) for run in results["trials"]})
+    chosen = best_rates(results["trials"])
+    scores = {}
+    for run in results["trials"]:
+        scores.setdefault((row_of(run), count_of(run)), {})[rate_of(run)] = trial_score(run)
+    rows = []
+    for (row, count), by_rate in scores.items():
+        cells = []
+        for rate in rates:
+            bold = "**" if rate == chosen[row, count is None] else ""
+            cells.append(f"{bold}{by_rate[rate]:.3f}{bold}")
+        rows.append([row, count_name(count), *cells])
+    return markdown_table(["learns from", "stories", *map(str, rates)], rows)
 
 
 def order(row: str, count: int | None) -> tuple:
     return (math.inf if count is None else count, row)
 
 
-def control_cells(results: dict, step: int) -> list[str]:
+def text_cells(runs: list[dict], step: int = -1) -> list[str]:
+    """The cells of COLUMNS; empty where no seed has the metric."""
+    cells = []
+    for metric, sampler in COLUMNS:
+        found = values(runs, metric, sampler, step)
+        cells.append(mean_range(found, 2) if found else "")
+    return cells
+
+
+def control_cells(results: dict) -> list[str]:
     """The untrained student's cells."""
     runs = [run for run in results["runs"] if run["settings"]["name"] == "untrained"]
-    return [mean_range(values(runs, metric, sampler, step), 2) for metric, sampler in COLUMNS]
+    return text_cells(runs, step=0)
 
 
 def teacher_cells(results: dict) -> list[str]:
@@ -123,8 +150,8 @@ def teacher_cells(results: dict) -> list[str]:
     teachers = [run["teacher"] for run in results["runs"] if run["settings"]["name"] == "untrained"]
     cells = []
     for metric, sampler in COLUMNS:
-        found = [teacher[metric] for teacher in teachers if metric in teacher]
-        cells.append(mean_range(found, 2) if sampler == SAMPLERS[0] else "")
+        is_one_per_pass = sampler == SAMPLERS[0]
+        cells.append(mean_range([teacher[metric] for teacher in teachers], 2) if is_one_per_pass else "")
     return cells
 
 
@@ -147,7 +174,7 @@ def plot(results: dict, figure) -> None:
                 mean = statistics.mean(values(found[row, count], "valid", sampler))
                 axes.axhline(mean, color=GREY, linestyle="--", label=row)
         axes.set_xticks(range(len(counts)), [count_name(count) for count in counts])
-        axes.set(xlabel="training stories", title=f"at {cost} tokens per forward pass", ylim=(0, 1))
+        axes.set(xlabel="training stories", title=f"tokens per forward pass: {cost}", ylim=(0, 1))
     panels[0].set_ylabel("share of valid stories")
     legend_below(figure, panels[0], columns=5)
 
@@ -164,15 +191,49 @@ def differences(results: dict) -> str:
     pairs = [(("own text", count), ("stories", count)) for count in counts]
     pairs += [(("own text", count), ("teacher's text", count)) for count in counts]
     pairs += [
-        (("own text", counts[1]), ("stories", None)),
-        (("own text", counts[1]), ("teacher's text", None)),
-        (("own text, no prompts", None), ("own text", counts[1])),
+        (("own text", FEW), ("stories", None)),
+        (("own text", FEW), ("teacher's text", None)),
+        (("own text, no prompts", None), ("own text", FEW)),
     ]
     rows = []
     for ours, theirs in pairs:
         names = [f"{row}, {count_name(count)}" for row, count in (ours, theirs)]
         rows.append([*names, difference(found[ours], found[theirs])])
     return markdown_table(["row, stories", "minus", f"`valid` at {COST} (95 % interval)"], rows)
+
+
+def verdicts(results: dict) -> list[str]:
+    """Each prediction, whether it held, and the numbers."""
+    found = groups(results)
+    counts = sorted({count for _, count in found if count}) + [None]
+
+    def valid(row: str, count: int | None) -> float:
+        return statistics.mean(values(found[row, count], "valid", FAST))
+
+    def named(row: str, count: int | None) -> str:
+        return f"{row} with {count_name(count)} {valid(row, count):.3f}"
+
+    best = max((row for row, count in found if count is None), key=lambda row: valid(row, None))
+    data = [("SDAR", FEW), ("stories", FEW)]
+    better = [valid("teacher's text", count) - valid("own text", count) for count in counts]
+    no_prompts = ("own text, no prompts", None)
+    checks = [
+        (valid("own text", FEW) >= valid(best, None) - 0.05,
+         f"{named('own text', FEW)}, {named(best, None)}"),
+        (all(valid(*group) <= valid(best, None) - 0.2 for group in data),
+         ", ".join(named(*group) for group in data)),
+        (min(better) >= 0,
+         f"with {', '.join(map(count_name, counts))} stories the teacher's text has "
+         f"{', '.join(f'{difference:+.3f}' for difference in better)} more"),
+        (valid("own text", None) <= valid("stories", None),
+         f"{named('own text', None)}, {named('stories', None)}"),
+        (abs(valid(*no_prompts) - valid("own text", FEW)) <= 0.05,
+         f"{valid(*no_prompts):.3f} without prompts, {named('own text', FEW)}"),
+    ]
+    lines = []
+    for prediction, (held, numbers) in zip(PREDICTIONS, checks, strict=True):
+        lines.append(f"{prediction} **{'It held' if held else 'It did not hold'}**: {numbers}.")
+    return lines
 
 
 def page(all_results: dict[str, dict]) -> str:
@@ -195,7 +256,7 @@ def page(all_results: dict[str, dict]) -> str:
             TFLOP and seconds, on one CPU core, are those of the training with its rollouts."""),
         "## Predictions",
         md.paragraph(f"Written before the first run, of `valid` at {COST} tokens per forward pass:"),
-        md.bullets(list(PREDICTIONS)),
+        md.bullets(verdicts(results) if results else list(PREDICTIONS)),
         "## Results",
         *(results_of(results) if results else [NOT_MEASURED]),
     )
@@ -208,4 +269,5 @@ def results_of(results: dict) -> list[str]:
         md.picture("scarce", "Share of valid stories against the number of training stories"),
         "Differences of pairs of texts with the same teacher, prompt and random numbers:",
         differences(results),
+        md.details("Learning rates: `valid` of development stories, seed 0", rates_table(results)),
     ]

@@ -149,6 +149,51 @@ def test_a_difference_is_paired_by_text():
     assert tables.difference(ours, ours) == "+0.000 (+0.000 to +0.000)"
 
 
+def scarce_results(valid: dict) -> dict:
+    """Results of one seed; `valid` by row and number of stories."""
+    options = on_policy.Options(seeds=1)
+    rates = {(row, is_all): 0.01 for row in on_policy.ROWS for is_all in (True, False)}
+    runs = []
+    for job in on_policy.jobs_of(options, rates):
+        run = {"settings": job.settings, "teacher": {"valid": 0.96, "broken": 0.1, "gen_nats": 0.28}}
+        key = (job.name, None) if job.name == "untrained" else (tables.row_of(run), job.train_stories)
+        text = {"valid": valid[key], "broken": 1.0, "gen_nats": 0.3, "valid_texts": "01"}
+        point = {sampler: text for sampler in tables.SAMPLERS} | {"flops": 2e12, "seconds": 60.0}
+        runs.append(run | {"points": [point, point]})
+    trials = [scarce_run(f"trial, {row}, 64 stories, lr {rate}", 64, rate, rate)
+              for row in on_policy.ROWS for rate in (0.01, 0.02)]
+    facts = {"command": "command", "commit": "0", "torch": "2", "python": "3", "device": "cpu", "threads": 1}
+    return {**facts, "runs": runs, "trials": trials}
+
+
+def test_predictions_are_judged_by_the_numbers():
+    counts = (16, 64, 256, None)
+    valid = {(row, count): 0.5 for row in on_policy.ROWS for count in counts}
+    valid |= {("untrained", None): 0.0, (on_policy.NO_PROMPTS, None): 0.5}
+
+    def held(changes: dict) -> list[bool]:
+        return ["**It held**" in line for line in tables.verdicts(scarce_results(valid | changes))]
+
+    assert held({}) == [True, False, True, True, True]
+    assert held({("stories", None): 0.56}) == [False, False, True, True, True]
+    assert held({("stories", 64): 0.3, ("SDAR", 64): 0.29})[1]
+    assert not held({("stories", 64): 0.3, ("SDAR", 64): 0.31})[1]
+    assert not held({("teacher's text", 256): 0.49})[2]
+    assert not held({("own text", None): 0.51})[3]
+    assert not held({(on_policy.NO_PROMPTS, None): 0.44})[4]
+
+
+def test_a_page_of_results_has_every_row_and_the_grid():
+    counts = (16, 64, 256, None)
+    valid = {(row, count): 0.5 for row in on_policy.ROWS for count in counts}
+    valid |= {("untrained", None): 0.125, (on_policy.NO_PROMPTS, None): 0.5}
+    page = tables.page({"scarce": scarce_results(valid)})
+    for row in (*on_policy.ROWS, on_policy.NO_PROMPTS, "nothing (untrained) |  |  | 0.12 | 0.12"):
+        assert f"| {row} |" in page
+    assert "| own text | 64 | 0.010 | **0.020** |" in page
+    assert "| own text | 64 | 0.01 | 0.50 | 0.50 | 1.00 |  | 0.30 | 0.50 | 2.00 | 60 |" in page
+
+
 def test_a_rate_is_scored_at_the_temperature_of_the_text():
     def trial(rate, at_0, at_1):
         point = {"verifier=self temperature=0": {"tok_per_fwd": at_0},
