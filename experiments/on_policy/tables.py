@@ -95,10 +95,12 @@ def count_name(count: int | None) -> str:
 def table(results: dict) -> str:
     """Markdown: one row per row and number of stories."""
     header = ["learns from", "stories", "rate", "`valid` at 1", f"`valid` at {COST}", "`broken`",
-              "`recovery`", "`gen_nats`", f"`valid` at {COST}, half of the updates", "TFLOP", "seconds"]
+              "`recovery`", "`gen_nats`", "`val_nats`", f"`valid` at {COST}, half of the updates", "TFLOP",
+              "seconds"]
     rows = []
     for (row, count), runs in sorted(groups(results).items(), key=lambda item: order(*item[0])):
         cells = text_cells(runs)
+        cells.append(mean_range([run["points"][-1]["val_nats"] for run in runs]))
         cells.append(mean_range(values(runs, "valid", FAST, 0), 2))
         tera_flops = statistics.mean(run["points"][-1]["flops"] for run in runs) / 1e12
         seconds = statistics.mean(run["points"][-1]["seconds"] for run in runs)
@@ -142,7 +144,7 @@ def text_cells(runs: list[dict], step: int = -1) -> list[str]:
 def control_cells(results: dict) -> list[str]:
     """The untrained student's cells."""
     runs = [run for run in results["runs"] if run["settings"]["name"] == "untrained"]
-    return text_cells(runs, step=0)
+    return [*text_cells(runs, step=0), mean_range([run["points"][0]["val_nats"] for run in runs])]
 
 
 def teacher_cells(results: dict) -> list[str]:
@@ -152,6 +154,7 @@ def teacher_cells(results: dict) -> list[str]:
     for metric, sampler in COLUMNS:
         is_one_per_pass = sampler == SAMPLERS[0]
         cells.append(mean_range([teacher[metric] for teacher in teachers], 2) if is_one_per_pass else "")
+    cells.append(mean_range([teacher["val_nats"] for teacher in teachers]))
     return cells
 
 
@@ -253,7 +256,8 @@ def page(all_results: dict[str, dict]) -> str:
             level of `leftmost` for {COST} is found by bisection for each student. Cells are mean (smallest to
             largest) over three seeds, each with its own teacher. `valid`, `broken`, `recovery` and `gen_nats`
             are defined in [reference.md](../../docs/reference.md); the last three are at {COST}.
-            TFLOP and seconds, on one CPU core, are those of the training with its rollouts."""),
+            `val_nats` is of held-out stories: it sees a student that only repeats the stories it had, which
+            `valid` does not. TFLOP and seconds, on one CPU core, are of the training with its rollouts."""),
         "## Predictions",
         md.paragraph(f"Written before the first run, of `valid` at {COST} tokens per forward pass:"),
         md.bullets(verdicts(results) if results else list(PREDICTIONS)),
