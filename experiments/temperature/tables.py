@@ -135,12 +135,22 @@ def page(all_results: dict[str, dict]) -> str:
     return md.join(*parts)
 
 
+def rates_chosen(results: dict) -> str:
+    """How the learning rates were chosen."""
+    if results["trials"]:
+        return (f"Learning rates are the best of {results['options']['rates']} on development stories, by "
+                "tokens per forward pass at the temperature of the text.")
+    return "All rows have one learning rate, which was not searched."
+
+
 def results_of(results: dict, variant: str, title: str) -> list[str]:
     options = results["options"]
     return [
         f"## {title}",
         md.measured(results, variant, "one to two hours on two CPU cores"),
-        f"Blocks of {options['block']}, {options['updates']} updates, {options['stories']} texts per number.",
+        md.paragraph(f"""
+            Blocks of {options['block']}, {options['updates']} updates, {options['stories']} texts per number.
+            {rates_chosen(results)}"""),
         table(results),
         md.picture(variant, "Tokens per forward pass against the temperature of the training text"),
     ]
