@@ -123,8 +123,13 @@ def with_defaults(options: Options) -> Options:
     mode = options.mode or trained_mode
     if options.mode is None and options.verifier:
         mode = "speculative"
-    if options.mode is None and any(getattr(options, name) for name in DIFFUSION_FLAGS):
-        mode = "diffusion"
+    for name in DIFFUSION_FLAGS:
+        value = getattr(options, name)
+        if options.mode is None and value:
+            if options.verifier:
+                raise ValueError(f"--verifier={options.verifier} is for speculative decoding, and "
+                                 f"--{name}={value} for diffusion: give one of them")
+            mode = "diffusion"
     verifier = options.verifier
     if mode == "speculative" and verifier is None:
         verifier = "self" if trained_mode == "speculative" else "teacher"

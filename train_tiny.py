@@ -77,7 +77,7 @@ class Config:
     clean_weight: float = 0.0   # weight of the student's loss as an AR model, for --verifier=self
     clean_text: Literal["own", "data"] = "own"  # of that loss: the update's own text, or training text
     warm_steps: int | None = None   # first updates, on training text; default: 180 on toy, 80 on text
-    updates_per_rollout: int | None = None  # updates on each generated batch; default: 1 on toy, 4 on text
+    updates_per_rollout: int | None = None  # updates that a rollout writes for; default: 1 on toy, 4 on text
     max_prompt: int = 16        # prompts have 1 to this many tokens
     max_response: int | None = None     # tokens of a text to learn from, after its prompt; default: --length
     # Optimization

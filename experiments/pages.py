@@ -72,9 +72,10 @@ def index() -> str:
         md.paragraph("""
             One folder per published table: `run.py` measures, `tables.py` says what the results mean,
             `results/` holds every number with its seed, settings and commit, and the folder's README.md is
-            generated from them. All but `performance`, which needs a GPU, run on two CPU cores. All but that,
-            `real` and `memory` are small (at most 2.2 million parameters). `--quick` tries whether one runs
-            at all, in about a minute."""),
+            generated from them. All but `performance`, which needs a GPU, run on two CPU cores. The networks
+            that are trained have at most 2.2 million parameters, but for `real`; random ones, of which
+            `speed`, `memory` and `compile` measure time and memory, are larger. `--quick` tries whether an
+            experiment runs at all, in about a minute."""),
         markdown_table(["experiment", "what it measures", "command"], rows),
         md.paragraph("""
             A run leaves finished work in `out/experiments` and does not repeat it. After a run, `python -m

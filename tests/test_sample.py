@@ -182,12 +182,17 @@ def test_a_verifier_alone_asks_for_speculative_decoding(run, capsys):
     assert said(capsys, run, *cold)[0] != speculative[0]
 
 
-@pytest.mark.parametrize("flags", [["--mode=ar"], ["--mode=diffusion"], ["--reveal=static:1"]])
-def test_a_verifier_means_nothing_without_drafts(run, capsys, flags):
+@pytest.mark.parametrize("flag, message", [
+    ("--mode=ar", "--verifier=self has no effect with --mode=ar"),
+    ("--mode=diffusion", "--verifier=self has no effect with --mode=diffusion"),
+    ("--reveal=static:1", "--verifier=self is for speculative decoding, and --reveal=static:1 for diffusion"),
+    ("--confidence=drawn", "and --confidence=drawn for diffusion: give one of them"),
+])
+def test_a_verifier_means_nothing_without_drafts(run, capsys, flag, message):
     with pytest.raises(SystemExit) as left:
-        sys.exit(cli.run(sample.main, [f"--ckpt={run}", "--device=cpu", "--verifier=self", *flags]))
+        sys.exit(cli.run(sample.main, [f"--ckpt={run}", "--device=cpu", "--verifier=self", flag]))
     assert left.value.code == 2
-    assert "--verifier=self has no effect with --mode=" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
     python -m experiments.main_run.run                                          the story world, three seeds
     python -m experiments.main_run.run --data=FILE.txt --val_data=FILE.txt --seeds=1
+    python -m experiments.main_run.run --quick                                  does it run at all? a minute
 
 Writes experiments/main_run/results/VARIANT.json, and of the first seed the pictures VARIANT.png (curves) and
 VARIANT_states.png; VARIANT is story_world or, with --data, tinystories. A seed whose summary.json is in
@@ -11,9 +12,10 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from experiments.common.job import WORK
 from experiments.common.plots import write_small
 from experiments.common.results import EXPERIMENTS, output_folder, run_info, variant_of
 from experiments.main_run.tables import table
@@ -26,10 +28,16 @@ class Options:
     data: str = "toy"  # --data of train_tiny.py
     val_data: str | None = None  # --val_data of train_tiny.py
     seeds: int = 3  # runs
+    quick: bool = False  # one run of a tiny model, four updates: does it run at all?
+
+
+QUICK = ("--pretrain_steps=4", "--pretrain_batch=4", "--distill_steps=4", "--warm_steps=2", "--layers=1",
+         "--width=64", "--eval_texts=8")
 
 
 def run_folder(options: Options, seed: int) -> Path:
-    return Path("out", f"{variant_of(options.data)}-{seed}")
+    name = f"{variant_of(options.data)}-{seed}"
+    return WORK / "quick/main_run" / name if options.quick else Path("out", name)
 
 
 def command(options: Options, seed: int) -> list[str]:
@@ -44,6 +52,8 @@ def command(options: Options, seed: int) -> list[str]:
     ]
     if options.val_data:
         words.append(f"--val_data={options.val_data}")
+    if options.quick:
+        words += QUICK
     return words
 
 
@@ -90,10 +100,12 @@ def flops_shares(header: dict, records: list[dict]) -> dict:
 
 def main(argv: list[str]) -> None:
     options = cli.parse(Options, argv, __doc__)
+    if options.quick:
+        options = replace(options, seeds=1)
     variant = variant_of(options.data)
     results = {"command": run_info("main_run", options)["command"]}
     results["runs"] = [run(options, seed) for seed in range(options.seeds)]
-    folder = output_folder("main_run", quick=False)
+    folder = output_folder("main_run", options.quick)
     write_json(folder / f"{variant}.json", results)
     write_small(run_folder(options, 0) / "curves.png", folder / f"{variant}.png")
     write_small(run_folder(options, 0) / "states.png", folder / f"{variant}_states.png")
