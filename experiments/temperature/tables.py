@@ -73,13 +73,61 @@ def table(results: dict) -> str:
     return markdown_table(header, rows)
 
 
+def mean_speed(runs: list[dict], temperature: float) -> float:
+    """Tokens per forward pass verified by itself, over the seeds."""
+    return statistics.mean(tok_per_fwd(run, temperature) for run in runs)
+
+
+def ar_loss(runs: list[dict], step: int = -1) -> list[float]:
+    """By seed, the student's NLL as an AR model minus the teacher's."""
+    return [run["points"][step]["ar_nats"] - run["teacher"]["val_nats"] for run in runs]
+
+
+def verdicts(results: dict) -> list[str]:
+    """Each prediction, whether it held, and the numbers."""
+    found = groups(results)
+    bests = {}
+    for temperature in TEMPERATURES:
+        bests[temperature] = max(found, key=lambda row, t=temperature: mean_speed(found[row], t))
+    is_matched = all(row.endswith(f"text at {temperature}") for temperature, row in bests.items())
+    named = [f"at {temperature} it is {row}" for temperature, row in bests.items()]
+    cold = found[f"own text at {TEMPERATURES[0]}"]
+    hot = found[f"own text at {TEMPERATURES[-1]}"]
+    gain = mean_speed(cold, 0) / mean_speed(hot, 0) - 1
+    losses = [statistics.mean(ar_loss(runs)) for runs in (cold, hot)]
+    checks = [
+        (is_matched, "; ".join(named)),
+        (gain >= 0.1, f"{mean_speed(cold, 0):.2f} against {mean_speed(hot, 0):.2f}, {gain:+.0%}"),
+        level_sources(found),
+        (losses[0] > losses[1], f"{losses[0]:.3f} against {losses[1]:.3f} nats"),
+    ]
+    lines = []
+    for prediction, (held, numbers) in zip(PREDICTIONS, checks, strict=True):
+        verdict = {True: "It held", False: "It did not hold", None: "Not measured here"}[held]
+        lines.append(f"{prediction} **{verdict}**" + (f": {numbers}." if numbers else "."))
+    return lines
+
+
+def level_sources(found: dict[str, list[dict]]) -> tuple[bool | None, str]:
+    """Whether own text and the teacher's have overlapping ranges everywhere; None without the teacher's."""
+    if "teacher's text at 0" not in found:
+        return None, ""
+    apart = []
+    for of_text in TEMPERATURES:
+        pair = [found[f"{source} at {of_text}"] for source in ("own text", "teacher's text")]
+        for decoding in TEMPERATURES:
+            ours, theirs = ([tok_per_fwd(run, decoding) for run in runs] for runs in pair)
+            if min(ours) > max(theirs) or min(theirs) > max(ours):
+                apart.append(f"text at {of_text} decoded at {decoding}")
+    return not apart, f"ranges that do not overlap: {', '.join(apart) or 'none'}"
+
+
 def cells(runs: list[dict], step: int) -> list[str]:
     found = []
     for verifier in VERIFIERS:
         for temperature in TEMPERATURES:
             found.append(mean_range([tok_per_fwd(run, temperature, verifier, step) for run in runs], 2))
-    loss = [run["points"][step]["ar_nats"] - run["teacher"]["val_nats"] for run in runs]
-    return [*found, mean_range(loss)]
+    return [*found, mean_range(ar_loss(runs, step))]
 
 
 def plot(results: dict, figure) -> None:
@@ -153,4 +201,6 @@ def results_of(results: dict, variant: str, title: str) -> list[str]:
             {rates_chosen(results)}"""),
         table(results),
         md.picture(variant, "Tokens per forward pass against the temperature of the training text"),
+        "The predictions:",
+        md.bullets(verdicts(results)),
     ]
