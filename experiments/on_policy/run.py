@@ -10,7 +10,9 @@ and .png.
 """
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 
+from experiments.common import changes
 from experiments.common.conversion import convert_all
 from experiments.common.job import Job, quick_job
 from experiments.common.results import run_info, save_results
@@ -26,6 +28,8 @@ ROWS = {
     "own text": DATA | {"source": "student", "states": "visited"},
 }
 NO_PROMPTS = "own text, no prompts"         # texts that begin with the end-of-text token alone
+ONE_PER_PASS = "own text, one per pass"     # the student writes one token per forward pass, from the left
+WARM_START = "own text, warm start"         # the first quarter of the updates learns from the stories
 DEVELOPMENT = 512      # number of the first development story
 
 
@@ -42,7 +46,13 @@ class Options:
 
 def job_of(row: str, count: int | None, rate: float, seed: int, options: Options) -> Job:
     """A conversion that has the first `count` stories."""
-    flags = ROWS["own text"] | {"max_prompt": 1} if row == NO_PROMPTS else ROWS[row]
+    own_text = ROWS["own text"]
+    variants = {
+        NO_PROMPTS: own_text | {"max_prompt": 1},
+        ONE_PER_PASS: own_text | {"reveal": "leftmost:1"},
+        WARM_START: own_text,
+    }
+    flags = (ROWS | variants)[row]
     job = Job(
         name=f"{row}, {count or 'all'} stories, lr {rate}",
         seed=seed,
@@ -51,6 +61,7 @@ def job_of(row: str, count: int | None, rate: float, seed: int, options: Options
         samplers=SAMPLERS,
         stories=options.stories,
         train_stories=count,
+        recipes=partial(changes.stories_first, 0.25) if row == WARM_START else None,
         folder="on_policy",
     )
     return quick_job(job) if options.quick else job
@@ -91,7 +102,10 @@ def jobs_of(options: Options, rates: dict[tuple[str, bool], float]) -> list[Job]
     jobs = []
     for seed in range(options.seeds):
         jobs.append(untrained_job(seed, options))
-        jobs.append(job_of(NO_PROMPTS, None, rates["own text", False], seed, options))
+        own_rate = rates["own text", False]
+        jobs.append(job_of(NO_PROMPTS, None, own_rate, seed, options))
+        jobs.append(job_of(ONE_PER_PASS, FEW, own_rate, seed, options))
+        jobs.append(job_of(WARM_START, FEW, own_rate, seed, options))
         for count in options.counts.split(","):
             number = None if count == "all" else int(count)
             for row in ROWS:

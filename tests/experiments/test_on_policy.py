@@ -129,6 +129,8 @@ def test_the_best_rate_is_chosen_by_row_and_by_few_or_all_stories():
     found = {job.name: job.flags["lr"] for job in jobs}
     assert found.pop("untrained") and found == {
         "own text, no prompts, all stories, lr 0.02": 0.02,
+        "own text, one per pass, 64 stories, lr 0.02": 0.02,
+        "own text, warm start, 64 stories, lr 0.02": 0.02,
         "SDAR, 16 stories, lr 0.1": 0.1, "stories, 16 stories, lr 0.01": 0.01,
         "teacher's text, 16 stories, lr 0.3": 0.3, "own text, 16 stories, lr 0.02": 0.02,
         "SDAR, all stories, lr 0.2": 0.2, "stories, all stories, lr 0.02": 0.02,
@@ -171,23 +173,27 @@ def test_predictions_are_judged_by_the_numbers():
     counts = (16, 64, 256, None)
     valid = {(row, count): 0.5 for row in on_policy.ROWS for count in counts}
     valid |= {("untrained", None): 0.0, (on_policy.NO_PROMPTS, None): 0.5}
+    valid |= {(on_policy.ONE_PER_PASS, 64): 0.71, (on_policy.WARM_START, 64): 0.61}
 
     def held(changes: dict) -> list[bool]:
         return ["**It held**" in line for line in tables.verdicts(scarce_results(valid | changes))]
 
-    assert held({}) == [True, False, True, True, True]
-    assert held({("stories", None): 0.56}) == [False, False, True, True, True]
+    assert held({}) == [True, False, True, True, True, True, True]
+    assert held({("stories", None): 0.56}) == [False, False, True, True, True, True, True]
     assert held({("stories", 64): 0.3, ("SDAR", 64): 0.29})[1]
     assert not held({("stories", 64): 0.3, ("SDAR", 64): 0.31})[1]
     assert not held({("teacher's text", 256): 0.49})[2]
     assert not held({("own text", None): 0.51})[3]
     assert not held({(on_policy.NO_PROMPTS, None): 0.44})[4]
+    assert not held({(on_policy.ONE_PER_PASS, 64): 0.69})[5]
+    assert not held({(on_policy.WARM_START, 64): 0.59})[6]
 
 
 def test_a_page_of_results_has_every_row_and_the_grid():
     counts = (16, 64, 256, None)
     valid = {(row, count): 0.5 for row in on_policy.ROWS for count in counts}
     valid |= {("untrained", None): 0.125, (on_policy.NO_PROMPTS, None): 0.5}
+    valid |= {(on_policy.ONE_PER_PASS, 64): 0.5, (on_policy.WARM_START, 64): 0.5}
     page = tables.page({"scarce": scarce_results(valid)})
     for row in (*on_policy.ROWS, on_policy.NO_PROMPTS, "nothing (untrained) |  |  | 0.12 | 0.12"):
         assert f"| {row} |" in page
