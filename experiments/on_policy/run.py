@@ -37,7 +37,7 @@ DEVELOPMENT = 512      # number of the first development story
 class Options:
     rates: str = "0.005,0.01,0.02,0.04"  # learning rates of the grid
     counts: str = "16,64,256,all"  # stories that a conversion has
-    updates: int = 320  # updates of 16 rows; evaluated after half of them and after all
+    updates: int = 320  # updates of 16 rows
     stories: int = 256  # held-out stories that an evaluation continues
     seeds: int = 3  # teachers, and conversions of each
     workers: int = 2  # conversions at a time, each on one core
@@ -57,7 +57,7 @@ def job_of(row: str, count: int | None, rate: float, seed: int, options: Options
         name=f"{row}, {count or 'all'} stories, lr {rate}",
         seed=seed,
         flags=flags | {"lr": rate},
-        eval_steps=(options.updates // 2, options.updates),
+        eval_steps=(options.updates,),
         samplers=SAMPLERS,
         stories=options.stories,
         train_stories=count,

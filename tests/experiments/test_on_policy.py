@@ -198,7 +198,7 @@ def test_a_page_of_results_has_every_row_and_the_grid():
     for row in (*on_policy.ROWS, on_policy.NO_PROMPTS, "nothing (untrained) |  |  | 0.12 | 0.12"):
         assert f"| {row} |" in page
     assert "| own text | 64 | 0.010 | **0.020** |" in page
-    assert "| own text | 64 | 0.01 | 0.50 | 0.50 | 1.00 |  | 0.30 | 0.310 | 0.50 | 2.00 | 60 |" in page
+    assert "| own text | 64 | 0.01 | 0.50 | 0.50 | 1.00 |  | 0.30 | 0.310 | 2.00 | 60 |" in page
 
 
 def test_a_rate_is_scored_at_the_temperature_of_the_text():
