@@ -271,11 +271,12 @@ def page(all_results: dict[str, dict]) -> str:
             temperature 1, and no other warm start."""),
         md.paragraph(f"""
             Text is compared at 1 token per forward pass, from the left, and at {COST}, where an untrained
-            student fails. The level of `leftmost` for {COST} is found by bisection for each student. Cells are mean (smallest to
-            largest) over three seeds, each with its own teacher. `valid`, `broken`, `recovery` and `gen_nats`
-            are defined in [reference.md](../../docs/reference.md); the last three are at {COST}.
-            `val_nats` is of held-out stories: it sees a student that only repeats the stories it had, which
-            `valid` does not. TFLOP and seconds, on one CPU core, are of the training with its rollouts."""),
+            student fails. The level of `leftmost` for {COST} is found by bisection for each student. Cells
+            are mean (smallest to largest) over the seeds, each with its own teacher. `valid`, `broken`,
+            `recovery` and `gen_nats` are defined in [reference.md](../../docs/reference.md); the last three
+            are at {COST}. `val_nats` is of held-out stories: it sees a student that only repeats the stories
+            it had, which `valid` does not. TFLOP and seconds, on one CPU core, are of the training with its
+            rollouts."""),
         "## Predictions",
         md.paragraph(f"""
             Written before the first run, of `valid` at {COST} tokens per forward pass; the last two, and
