@@ -20,6 +20,7 @@ COLUMNS = (             # of the table: metric, sampler
     ("gen_nats", FAST),
 )
 NOT_MEASURED = "Not measured yet:\n\n```bash\npython -m experiments.on_policy.run\n```"
+TEACHER = "teacher's text"
 # Written before the first run of the experiment, of `valid` at 1.5 tokens per forward pass.
 PREDICTIONS = (
     "Own text with 64 stories is within 0.05 of the best row that has all stories.",
@@ -255,6 +256,43 @@ def verdicts(results: dict) -> list[str]:
     return lines
 
 
+def findings(results: dict) -> list[str]:
+    found = groups(results)
+
+    def at(sampler: str, row: str, count: int | None) -> str:
+        return mean_range(values(found[row, count], "valid", sampler), 2)
+
+    def nats(row: str, count: int | None) -> str:
+        return mean_range([run["points"][-1]["val_nats"] for run in found[row, count]])
+
+    def tera_flops(row: str) -> str:
+        return f"{statistics.mean(run['points'][-1]['flops'] for run in found[row, FEW]) / 1e12:.1f}"
+
+    slow = SAMPLERS[0]
+    return [
+        f"At 1 token per forward pass prompts are enough: with {FEW} stories own text has `valid` "
+        f"{at(slow, 'own text', FEW)} and the teacher's text {at(slow, TEACHER, FEW)}; learning "
+        f"from all stories has {at(slow, 'stories', None)}. Learning from the {FEW} stories themselves has "
+        f"{at(slow, 'stories', FEW)}, SDAR {at(slow, 'SDAR', FEW)}.",
+        f"At {COST} tokens own text is behind, {at(FAST, 'own text', FEW)} with {FEW} stories and "
+        f"{at(FAST, 'own text', None)} with all, so the number of prompts is not the reason. The teacher's "
+        f"fresh text has {at(FAST, TEACHER, FEW)} and {at(FAST, TEACHER, None)}: it needs "
+        f"as few prompts and less arithmetic ({tera_flops(TEACHER)} against "
+        f"{tera_flops('own text')} TFLOP). In this setting it is the better choice.",
+        "Two other ways of own text do not change that: one token per forward pass "
+        f"{at(FAST, 'own text, one per pass', FEW)}, a warm start on the {FEW} stories "
+        f"{at(FAST, 'own text, warm start', FEW)}. Without any prompt it is "
+        f"{at(FAST, 'own text, no prompts', None)}.",
+        f"SDAR on {FEW} stories has `valid` {at(FAST, 'SDAR', FEW)} at {COST}, but held-out stories cost it "
+        f"{nats('SDAR', FEW)} nats per token, the teacher's-text row {nats(TEACHER, FEW)}: it "
+        "repeats the stories that it had. Own text keeps the teacher's likelihood "
+        f"({nats('own text', FEW)}), whatever the number of stories.",
+        "After a broken law further ones are more frequent (`recovery` above 1), after own text too. A "
+        "likely reason, which was not tested here: this teacher has learned from correct stories only, so "
+        "it is no good teacher of what to write after an error.",
+    ]
+
+
 def page(all_results: dict[str, dict]) -> str:
     results = all_results.get("scarce")
     return md.join(
@@ -294,5 +332,7 @@ def results_of(results: dict) -> list[str]:
         md.picture("scarce", "Share of valid stories against the number of training stories"),
         "Differences of pairs of texts with the same teacher, prompt and random numbers:",
         differences(results),
+        "## What was found",
+        md.bullets(findings(results)),
         md.details("Learning rates: `valid` of development stories, seed 0", rates_table(results)),
     ]
