@@ -1,4 +1,6 @@
 """Conversions with few stories, and text at a given cost."""
+from collections import defaultdict
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from data.tinystories import stories
 from experiments.common import evaluation
 from experiments.common.conversion import first_stories
 from experiments.common.job import Job
+from experiments.common.plots import save_picture
 from experiments.on_policy import run as on_policy
 from experiments.on_policy import tables
 from experiments.temperature import run as temperature
@@ -151,9 +154,9 @@ def test_a_difference_is_paired_by_text():
     assert tables.difference(ours, ours) == "+0.000 (+0.000 to +0.000)"
 
 
-def scarce_results(valid: dict) -> dict:
+def scarce_results(valid: dict, counts: str = "16,64,256,all") -> dict:
     """Results of one seed; `valid` by row and number of stories."""
-    options = on_policy.Options(seeds=1)
+    options = on_policy.Options(seeds=1, counts=counts)
     rates = {(row, is_all): 0.01 for row in on_policy.ROWS for is_all in (True, False)}
     runs = []
     for job in on_policy.jobs_of(options, rates):
@@ -199,6 +202,20 @@ def test_a_page_of_results_has_every_row_and_the_grid():
         assert f"| {row} |" in page
     assert "| own text | 64 | 0.010 | **0.020** |" in page
     assert "| own text | 64 | 0.01 | 0.50 | 0.50 | 1.00 |  | 0.30 | 0.310 | 2.00 | 60 |" in page
+
+
+@pytest.mark.parametrize("counts", ["16,64,256,all", "64,all", "16,all"])
+def test_a_picture_has_every_row(counts, tmp_path):
+    valid = defaultdict(lambda: 0.5)
+    labels = []
+
+    def plot(results, figure):
+        tables.plot(results, figure)
+        labels.extend(figure.axes[0].get_legend_handles_labels()[1])
+
+    save_picture(plot, scarce_results(valid, counts), tmp_path / "scarce.png")
+    variants = (on_policy.NO_PROMPTS, on_policy.ONE_PER_PASS, on_policy.WARM_START)
+    assert sorted(labels) == sorted([*on_policy.ROWS, *variants])
 
 
 def test_a_rate_is_scored_at_the_temperature_of_the_text():
