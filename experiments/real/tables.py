@@ -161,6 +161,7 @@ def duration(conversion: dict) -> str:
 def findings(results: dict) -> list[str]:
     ways = results["texts"]
     before = "self-verified before training"
+    shorter = "self-verified, blocks of 2"
 
     def speed(way: str) -> str:
         return f"{ways[way]['all']['tok_per_fwd']:.2f}"
@@ -193,4 +194,8 @@ def findings(results: dict) -> list[str]:
         "an AR model it is the checkpoint.",
         f"In seconds at batch 1 it is {faster:.2f} times as fast as the AR loop, which is {verdict}: it "
         f"processes {positions:.1f} positions per token.",
+        f"Decoded in blocks of 2 the same student writes {speed(shorter)} tokens per forward pass with "
+        f"{ways[shorter]['all']['positions_per_tok']:.1f} positions per token, and is "
+        f"{speedup(results, shorter):.2f} times as fast as AR: on a CPU a pass over fewer positions saves "
+        "more time than its missing drafts cost.",
     ]

@@ -46,7 +46,7 @@ def numbers(tok_per_fwd, responses):
 def results():
     texts = {"AR": numbers(1.0, [[1, 2], [3, 4]])}
     for way in ("self-verified before training", "self-verified", "leftmost:0.9", "static:2",
-                "AR, temperature 0.7", "self-verified, temperature 0.7"):
+                "AR, temperature 0.7", "self-verified, temperature 0.7", "self-verified, blocks of 2"):
         texts[way] = numbers(2.5, [[1, 2], [3, 5]])
     bits = {way: {"bits_per_byte": 0.9} for way in ("ar", "student_ar", "blocks")}
     return {
@@ -55,7 +55,8 @@ def results():
         "commit": "abc", "torch": "2", "python": "3", "device": "cpu", "threads": 1,
         "conversion": {"seconds": 60, "loss_positions": 1000, "train_flops": 1e9},
         "parameters": 10, "trained": 1, "texts": texts, "likelihood": {"stories": bits},
-        "seconds_per_token": {"AR": [2.0, 1.0, 3.0], "self-verified": [1.0, 1.0, 1.0]},
+        "seconds_per_token": {"AR": [2.0, 1.0, 3.0], "self-verified": [1.0, 1.0, 1.0],
+                              "self-verified, blocks of 2": [0.5, 0.5, 0.5]},
         "samples": [{"kind": "facts", "prompt": "A", "written": {way: "b" for way in texts}}],
     }
 
@@ -70,5 +71,6 @@ def test_the_page_says_whether_seconds_were_saved(results):
     slower["seconds_per_token"]["self-verified"] = [4.0, 4.0, 4.0]
     assert "2.00 times as fast as the AR loop, which is faster" in " ".join(tables.findings(results))
     assert "0.50 times as fast as the AR loop, which is **not faster**" in " ".join(tables.findings(slower))
+    assert "and is 4.00 times as fast as AR" in " ".join(tables.findings(results))
     assert "Not measured yet" in tables.page({})
     assert "Not measured yet" not in tables.page({"smollm2": results})
