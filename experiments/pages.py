@@ -17,7 +17,6 @@ NAMES = (
     "main_run",
     "real",
     "on_policy",
-    "temperature",
     "methods",
     "ablations",
     "decoding",

@@ -15,8 +15,6 @@ from experiments.common.job import Job
 from experiments.common.plots import save_picture
 from experiments.on_policy import run as on_policy
 from experiments.on_policy import tables
-from experiments.temperature import run as temperature
-from experiments.temperature import tables as temperature_tables
 from report import metrics
 
 
@@ -103,9 +101,6 @@ def test_development_stories_are_not_those_of_the_numbers():
     options = on_policy.Options()
     trial = on_policy.trials(options)[0]
     job = on_policy.job_of("stories", 64, 0.01, 0, options)
-    assert trial.first_story >= job.first_story + job.stories
-    trial = temperature.trial_of("stories", 0.01, temperature.Options())
-    job = temperature.job_of("stories", 0.01, 0, temperature.Options())
     assert trial.first_story >= job.first_story + job.stories
 
 
@@ -216,47 +211,3 @@ def test_a_picture_has_every_row(counts, tmp_path):
     save_picture(plot, scarce_results(valid, counts), tmp_path / "scarce.png")
     variants = (on_policy.NO_PROMPTS, on_policy.ONE_PER_PASS, on_policy.WARM_START)
     assert sorted(labels) == sorted([*on_policy.ROWS, *variants])
-
-
-def test_a_rate_is_scored_at_the_temperature_of_the_text():
-    def trial(rate, at_0, at_1):
-        point = {"verifier=self temperature=0": {"tok_per_fwd": at_0},
-                 "verifier=self temperature=1": {"tok_per_fwd": at_1}}
-        settings = {"name": f"trial, own text at 0, block 4, lr {rate}",
-                    "flags": {"lr": rate, "temperature": 0}}
-        return {"settings": settings, "points": [point]}
-
-    rates = temperature_tables.best_rates([trial(0.01, 1.5, 2.0), trial(0.02, 1.6, 1.0)])
-    assert rates == {"own text at 0": 0.02}
-
-
-def temperature_results(speeds: dict, losses: dict) -> dict:
-    """Results of one seed: by row, tokens per forward pass at 0, 0.7 and 1, and nats above the teacher."""
-    runs = []
-    for row, at in speeds.items():
-        point = {"ar_nats": 2 + losses[row]}
-        for sampler in temperature_tables.SAMPLERS:
-            speed = at[temperature_tables.TEMPERATURES.index(float(sampler.rpartition("=")[2]))]
-            point[sampler] = {"tok_per_fwd": speed, "distinct2": 0.5}
-        settings = {"name": f"{row}, block 4, lr 0.01", "flags": {"lr": 0.01}}
-        runs.append({"settings": settings, "points": [point, point], "teacher": {"val_nats": 2.0}})
-    options = {"block": 4, "updates": 160, "stories": 64, "rates": "0.01"}
-    facts = {"command": "command", "commit": "0", "torch": "2", "python": "3", "device": "cpu", "threads": 1}
-    return {**facts, "options": options, "runs": runs, "trials": []}
-
-
-def test_predictions_about_temperature_are_judged_by_the_numbers():
-    speeds = {"stories": (1.4, 1.4, 1.4), "own text at 0": (1.8, 1.5, 1.3),
-              "own text at 0.7": (1.6, 1.6, 1.4), "own text at 1": (1.5, 1.5, 1.5)}
-    losses = {"stories": 0.1, "own text at 0": 0.2, "own text at 0.7": 0.1, "own text at 1": 0.1}
-
-    def verdicts(**changes):
-        results = temperature_results(speeds | changes, losses)
-        return [line.partition("**")[2].partition("**")[0] for line in temperature_tables.verdicts(results)]
-
-    assert verdicts() == ["It held", "It held", "Not measured here", "It held"]
-    assert verdicts(stories=(1.4, 1.4, 1.6))[0] == "It did not hold"
-    assert verdicts(**{"own text at 1": (1.7, 1.5, 1.5)})[1] == "It did not hold"
-    page = temperature_tables.page({"tinystories": temperature_results(speeds, losses)})
-    assert "| own text at 0.7 | 0.01 | 1.60 | 1.60 | 1.40 | 1.60 |" in page
-    assert "All rows have one learning rate, which was not searched." in " ".join(page.split())
