@@ -120,22 +120,24 @@ def with_defaults(options: Options) -> Options:
     if type(temperature) not in (int, float) or not 0 <= temperature <= MAX_TEMPERATURE:
         raise ValueError(f"{folder}/config.json: expected a temperature from 0 to {MAX_TEMPERATURE}, got "
                          f"{temperature!r}")
-    mode = options.mode or trained_mode
-    if options.mode is None and options.verifier:
-        mode = "speculative"
-    for name in DIFFUSION_FLAGS:
-        value = getattr(options, name)
-        if options.mode is None and value:
-            if options.verifier:
-                raise ValueError(f"--verifier={options.verifier} is for speculative decoding, and "
-                                 f"--{name}={value} for diffusion: give one of them")
-            mode = "diffusion"
+    mode = options.mode or implied_mode(options) or trained_mode
     verifier = options.verifier
     if mode == "speculative" and verifier is None:
         verifier = "self" if trained_mode == "speculative" else "teacher"
     if options.temperature is not None:
         temperature = options.temperature
     return replace(options, mode=mode, verifier=verifier, temperature=temperature)
+
+
+def implied_mode(options: Options) -> str | None:
+    """The only mode that uses the flags that are given, if there is one."""
+    given = [name for name in DIFFUSION_FLAGS if getattr(options, name)]
+    if given and options.verifier:
+        raise ValueError(f"--verifier={options.verifier} is for speculative decoding, and "
+                         f"--{given[0]}={getattr(options, given[0])} for diffusion: give one of them")
+    if given:
+        return "diffusion"
+    return "speculative" if options.verifier else None
 
 
 def find_checkpoint(name: str | None, mode: str | None) -> Path:

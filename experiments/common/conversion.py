@@ -113,6 +113,7 @@ def update_flops(config, record: dict, recipe: opdlm.Recipe) -> float:
 def train_student(job: Job, teacher, corpus: Corpus, config) -> Iterator[tuple[int, torch.nn.Module, dict]]:
     """Converts the teacher. Yields the number of updates, the mean student and what was spent, before the
     first update and after each."""
+    corpus = first_stories(corpus, job.train_stories)
     recipe = train_tiny.make_recipe(config, corpus.tokenizer.eot)
     student = copy.deepcopy(teacher).init_mask().requires_grad_(True)
     if job.prepare_student:
@@ -139,9 +140,8 @@ def convert(job: Job) -> dict:
     teacher = load_teacher(job)
     starts = stories(corpus.val, corpus.tokenizer.eot)[job.first_story:]
     held = metrics.held_out(corpus.val, starts, job.stories, config.length)
-    known = first_stories(corpus, job.train_stories)
     points = []
-    for step, mean, spent in train_student(job, teacher, known, config):
+    for step, mean, spent in train_student(job, teacher, corpus, config):
         if step in job.eval_steps:
             points.append({"step": step, **spent, **evaluate(mean, teacher, job, corpus, held, config)})
     result = {
@@ -160,8 +160,7 @@ def load_student(job: Job) -> tuple[torch.nn.Module, object]:
     if not settings_file.exists() or json.loads(settings_file.read_text()) != job.settings:
         config, corpus = open_job(job)
         teacher = load_teacher(job)
-        known = first_stories(corpus, job.train_stories)
-        for _, net, _ in train_student(job, teacher, known, config):
+        for _, net, _ in train_student(job, teacher, corpus, config):
             mean = net                           # after the last update: the student
         layout = train_tiny.make_recipe(config, corpus.tokenizer.eot).layout
         checkpoint.save(folder, mean, corpus.tokenizer, layout)

@@ -6,7 +6,6 @@ from pathlib import Path
 import train_tiny
 
 WORK = Path("out/experiments")      # finished work; it is read, not done again
-MISSING = object()
 YOUNGER = {"copies": 1, "first_story": 0, "train_stories": None}    # fields that older results lack: defaults
 
 
@@ -37,7 +36,7 @@ class Job:
         """Everything above that JSON can hold. A saved result is read only if these are the same."""
         settings = {}
         for name, value in vars(self).items():
-            if callable(value) or name == "folder" or YOUNGER.get(name, MISSING) == value:
+            if callable(value) or name == "folder" or (name in YOUNGER and value == YOUNGER[name]):
                 continue
             settings[name] = list(value) if isinstance(value, tuple) else value
         return settings

@@ -282,7 +282,7 @@ def findings(results: dict) -> list[str]:
         "and the texts that are compared have not.",
         f"SDAR on {FEW} stories has `valid` {at(FAST, 'SDAR', FEW)} at {COST}, but held-out stories cost it "
         f"{nats('SDAR', FEW)} nats per token, the teacher's-text row {nats(TEACHER, FEW)}: it "
-        "repeats the stories that it had. Own text keeps the teacher's likelihood "
+        "has overfitted the stories that it had. Own text keeps the teacher's likelihood "
         f"({nats('own text', FEW)}), whatever the number of stories.",
         "After a broken law further ones are more frequent (`recovery` above 1), after own text too. A "
         "likely reason, which was not tested here: this teacher has learned from correct stories only, so "

@@ -1,4 +1,5 @@
 """Conversions with few stories, and text at a given cost."""
+import statistics
 from collections import defaultdict
 
 import numpy as np
@@ -9,12 +10,14 @@ import opdlm
 from data import story_world
 from data.corpus import open_corpus
 from data.tinystories import stories
-from experiments.common import evaluation
+from experiments.common import conversion, evaluation
 from experiments.common.conversion import first_stories
 from experiments.common.job import Job
 from experiments.common.plots import save_picture
+from experiments.common.results import load_results, results_path
 from experiments.on_policy import run as on_policy
 from experiments.on_policy import tables
+from model.gpt import GPT, GPTConfig
 from report import metrics
 
 
@@ -35,6 +38,22 @@ def test_a_conversion_has_the_first_stories_and_no_other(corpus):
     assert first_stories(corpus, None) is corpus
     with pytest.raises(ValueError, match="train_stories=30000: expected 1 to 29999"):
         first_stories(corpus, len(corpus.starts))
+
+
+def test_a_conversion_learns_from_its_own_stories_alone(corpus, monkeypatch):
+    seen = []
+
+    def train_updates(student, teacher, corpus, recipes, config):
+        seen.append(len(corpus.starts))
+        return iter(())
+
+    monkeypatch.setattr(conversion, "train_updates", train_updates)
+    config, _ = conversion.open_job(Job("row", 0, {}, (1,)))
+    teacher = GPT(GPTConfig(corpus.tokenizer.vocab_size, config.length, 1, 1, 64))
+    for count in (5, None):
+        job = Job("row", 0, {}, (1,), train_stories=count)
+        list(conversion.train_student(job, teacher, corpus, config))
+    assert seen == [5, len(corpus.starts)]
 
 
 def test_every_window_of_a_small_corpus_comes_from_its_stories(corpus):
@@ -211,3 +230,26 @@ def test_a_picture_has_every_row(counts, tmp_path):
     save_picture(plot, scarce_results(valid, counts), tmp_path / "scarce.png")
     variants = (on_policy.NO_PROMPTS, on_policy.ONE_PER_PASS, on_policy.WARM_START)
     assert sorted(labels) == sorted([*on_policy.ROWS, *variants])
+
+
+# 4. what the page and README say of the published results -------------------------------------------------
+
+def test_what_is_said_of_the_published_results():
+    results = load_results(results_path("on_policy", "scarce"))
+    found = tables.groups(results)
+
+    def valid(row, count, sampler=tables.FAST):
+        return statistics.mean(tables.values(found[row, count], "valid", sampler))
+
+    slow = tables.SAMPLERS[0]
+    assert valid("own text", 64, slow) > valid("stories", None, slow) - 0.05
+    assert valid("stories", 64, slow) < valid("own text", 64, slow) - 0.2
+    assert valid("teacher's text", 64) > valid("own text", 64) + 0.1
+    for variant in (on_policy.ONE_PER_PASS, on_policy.WARM_START):
+        assert valid(variant, 64) < valid("own text", 64) + 0.05
+    assert all(run["points"][-1]["val_nats"] > 0.6 for run in found["SDAR", 64])
+    assert all(run["points"][-1]["val_nats"] < 0.32 for run in found["own text", 64])
+    assert all(min(tables.values(runs, "recovery", tables.FAST)) > 1 for runs in found.values())
+    for runs in found.values():
+        for run in runs:
+            assert abs(run["points"][-1][tables.FAST]["tok_per_fwd"] - tables.COST) < 0.1
