@@ -423,7 +423,7 @@ class Recipe:
     show: Callable = repr  # token ids as text, for a debugger: p recipe.show(noisy[0])
 
     def __post_init__(self):
-        if self.states is visited and self.source not in (student_text, student_ar_text):
+        if self.states is visited and self.source in (teacher_text, data_text):
             raise ValueError("states=visited needs source=student: only the student's rollouts have "
                              "denoising states; use states=random, states=prefix or states=all")
         if self.source is student_ar_text and not self.layout.is_ar_model:

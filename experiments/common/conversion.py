@@ -9,7 +9,7 @@ import copy
 import io
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -110,6 +110,13 @@ def update_flops(config, record: dict, recipe: opdlm.Recipe) -> float:
     return body * body_positions + head * head_positions
 
 
+def written_by(writer: torch.nn.Module, source: Callable) -> Callable:
+    """The source of text `source`, where another net writes in the student's place."""
+    def text(student, teacher, *args) -> opdlm.Rollout:
+        return source(writer, teacher, *args)
+    return text
+
+
 def train_student(job: Job, teacher, corpus: Corpus, config) -> Iterator[tuple[int, torch.nn.Module, dict]]:
     """Converts the teacher. Yields the number of updates, the mean student and what was spent, before the
     first update and after each."""
@@ -119,6 +126,8 @@ def train_student(job: Job, teacher, corpus: Corpus, config) -> Iterator[tuple[i
     if job.prepare_student:
         job.prepare_student(student)
     mean = copy.deepcopy(student)
+    if job.mean_writes:
+        recipe = replace(recipe, source=written_by(mean, recipe.source))
     spent = dict.fromkeys(("tokens", "loss_positions", "positions", "flops", "seconds"), 0)
     yield 0, mean, spent
     for record in train_updates(student, teacher, corpus, recipes_of(job, recipe, config), config):

@@ -6,7 +6,8 @@ from pathlib import Path
 import train_tiny
 
 WORK = Path("out/experiments")      # finished work; it is read, not done again
-YOUNGER = {"copies": 1, "first_story": 0, "train_stories": None}    # fields that older results lack: defaults
+# Fields that older results lack, and their defaults.
+YOUNGER = {"copies": 1, "first_story": 0, "train_stories": None, "mean_writes": False}
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Job:
     stories: int = 256                  # held-out stories that an evaluation continues
     first_story: int = 0                # number of the first of them
     train_stories: int | None = None    # the conversion has the first so many; default: all, as the teacher
+    mean_writes: bool = False   # the student's text is written by the running mean of its weights
     teacher_flags: dict | None = None   # flags of the teacher that differ from the defaults
     folder: str = "story_world"         # where it is saved, under out/experiments
     copies: int = 1                     # of each text in a batch, if the recipes repeat texts

@@ -16,16 +16,18 @@ from experiments.common import changes
 from experiments.common.conversion import convert_all
 from experiments.common.job import Job, quick_job
 from experiments.common.results import run_info, save_results
-from experiments.on_policy.tables import COST, FEW, SAMPLERS, best_rates, plot, table
+from experiments.on_policy.tables import BY_MEAN, COST, FEW, SAMPLERS, best_rates, plot, table
 from training import cli
 
 # flags of train_tiny.py
 DATA = {"source": "data", "states": "prefix", "target": "teacher", "weight": "first"}
+OWN_TEXT = DATA | {"source": "student", "states": "visited"}
 ROWS = {
     "SDAR": {"source": "data", "states": "random", "target": "onehot", "weight": "1/t"},
     "stories": DATA,
     "teacher's text": DATA | {"source": "teacher"},
-    "own text": DATA | {"source": "student", "states": "visited"},
+    "own text": OWN_TEXT,
+    BY_MEAN: OWN_TEXT,
 }
 NO_PROMPTS = "own text, no prompts"         # texts that begin with the end-of-text token alone
 ONE_PER_PASS = "own text, one per pass"     # the student writes one token per forward pass, from the left
@@ -46,11 +48,10 @@ class Options:
 
 def job_of(row: str, count: int | None, rate: float, seed: int, options: Options) -> Job:
     """A conversion that has the first `count` stories."""
-    own_text = ROWS["own text"]
     variants = {
-        NO_PROMPTS: own_text | {"max_prompt": 1},
-        ONE_PER_PASS: own_text | {"reveal": "leftmost:1"},
-        WARM_START: own_text,
+        NO_PROMPTS: OWN_TEXT | {"max_prompt": 1},
+        ONE_PER_PASS: OWN_TEXT | {"reveal": "leftmost:1"},
+        WARM_START: OWN_TEXT,
     }
     flags = (ROWS | variants)[row]
     job = Job(
@@ -61,6 +62,7 @@ def job_of(row: str, count: int | None, rate: float, seed: int, options: Options
         samplers=SAMPLERS,
         stories=options.stories,
         train_stories=count,
+        mean_writes=row == BY_MEAN,
         recipes=partial(changes.stories_first, 0.25) if row == WARM_START else None,
         folder="on_policy",
     )

@@ -56,6 +56,25 @@ def test_a_conversion_learns_from_its_own_stories_alone(corpus, monkeypatch):
     assert seen == [5, len(corpus.starts)]
 
 
+@pytest.mark.parametrize("mean_writes", [False, True])
+def test_who_writes_the_text(corpus, monkeypatch, mean_writes):
+    """The weights in training, or their running mean, which is the student that is evaluated."""
+    writers = []
+
+    def student_text(student, *args):
+        writers.append(student)
+        return opdlm.student_text(student, *args)
+
+    monkeypatch.setitem(opdlm.SOURCES, "student", student_text)
+    job = Job("row", 0, {"batch": 2, "length": 32}, (3,), mean_writes=mean_writes)
+    config, _ = conversion.open_job(job)
+    teacher = GPT(GPTConfig(corpus.tokenizer.vocab_size, config.length, 1, 1, 64))
+    students = [student for _, student, _ in conversion.train_student(job, teacher, corpus, config)]
+    evaluated = students[-1]
+    assert len(writers) == 3
+    assert all((writer is evaluated) == mean_writes for writer in writers)
+
+
 def test_every_window_of_a_small_corpus_comes_from_its_stories(corpus):
     few = first_stories(corpus, 2)
     known = {corpus.train[begin:end].tobytes() for begin, end in zip(corpus.starts[:2], corpus.starts[1:3])}
@@ -112,7 +131,7 @@ def test_valid_texts_say_which_texts_are_valid(corpus):
 
 def test_fields_that_older_results_lack_do_not_change_their_settings():
     job = Job("row", 0, {}, (1,))
-    assert not {"first_story", "train_stories", "copies"} & set(job.settings)
+    assert not {"first_story", "train_stories", "copies", "mean_writes"} & set(job.settings)
     assert Job("row", 0, {}, (1,), train_stories=16).settings["train_stories"] == 16
 
 
@@ -142,6 +161,7 @@ def test_the_best_rate_is_chosen_by_row_and_by_few_or_all_stories():
     assert rates == {("own text", False): 0.02, ("stories", False): 0.01, ("stories", True): 0.02}
     jobs = on_policy.jobs_of(on_policy.Options(counts="16,all", seeds=1), rates | {
         ("SDAR", False): 0.1, ("SDAR", True): 0.2, ("teacher's text", False): 0.3,
+        ("own text, by the mean", False): 0.4,
     })
     found = {job.name: job.flags["lr"] for job in jobs}
     assert found.pop("untrained") and found == {
@@ -152,6 +172,7 @@ def test_the_best_rate_is_chosen_by_row_and_by_few_or_all_stories():
         "teacher's text, 16 stories, lr 0.3": 0.3, "own text, 16 stories, lr 0.02": 0.02,
         "SDAR, all stories, lr 0.2": 0.2, "stories, all stories, lr 0.02": 0.02,
         "teacher's text, all stories, lr 0.3": 0.3, "own text, all stories, lr 0.02": 0.02,
+        "own text, by the mean, 16 stories, lr 0.4": 0.4, "own text, by the mean, all stories, lr 0.4": 0.4,
     }
 
 
