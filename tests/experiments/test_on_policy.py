@@ -212,12 +212,14 @@ def test_predictions_are_judged_by_the_numbers():
     valid = {(row, count): 0.5 for row in on_policy.ROWS for count in counts}
     valid |= {("untrained", None): 0.0, (on_policy.NO_PROMPTS, None): 0.5}
     valid |= {(on_policy.ONE_PER_PASS, 64): 0.71, (on_policy.WARM_START, 64): 0.61}
+    valid |= {(tables.BY_MEAN, 64): 0.61}
 
     def held(changes: dict) -> list[bool]:
         return ["**It held**" in line for line in tables.verdicts(scarce_results(valid | changes))]
 
-    assert held({}) == [True, False, True, True, True, True, True]
-    assert held({("stories", None): 0.56}) == [False, False, True, True, True, True, True]
+    assert held({}) == [True, False, True, True, True, True, True, True, True, True]
+    few_fail = [False, False, True, True, True, True, True, True, True, False]
+    assert held({("stories", None): 0.67}) == few_fail
     assert held({("stories", 64): 0.3, ("SDAR", 64): 0.29})[1]
     assert not held({("stories", 64): 0.3, ("SDAR", 64): 0.31})[1]
     assert not held({("teacher's text", 256): 0.49})[2]
@@ -225,6 +227,8 @@ def test_predictions_are_judged_by_the_numbers():
     assert not held({(on_policy.NO_PROMPTS, None): 0.44})[4]
     assert not held({(on_policy.ONE_PER_PASS, 64): 0.69})[5]
     assert not held({(on_policy.WARM_START, 64): 0.59})[6]
+    assert not held({(tables.BY_MEAN, 64): 0.59})[7]
+    assert not held({("teacher's text", 16): 0.56})[8]
 
 
 def test_a_page_of_results_has_every_row_and_the_grid():
