@@ -17,6 +17,7 @@ NAMES = (
     "main_run",
     "real",
     "on_policy",
+    "temperature",
     "methods",
     "ablations",
     "decoding",
