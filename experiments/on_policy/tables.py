@@ -292,11 +292,14 @@ def findings(results: dict) -> list[str]:
         f"from all stories has {at(slow, 'stories', None)}. Learning from the {FEW} stories themselves has "
         f"{at(slow, 'stories', FEW)}, SDAR {at(slow, 'SDAR', FEW)}.",
         f"At {COST} tokens own text is behind, {at(FAST, 'own text', FEW)} with {FEW} stories and "
-        f"{at(FAST, 'own text', None)} with all, so the number of prompts is not the reason. The teacher's "
-        f"fresh text has {at(FAST, TEACHER, FEW)} and {at(FAST, TEACHER, None)}: it needs "
+        f"{at(FAST, 'own text', None)} with all, so the number of prompts is not the reason. Who writes it "
+        f"is: by the running mean of the weights, which is the student that is evaluated, it has "
+        f"{at(FAST, BY_MEAN, FEW)} and {at(FAST, BY_MEAN, None)}. At a constant learning rate the weights in "
+        "training are noisier than their mean, so their text is not on-policy for it.",
+        f"The teacher's fresh text has {at(FAST, TEACHER, FEW)} and {at(FAST, TEACHER, None)}: it needs "
         f"as few prompts and less arithmetic ({tera_flops(TEACHER)} against "
         f"{tera_flops('own text')} TFLOP). In this setting it is the better choice.",
-        "Two other ways of own text do not change that: one token per forward pass "
+        "Two other ways of own text did not help: one token per forward pass "
         f"{at(FAST, 'own text, one per pass', FEW)}, a warm start on the {FEW} stories "
         f"{at(FAST, 'own text, warm start', FEW)}. Without any prompt it is "
         f"{at(FAST, 'own text, no prompts', None)}. Its texts all have blocks that begin after one token, "
