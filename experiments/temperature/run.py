@@ -3,11 +3,10 @@
     python -m experiments.temperature.run           the story world, three seeds: about an hour on two cores
     python -m experiments.temperature.run --quick   does it run at all? a minute
     python -m experiments.temperature.run --data=FILE.txt --val_data=FILE.txt --length=128 --updates=160 \
-        --stories=64 --rates=0.01
+        --stories=64 --rates=0.01,0.02,0.04 --rate=0.02
 
 Speculative decoding: the student drafts a block and verifies it itself, or its teacher does. The learning
-rate of each row is chosen with seed 0 on development stories, which no other number is of; a single one of
---rates is that of all rows. Writes
+rates of the grid are tried with seed 0 on development stories, which no other number is of. Writes
 experiments/temperature/results/VARIANT.json and .png, VARIANT being story_world or, with --data,
 tinystories.
 """
@@ -36,6 +35,7 @@ class Options:
     val_data: str | None = None  # --val_data of train_tiny.py
     rows: str = ";".join(ROWS)  # conversions, separated by semicolons
     rates: str = "0.005,0.01,0.02,0.04"  # learning rates of the grid
+    rate: float | None = None  # that of all rows; default: the best of each row
     block: int = 4  # --block of train_tiny.py
     updates: int = 320  # of 16 rows
     stories: int = 128  # held-out stories that an evaluation continues
@@ -96,6 +96,8 @@ def main(argv: list[str]) -> None:
         jobs = [trial_of(name, rate, options) for rate in grid for name in names]
         trials = convert_all(jobs, options.workers)
         rates = best_rates(trials)
+    if options.rate:
+        rates = dict.fromkeys(names, options.rate)
     jobs = [job_of(name, rates[name], seed, options) for seed in range(options.seeds) for name in names]
     runs = convert_all(jobs, options.workers)
     results["trials"] = without_paths(trials)
