@@ -294,8 +294,8 @@ def findings(results: dict) -> list[str]:
         f"At {COST} tokens own text is behind, {at(FAST, 'own text', FEW)} with {FEW} stories and "
         f"{at(FAST, 'own text', None)} with all, so the number of prompts is not the reason. Who writes it "
         f"is: by the running mean of the weights, which is the student that is evaluated, it has "
-        f"{at(FAST, BY_MEAN, FEW)} and {at(FAST, BY_MEAN, None)}. At a constant learning rate the weights in "
-        "training are noisier than their mean, so their text is not on-policy for it.",
+        f"{at(FAST, BY_MEAN, FEW)} and {at(FAST, BY_MEAN, None)}. A likely reason: at a constant learning "
+        "rate the weights in training are noisier than their mean, and write texts that it would not write.",
         f"The teacher's fresh text has {at(FAST, TEACHER, FEW)} and {at(FAST, TEACHER, None)}: it needs "
         f"as few prompts and less arithmetic ({tera_flops(TEACHER)} against "
         f"{tera_flops('own text')} TFLOP). In this setting it is the better choice.",
@@ -352,7 +352,7 @@ def page(all_results: dict[str, dict]) -> str:
 
 def results_of(results: dict) -> list[str]:
     return [
-        md.measured(results, "scarce", "an hour and a quarter on two CPU cores"),
+        md.measured(results, "scarce", "about a hundred minutes on two CPU cores"),
         table(results),
         md.picture("scarce", "Share of valid stories against the number of training stories"),
         "Differences of pairs of texts with the same teacher, prompt and random numbers:",

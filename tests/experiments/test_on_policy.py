@@ -270,6 +270,10 @@ def test_what_is_said_of_the_published_results():
     assert valid("own text", 64, slow) > valid("stories", None, slow) - 0.05
     assert valid("stories", 64, slow) < valid("own text", 64, slow) - 0.2
     assert valid("teacher's text", 64) > valid("own text", 64) + 0.1
+    for count in (64, None):
+        by_mean = valid(tables.BY_MEAN, count)
+        assert by_mean > valid("own text", count) + 0.1
+        assert 0 < valid("teacher's text", count) - by_mean < 0.05
     for variant in (on_policy.ONE_PER_PASS, on_policy.WARM_START):
         assert valid(variant, 64) < valid("own text", 64) + 0.05
     assert all(run["points"][-1]["val_nats"] > 0.6 for run in found["SDAR", 64])
