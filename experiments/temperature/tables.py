@@ -185,14 +185,32 @@ def page(all_results: dict[str, dict]) -> str:
 
 def rates_chosen(results: dict) -> str:
     """How the learning rates were chosen."""
+    if results["options"]["rate"]:
+        return (f"All rows have the learning rate {results['options']['rate']}. The grid below is nearly "
+                "flat in tokens per forward pass, and the student's own NLL rises with the rate.")
     if results["trials"]:
         return (f"Learning rates are the best of {results['options']['rates']} on development stories, by "
                 "tokens per forward pass at the temperature of the text.")
     return "All rows have one learning rate, which was not searched."
 
 
+def rates_table(results: dict) -> str:
+    """Markdown: trials by row and learning rate."""
+    rates = sorted({rate_of(run) for run in results["trials"]})
+    by_row = {}
+    for run in results["trials"]:
+        by_row.setdefault(row_of(run), {})[rate_of(run)] = f"{trial_score(run):.2f}, {ar_loss([run])[0]:+.2f}"
+    rows = [[row, *(cells[rate] for rate in rates)] for row, cells in by_row.items()]
+    return markdown_table(["learns from", *map(str, rates)], rows)
+
+
 def results_of(results: dict, variant: str, title: str) -> list[str]:
     options = results["options"]
+    grid = []
+    if results["trials"]:
+        title = ("Learning rates: tokens per forward pass at the temperature of the text (stories: at 1), "
+                 "and `val_nats` as an AR model minus the teacher's; development stories, seed 0")
+        grid = [md.details(title, rates_table(results))]
     return [
         f"## {title}",
         md.measured(results, variant, "one to two hours on two CPU cores"),
@@ -203,4 +221,5 @@ def results_of(results: dict, variant: str, title: str) -> list[str]:
         md.picture(variant, "Tokens per forward pass against the temperature of the training text"),
         "The predictions:",
         md.bullets(verdicts(results)),
+        *grid,
     ]

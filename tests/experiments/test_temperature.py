@@ -30,7 +30,7 @@ def results_of(speeds: dict, losses: dict) -> dict:
             point[sampler] = {"tok_per_fwd": speed, "distinct2": 0.5}
         settings = {"name": f"{row}, block 4, lr 0.01", "flags": {"lr": 0.01}}
         runs.append({"settings": settings, "points": [point, point], "teacher": {"val_nats": 2.0}})
-    options = {"block": 4, "updates": 160, "stories": 64, "rates": "0.01"}
+    options = {"block": 4, "updates": 160, "stories": 64, "rates": "0.01", "rate": None}
     facts = {"command": "command", "commit": "0", "torch": "2", "python": "3", "device": "cpu", "threads": 1}
     return {**facts, "options": options, "runs": runs, "trials": []}
 
@@ -50,3 +50,16 @@ def test_predictions_about_temperature_are_judged_by_the_numbers():
     page = tables.page({"tinystories": results_of(speeds, losses)})
     assert "| own text at 0.7 | 0.01 | 1.60 | 1.60 | 1.40 | 1.60 |" in page
     assert "All rows have one learning rate, which was not searched." in " ".join(page.split())
+
+
+def test_a_page_has_the_grid_of_rates():
+    row = {"own text at 0": (1.8, 1.5, 1.3)}
+    results = results_of(row, {"own text at 0": 0.2})
+    for rate in (0.01, 0.02):
+        trial = {**results["runs"][0], "settings": {"name": f"trial, own text at 0, block 4, lr {rate}",
+                                                    "flags": {"lr": rate, "temperature": 0}}}
+        results["trials"].append(trial)
+    assert "| own text at 0 | 1.80, +0.20 | 1.80, +0.20 |" in tables.rates_table(results)
+    assert "are the best of 0.01 on" in tables.rates_chosen(results)
+    results["options"]["rate"] = 0.02
+    assert "All rows have the learning rate 0.02." in tables.rates_chosen(results)
