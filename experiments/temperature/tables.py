@@ -164,12 +164,12 @@ def page(all_results: dict[str, dict]) -> str:
         f"# {TITLE}",
         md.paragraph("""
             A student drafts a block in one pass, and an AR model accepts as many of the drafted tokens as its
-            own distribution allows: the student itself or its teacher. The text that the student learns from
-            is training stories, its own as an AR model (on-policy for this way of decoding), or the
-            teacher's, sampled at temperature 0, 0.7 or 1. All rows learn with all of a block masked, the
-            teacher's distributions as targets and `--clean_weight=0.5` on training text, four updates per
-            rollout. Cells are tokens per forward pass after the last update, mean (smallest to largest) over
-            three seeds, each with its own teacher."""),
+            own distribution allows: the student itself or its teacher. The student learns from training
+            stories or from its own text as an AR model (on-policy for this way of decoding), sampled at
+            temperature 0, 0.7 or 1; the teacher's text can be a row too (`--rows`). All rows learn with all
+            of a block masked, the teacher's distributions as targets and `--clean_weight=0.5` on training
+            text, four updates per rollout. Cells are tokens per forward pass after the last update, mean
+            (smallest to largest) over three seeds, each with its own teacher."""),
         "## Predictions",
         "Written before the first run, of tokens per forward pass verified by itself:",
         md.bullets(list(PREDICTIONS)),
