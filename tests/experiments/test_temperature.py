@@ -1,4 +1,7 @@
 """The temperature of the text that a student learns from: its rates, predictions and page."""
+import statistics
+
+from experiments.common.results import load_results, results_path
 from experiments.temperature import run, tables
 
 
@@ -53,8 +56,8 @@ def test_predictions_about_temperature_are_judged_by_the_numbers():
 
 
 def test_a_page_has_the_grid_of_rates():
-    row = {"own text at 0": (1.8, 1.5, 1.3)}
-    results = results_of(row, {"own text at 0": 0.2})
+    speeds = {"own text at 0": (1.8, 1.5, 1.3), "own text at 1": (1.5, 1.5, 1.5)}
+    results = results_of(speeds, {"own text at 0": 0.2, "own text at 1": 0.1})
     for rate in (0.01, 0.02):
         trial = {**results["runs"][0], "settings": {"name": f"trial, own text at 0, block 4, lr {rate}",
                                                     "flags": {"lr": rate, "temperature": 0}}}
@@ -63,3 +66,22 @@ def test_a_page_has_the_grid_of_rates():
     assert "are the best of 0.01 on" in tables.rates_chosen(results)
     results["options"]["rate"] = 0.02
     assert "All rows have the learning rate 0.02." in tables.rates_chosen(results)
+    section = "\n".join(tables.results_of(results, "story_world", "The story world"))
+    assert section.startswith("## The story world") and "<details><summary>Learning rates" in section
+
+
+def test_what_is_said_of_the_published_results():
+    found = tables.groups(load_results(results_path("temperature", "tinystories")))
+
+    def speed(row, temperature, verifier="self"):
+        return statistics.mean(tables.tok_per_fwd(run, temperature, verifier) for run in found[row])
+
+    def loss(row):
+        return statistics.mean(tables.ar_loss(found[row]))
+
+    cold, middle, hot = (f"own text at {temperature}" for temperature in tables.TEMPERATURES)
+    assert min(speed(cold, 0), speed(middle, 0)) > 1.1 * max(speed(hot, 0), speed("stories", 0))
+    assert speed(middle, 0.7) > max(speed(cold, 0.7), speed(hot, 0.7))
+    assert max(speed(row, 1) for row in found) < 1.05 * min(speed(row, 1) for row in found)
+    assert loss(cold) > loss(middle) > loss(hot)
+    assert all(speed(row, t, "teacher") < 1.35 for row in found for t in tables.TEMPERATURES)
