@@ -8,6 +8,7 @@ from experiments.common.results import markdown_table, mean_range
 
 TITLE = "Where a student's own text pays: few stories"
 SUMMARY = "Conversions that have 16, 64, 256 or all stories: training stories, the teacher's text, own text"
+FEWEST = 16             # stories of the hardest case
 FEW = 64                # stories that the learning rates are chosen with, and that the predictions are about
 COST = 1.5              # tokens per forward pass of the comparison
 SAMPLERS = ("reveal=leftmost:1", f"cost={COST}")
@@ -273,6 +274,18 @@ def verdicts(results: dict) -> list[str]:
     return lines
 
 
+def off_cost(results: dict) -> list[str]:
+    """Runs whose cost is not within 0.1 of COST, each with its cost."""
+    found = []
+    for (row, count), runs in groups(results).items():
+        for run in runs:
+            cost = run["points"][-1][FAST]["tok_per_fwd"]
+            if abs(cost - COST) > 0.1:
+                seed = run["settings"]["seed"]
+                found.append(f"{row}, {count_name(count)} stories, seed {seed}: {cost:.2f}")
+    return found
+
+
 def findings(results: dict) -> list[str]:
     found = groups(results)
 
@@ -304,6 +317,10 @@ def findings(results: dict) -> list[str]:
         f"{at(FAST, 'own text, warm start', FEW)}. Without any prompt it is "
         f"{at(FAST, 'own text, no prompts', None)}. Its texts all have blocks that begin after one token, "
         "and the texts that are compared have not.",
+        f"With {FEWEST} stories, at {COST} tokens: the teacher's text {at(FAST, TEACHER, FEWEST)}, own text "
+        f"by the mean {at(FAST, BY_MEAN, FEWEST)}, own text {at(FAST, 'own text', FEWEST)}, the stories "
+        f"{at(FAST, 'stories', FEWEST)}; at 1 token {at(slow, TEACHER, FEWEST)}, "
+        f"{at(slow, BY_MEAN, FEWEST)}, {at(slow, 'own text', FEWEST)} and {at(slow, 'stories', FEWEST)}.",
         f"SDAR on {FEW} stories has `valid` {at(FAST, 'SDAR', FEW)} at {COST}, but held-out stories cost it "
         f"{nats('SDAR', FEW)} nats per token, the teacher's-text row {nats(TEACHER, FEW)}: it "
         "has overfitted the stories that it had. Own text keeps the teacher's likelihood "
@@ -352,9 +369,10 @@ def page(all_results: dict[str, dict]) -> str:
 
 def results_of(results: dict) -> list[str]:
     return [
-        md.measured(results, "scarce", "about a hundred minutes on two CPU cores"),
+        md.measured(results, "scarce", "about two hours on two CPU cores"),
         table(results),
         md.picture("scarce", "Share of valid stories against the number of training stories"),
+        *(f"The bisection found no level within 0.1 of that cost for {line}." for line in off_cost(results)),
         "Differences of pairs of texts with the same teacher, prompt and random numbers:",
         differences(results),
         "## What was found",
