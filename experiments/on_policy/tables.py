@@ -372,7 +372,7 @@ def results_of(results: dict) -> list[str]:
         md.measured(results, "scarce", "about two hours on two CPU cores"),
         table(results),
         md.picture("scarce", "Share of valid stories against the number of training stories"),
-        *(f"The bisection found no level within 0.1 of that cost for {line}." for line in off_cost(results)),
+        *(f"The bisection found no level within 0.1 of {COST} for {line}." for line in off_cost(results)),
         "Differences of pairs of texts with the same teacher, prompt and random numbers:",
         differences(results),
         "## What was found",
