@@ -11,6 +11,7 @@ from report import generate, metrics
 
 TOLERANCE = 0.02        # tokens per forward pass, of a level found by bisection
 TRIALS = 96             # stories of each of its steps
+STEPS = 24              # at most: float32 probabilities near 1 are 2 ** -24 apart
 
 
 def make_generator(sampler: str, net, teacher, job: Job, recipe, layout=None) -> generate.TextGenerator:
@@ -38,7 +39,7 @@ def level_for_cost(cost: float, generator_at: Callable, held: list, eot, length:
     within TOLERANCE of the cost, measured on the first TRIALS stories.
     """
     low, high = 0.0, 1.0
-    for _ in range(12):
+    for _ in range(STEPS):
         level = (low + high) / 2
         texts, _ = generate.generate_texts(generator_at(level), held[:TRIALS], eot, length, seed)
         tokens = sum(int(rollout.response_mask.sum()) for rollout, _ in texts)

@@ -1,4 +1,5 @@
 """Conversions with few stories, and text at a given cost."""
+import math
 import statistics
 from collections import defaultdict
 
@@ -105,6 +106,20 @@ def test_bisection_finds_the_level_of_a_cost(monkeypatch):
     for cost in (1.1, 1.5, 2, 3):
         level = evaluation.level_for_cost(cost, lambda level: level, [None] * 500, 0, 96, 0)
         assert 4 - 3 * level == pytest.approx(cost, abs=1.1 * evaluation.TOLERANCE)
+
+
+def test_bisection_finds_the_level_of_a_student_that_is_certain_of_everything(monkeypatch):
+    """4 tokens per forward pass up to the level 0.999, and one less for each further nine."""
+    def cost_of(level):
+        nines = -math.log10(1 - level)
+        return min(4, max(1, 7 - nines))
+
+    def generate_texts(level, held, *_):
+        return texts_with(6000, round(6000 / cost_of(level))), 1.0
+
+    monkeypatch.setattr(evaluation.generate, "generate_texts", generate_texts)
+    level = evaluation.level_for_cost(1.5, lambda level: level, [None] * 500, 0, 96, 0)
+    assert cost_of(level) == pytest.approx(1.5, abs=1.1 * evaluation.TOLERANCE)
 
 
 def test_valid_texts_say_which_texts_are_valid(corpus):
