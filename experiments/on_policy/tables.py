@@ -274,18 +274,6 @@ def verdicts(results: dict) -> list[str]:
     return lines
 
 
-def off_cost(results: dict) -> list[str]:
-    """Runs whose cost is not within 0.1 of COST, each with its cost."""
-    found = []
-    for (row, count), runs in groups(results).items():
-        for run in runs:
-            cost = run["points"][-1][FAST]["tok_per_fwd"]
-            if abs(cost - COST) > 0.1:
-                seed = run["settings"]["seed"]
-                found.append(f"{row}, {count_name(count)} stories, seed {seed}: {cost:.2f}")
-    return found
-
-
 def findings(results: dict) -> list[str]:
     found = groups(results)
 
@@ -372,7 +360,6 @@ def results_of(results: dict) -> list[str]:
         md.measured(results, "scarce", "about two hours on two CPU cores"),
         table(results),
         md.picture("scarce", "Share of valid stories against the number of training stories"),
-        *(f"The bisection found no level within 0.1 of {COST} for {line}." for line in off_cost(results)),
         "Differences of pairs of texts with the same teacher, prompt and random numbers:",
         differences(results),
         "## What was found",

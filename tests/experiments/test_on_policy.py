@@ -212,7 +212,7 @@ def scarce_results(valid: dict, counts: str = "16,64,256,all") -> dict:
     for job in on_policy.jobs_of(options, rates):
         run = {"settings": job.settings, "teacher": {"valid": 0.96, "val_nats": 0.3}}
         key = (job.name, None) if job.name == "untrained" else (tables.row_of(run), job.train_stories)
-        text = {"valid": valid[key], "tok_per_fwd": 1.5, "broken": 1.0, "gen_nats": 0.3, "valid_texts": "01"}
+        text = {"valid": valid[key], "broken": 1.0, "gen_nats": 0.3, "valid_texts": "01"}
         point = {sampler: text for sampler in tables.SAMPLERS}
         point |= {"val_nats": 0.31, "flops": 2e12, "seconds": 60.0}
         runs.append(run | {"points": [point, point]})
@@ -290,10 +290,14 @@ def test_what_is_said_of_the_published_results():
         assert by_mean > valid("own text", count) + 0.1
         assert 0 < valid("teacher's text", count) - by_mean < 0.05
     assert valid(tables.BY_MEAN, 16) > valid("own text", 16) + 0.1
+    assert abs(valid(tables.BY_MEAN, 16) - valid(tables.BY_MEAN, None)) < 0.05
+    assert valid("SDAR", 16) < valid(tables.BY_MEAN, 16) - 0.1
     assert valid("stories", 16, slow) < 0.01 < 0.9 < valid(tables.BY_MEAN, 16, slow)
     for variant in (on_policy.ONE_PER_PASS, on_policy.WARM_START):
         assert valid(variant, 64) < valid("own text", 64) + 0.05
     assert all(run["points"][-1]["val_nats"] > 0.6 for run in found["SDAR", 64])
     assert all(run["points"][-1]["val_nats"] < 0.32 for run in found["own text", 64])
     assert all(min(tables.values(runs, "recovery", tables.FAST)) > 1 for runs in found.values())
-    assert tables.off_cost(results) == ["SDAR, 16 stories, seed 0: 1.38"]        # slower: in its favour
+    for runs in found.values():
+        for run in runs:
+            assert abs(run["points"][-1][tables.FAST]["tok_per_fwd"] - tables.COST) < 0.1
