@@ -16,7 +16,7 @@ OWN = "own text, no prompts"
 TEACHER = "teacher's text, no prompts"
 DATA_ROWS = (AR_ROW, "SDAR", "stories")     # they learn from stories of the first world alone
 NOT_MEASURED = "Not measured yet:\n\n```bash\npython -m experiments.retention.run\n```"
-# Written before the first run, to hold at every learning rate.
+# Written before the first run, to hold at every learning rate of the table.
 PREDICTIONS = (
     "The AR fine-tune loses at least 0.1 nats per token of the second world's held-out stories.",
     "Own text without prompts loses at most a third of what the AR fine-tune, SDAR and stories each lose.",
@@ -185,7 +185,7 @@ def page(all_results: dict[str, dict]) -> str:
             world. Own text is written by the running mean of the weights, which is the student that is
             evaluated ([on_policy](../on_policy/README.md)). "{BOTH_ROW}" is what could be had with all data.
             All rows have 320 updates of 16 rows, block 4, the aligned layout, text at temperature 1 and a
-            constant learning rate, which was not searched: both are in the table."""),
+            constant learning rate, which was not searched: every one that was tried is in the table."""),
         md.paragraph(f"""
             "Nats lost" is the NLL of held-out stories of a world, from left to right, above the AR model's.
             `valid` is the share of texts that break no law of the world in which they begin, at 1 token per
@@ -205,4 +205,44 @@ def results_of(results: dict) -> list[str]:
         md.measured(results, "worlds", "about an hour on two CPU cores"),
         table(results),
         md.picture("worlds", "Nats lost and share of valid texts in both worlds"),
+        "## What was found",
+        md.bullets(findings(results)),
+    ]
+
+
+def findings(results: dict) -> list[str]:
+    """At the largest learning rate."""
+    rate = rates_of(results)[-1]
+    found = {row: runs for (row, row_rate), runs in groups(results).items() if row_rate == rate}
+
+    def lost(row: str, digits: int = 1) -> str:
+        return mean_range(losses(found[row], SECOND), digits)
+
+    def share(row: str, world: str, sampler: str = FAST) -> str:
+        return mean_range(valid(found[row], world, sampler), 2)
+
+    before = untrained(results)
+    return [
+        f"Text of one world erases the other. In nats per token of the second world's stories the AR "
+        f"fine-tune loses {lost(AR_ROW)}, SDAR {lost('SDAR')}, and stories {lost('stories')}, although the "
+        "teacher's distributions are their targets. None of them writes one valid story of that world. The "
+        "worlds share no words, so this is an extreme case: the text of a conversion says that the words "
+        "of the second world never occur.",
+        f"Own text keeps it: without prompts the loss is {lost(OWN, 3)}, and "
+        f"{share(OWN, SECOND, ONE_PER_PASS)} of the second world's stories are valid at 1 token per forward "
+        "pass. The student writes what the AR model can write, and is taught there.",
+        f"With prompts of the first world the loss is {lost('own text', 3)}. In one of 16 updates the "
+        "prompt is the end-of-text token alone, and then half of the texts are of the second world: these "
+        "few texts keep its likelihood. They are too few for its blocks: at 1 token per forward pass "
+        f"{share('own text', SECOND, ONE_PER_PASS)} of its stories are valid.",
+        f"At {COST} tokens per forward pass own text without prompts has {share(OWN, FIRST)} valid stories "
+        f"in the first world and {share(OWN, SECOND)} in the second, the teacher's {share(TEACHER, FIRST)} "
+        f"and {share(TEACHER, SECOND)}: far behind stories of both worlds ({share(BOTH_ROW, FIRST)} and "
+        f"{share(BOTH_ROW, SECOND)}). Every text begins after one token, so that blocks begin at every "
+        "fourth token after it; in the evaluation prompts have other lengths, and blocks begin elsewhere.",
+        f"Fresh text of the teacher keeps as much as own text: {lost(TEACHER, 3)} nats are lost. What keeps "
+        "the second world is that the texts come from the model, not who of the two writes them.",
+        f"The student before any update loses {mean_range(losses(before, SECOND, 0))} nats in the second "
+        f"world, and has {mean_range(valid(before, SECOND, ONE_PER_PASS, 0), 2)} valid stories there at 1 "
+        "token per forward pass: the new mask costs this much, and training repairs it.",
     ]
