@@ -254,12 +254,15 @@ def test_the_table_of_methods_is_the_one_in_the_code():
         assert config.warm_steps == 0
 
 
-def test_the_tables_of_states_and_weights_are_those_in_the_code():
-    rows = [row for line in TEXT["docs/method.md"].splitlines()
-            if (row := re.match(r"\| `([\w/]+)`(?: \(default\))? \| `opdlm\.(\w+)` \|", line))]
+def test_the_tables_of_sources_states_and_weights_are_those_in_the_code():
+    text = TEXT["docs/method.md"]
+    rows = [row for line in text.splitlines()
+            if (row := re.match(r"\| `([\w/-]+)`(?: \(default[\w `-]*\))? \| `opdlm\.(\w+)` \|", line))]
     named = {row[1]: getattr(opdlm, row[2]) for row in rows}
-    assert named == opdlm.STATES | opdlm.WEIGHTS
-    assert train_tiny.Config.weight == "first" and "| `first` (default) |" in TEXT["docs/method.md"]
+    assert named == opdlm.SOURCES | opdlm.STATES | opdlm.WEIGHTS
+    weights = {source: defaults["weight"] for source, defaults in train_tiny.BY_SOURCE.items()}
+    assert weights == {"student": "first", "student-ar": "mean"}
+    assert "| `mean` (default of `student-ar`) |" in text and "| `first` (default of the others) |" in text
 
 
 def test_the_table_of_the_layout_is_the_one_in_the_code():
