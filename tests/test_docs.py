@@ -141,8 +141,13 @@ def test_what_is_said_of_the_main_run_is_made_of_the_results():
     before, after = (cell(column, "val_nats").split()[0] for column in ("before", "after"))
     assert f"is the teacher's, {after}." in section and f"({before} before distillation)" in section
     text = results("main_run", "tinystories.json")["runs"][0]["summary"]
-    for column, name in (("after", "bits_per_byte"), ("ar", "bits_per_byte"), ("after", "tok_per_fwd")):
+    for column, name in (("speculative", "tok_per_fwd"), ("speculative", "positions_per_tok"),
+                         ("speculative", "bits_per_byte"), ("ar", "bits_per_byte")):
         assert f"{text[column][name]:.3f}" in section
+    assert f"{text['speculative']['tok_per_fwd']:.1f} greedy tokens" in README
+    by_reveal_rule = results("main_run", "tinystories_student.json")["runs"][0]["summary"]
+    for name in ("tok_per_fwd", "positions_per_tok"):
+        assert f"{by_reveal_rule['after'][name]:.3f}" in section
 
 
 # 2. links, functions, flags, commands ------------------------------------------------------------------
