@@ -35,7 +35,7 @@ from report import metrics, trace
 from report.compare import Evaluator, affordable_size, sample_prompt_ids
 from report.generate import PROMPT_LENGTHS, can_verify_itself
 from training import cli, dist
-from training.chunked_kl import chunked_kl
+from training.chunked_kl import LARGE_VOCAB, chunked_kl
 from training.flags import Range, check_ranges, check_utf8, expand_home
 from training.lock import FolderLock
 from training.log import Log
@@ -47,6 +47,10 @@ CHECKPOINTS = ("ar", "opdlm", "best")       # the other results in --out
 FILES = ("log.jsonl", "summary.json", "curves.png", "states.png", STATE)
 
 
+Source = Literal["student", "student-ar", "teacher", "data"]
+Weight = Literal["mean", "first", "1/t"]
+Target = Literal["teacher", "sampled", "onehot"]
+CleanText = Literal["own", "data"]
 Preset = Literal["paper", "mdlm", "opdlm", "opdlm-off", "kd", "sft", "sdar"]
 
 
@@ -66,25 +70,25 @@ class Config:
     context: Literal["causal", "block"] = "causal"      # how finished text attends to itself
     reveal: str = "leftmost:0.98"   # reveal rule, NAME:ARGUMENT (docs/decoding.md)
     confidence: Literal["largest", "drawn", "margin", "entropy"] | None = None  # default: the rule's own
-    source: Literal["student", "student-ar", "teacher", "data"] = "student"    # whose text is learned from
-    temperature: float = 0.7    # of generated text, in training and evaluation; decode at the same one
+    source: Source | None = None    # whose text is learned from; default: student on toy, student-ar on text
+    temperature: float | None = None    # of text that is generated; default: 0.7, student-ar 0
     top_k: int | None = None    # generated text is sampled from the k most likely tokens
     top_p: float | None = None  # generated text is sampled from the fewest tokens with this total probability
     states: Literal["visited", "random", "prefix", "all"] = "visited"  # masked states to learn on
-    target: Literal["teacher", "sampled", "onehot"] = "teacher"  # sampled: the teacher's after --temperature
+    target: Target | None = None    # what is learned; default: teacher, student-ar sampled (docs/method.md)
     lora: int | None = None     # train an adapter of this rank on the frozen AR model (docs/lora.md)
-    weight: Literal["mean", "first", "1/t"] = "first"   # loss weight of a masked position (docs/method.md)
-    clean_weight: float = 0.0   # weight of the student's loss as an AR model, for --verifier=self
-    clean_text: Literal["own", "data"] = "own"  # of that loss: the update's own text, or training text
-    warm_steps: int | None = None   # first updates, on training text; default: 180 on toy, 80 on text
-    updates_per_rollout: int | None = None  # updates that a rollout writes for; default: 1 on toy, 4 on text
+    weight: Weight | None = None    # of masked positions in the loss; default: first, student-ar mean
+    clean_weight: float | None = None   # of the student's loss as an AR model; default: 0, student-ar 2
+    clean_text: CleanText | None = None     # that it reads; default: own (of the update), student-ar data
+    warm_steps: int | None = None   # first updates, on data; default: 180 on toy, 80 on text, student-ar 0
+    updates_per_rollout: int | None = None  # updates on its text; default: 1 on toy, 4 on text, student-ar 8
     max_prompt: int = 16        # prompts have 1 to this many tokens
     max_response: int | None = None     # tokens of a text to learn from, after its prompt; default: --length
     # Optimization
     pretrain_steps: int | None = None   # AR updates; default: 480 on toy, 640 on text, 0 with --init
     pretrain_batch: int | None = None   # windows per AR update; default: 32 on toy, 16 on text
-    distill_steps: int | None = None    # distillation updates; default: 560 on toy, 240 on text
-    batch: int = 16             # rows per distillation update, over all processes
+    distill_steps: int | None = None    # of distillation; default: 560 on toy, 240 on text, student-ar 480
+    batch: int | None = None    # rows per distillation update, over all processes; default: 16, student-ar 8
     grad_accum: int = 1         # gradient accumulation steps per update
     optimizer: Literal["muon", "adamw"] | None = None   # default: muon (for matrices); --lora: adamw
     lr: float | None = None     # peak; default: 0.01 (muon), 0.001 (adamw), --init a tenth, --lora 0.003
@@ -128,10 +132,21 @@ for _name, _dials in opdlm.METHODS.items():
     PRESETS[_name] = dict(zip(DIALS, _dials)) | {"warm_steps": 0}
 
 SIZES = {       # defaults that depend on the data
-    "toy": {"pretrain_steps": 480, "pretrain_batch": 32, "distill_steps": 560, "warm_steps": 180,
-            "updates_per_rollout": 1, "width": 128, "length": 96, "eval_texts": 512},
-    "text": {"pretrain_steps": 640, "pretrain_batch": 16, "distill_steps": 240, "warm_steps": 80,
-             "updates_per_rollout": 4, "width": 192, "length": 256, "eval_texts": 128},
+    "toy": {"source": "student", "pretrain_steps": 480, "pretrain_batch": 32, "distill_steps": 560,
+            "warm_steps": 180, "updates_per_rollout": 1, "width": 128, "length": 96, "eval_texts": 512},
+    "text": {"source": "student-ar", "pretrain_steps": 640, "pretrain_batch": 16, "distill_steps": 240,
+             "warm_steps": 80, "updates_per_rollout": 4, "width": 192, "length": 256, "eval_texts": 128},
+}
+
+# Defaults that depend on the source. student-ar is for speculative decoding, where the student verifies its
+# own drafts. Greedy text is the easiest to draft. A draft is accepted if it is the token that the AR model
+# samples, so that token is the target. And the student must stay a good AR model.
+BY_SOURCE = {
+    "student": {"temperature": 0.7, "target": "teacher", "weight": "first", "clean_weight": 0.0,
+                "clean_text": "own", "batch": 16},
+    "student-ar": {"temperature": 0.0, "target": "sampled", "weight": "mean", "clean_weight": 2.0,
+                   "clean_text": "data", "batch": 8, "distill_steps": 480, "warm_steps": 0,
+                   "updates_per_rollout": 8},
 }
 
 LORA_RATE = 0.003       # peak learning rate of an adapter, with adamw
@@ -291,6 +306,7 @@ def get_batch(corpus: Corpus, row_ids: range | list[int], length: int, seed: int
 def make_recipe(config: Config, eot: int | tuple[int, ...], show: Callable = repr,
                 vocab: int = 0) -> opdlm.Recipe:
     """The configuration of a conversion, as values."""
+    config = fill_by_source(config)
     recipe = opdlm.Recipe(
         source=opdlm.SOURCES[config.source],
         states=opdlm.STATES[config.states],
@@ -314,6 +330,22 @@ def make_recipe(config: Config, eot: int | tuple[int, ...], show: Callable = rep
     if config.lora and not config.checkpointing:                 # a cache cannot be written twice
         recipe = replace(recipe, logits=lora.student_logits)
     return replace(recipe, **chunked_kl(config.kl, config.target, vocab))
+
+
+def fill_by_source(config: Config) -> Config:
+    """The configuration with the defaults that depend on --source, which is the student if not given."""
+    source = config.source or "student"
+    defaults = {"source": source} | BY_SOURCE.get(source, BY_SOURCE["student"])
+    if config.lora or config.clean_weight == 0:                  # an adapter's AR model is frozen
+        defaults |= {"clean_weight": 0.0, "clean_text": "own"}
+    if config.kl not in (None, "plain"):                         # a loss in chunks has no sampled target
+        defaults["target"] = "teacher"
+    return replace(config, **missing_of(config, defaults))
+
+
+def missing_of(config: Config, defaults: dict) -> dict:
+    """The defaults of the fields that are not given."""
+    return {name: value for name, value in defaults.items() if getattr(config, name) is None}
 
 
 def check_lora(config: Config) -> None:
@@ -433,6 +465,11 @@ def resolve_options(config: Config, corpus: Corpus) -> Config:
     check_ranges(config, RANGES)
     defaults = dict(SIZES["toy" if corpus.name == "toy" else "text"])
     defaults["data"] = corpus.name
+    if not can_verify_itself(Layout.of(config.block, config.align, config.context)):
+        defaults["source"] = "student"
+    if corpus.tokenizer.vocab_size >= LARGE_VOCAB:               # its loss is computed in chunks, see above
+        config = replace(config, target=config.target or "teacher")
+    config = fill_by_source(replace(config, source=config.source or defaults["source"]))
     config = replace(config, optimizer=config.optimizer or ("adamw" if config.lora else "muon"))
     defaults["lr"] = LEARNING_RATES[config.optimizer]
     if config.init != "scratch":
@@ -443,8 +480,7 @@ def resolve_options(config: Config, corpus: Corpus) -> Config:
             defaults |= evaluation_size(config, defaults)
     if config.lora and config.optimizer == "adamw":
         defaults["lr"] = LORA_RATE
-    missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
-    config = replace(config, **missing)
+    config = replace(config, **missing_of(config, defaults))
     config = replace(config, block=config.block or config.length)
     config = replace(config, eval_tokens=config.eval_tokens or config.length)
 
@@ -604,7 +640,8 @@ def main(argv: list[str]) -> int:
         if warm_steps == config.distill_steps and config.source != "data":
             dist.print0(f"--warm_steps={config.warm_steps}: all {warm_steps} updates learn from training "
                         f"text, none from the {config.source}'s text")
-        dist.print0(f"warm start: {warm_steps} updates on training text")
+        if warm_steps:
+            dist.print0(f"warm start: {warm_steps} updates on training text")
         conversion.run(warm_start(recipe), range(0, warm_steps))
 
         # 5b. on-policy distillation: on text that the student writes itself

@@ -141,8 +141,13 @@ def test_what_is_said_of_the_main_run_is_made_of_the_results():
     before, after = (cell(column, "val_nats").split()[0] for column in ("before", "after"))
     assert f"is the teacher's, {after}." in section and f"({before} before distillation)" in section
     text = results("main_run", "tinystories.json")["runs"][0]["summary"]
-    for column, name in (("after", "bits_per_byte"), ("ar", "bits_per_byte"), ("after", "tok_per_fwd")):
+    for column, name in (("speculative", "tok_per_fwd"), ("speculative", "positions_per_tok"),
+                         ("speculative", "bits_per_byte"), ("ar", "bits_per_byte")):
         assert f"{text[column][name]:.3f}" in section
+    assert f"{text['speculative']['tok_per_fwd']:.1f} greedy tokens" in README
+    by_reveal_rule = results("main_run", "tinystories_student.json")["runs"][0]["summary"]
+    for name in ("tok_per_fwd", "positions_per_tok"):
+        assert f"{by_reveal_rule['after'][name]:.3f}" in section
 
 
 # 2. links, functions, flags, commands ------------------------------------------------------------------
@@ -254,12 +259,15 @@ def test_the_table_of_methods_is_the_one_in_the_code():
         assert config.warm_steps == 0
 
 
-def test_the_tables_of_states_and_weights_are_those_in_the_code():
-    rows = [row for line in TEXT["docs/method.md"].splitlines()
-            if (row := re.match(r"\| `([\w/]+)`(?: \(default\))? \| `opdlm\.(\w+)` \|", line))]
+def test_the_tables_of_sources_states_and_weights_are_those_in_the_code():
+    text = TEXT["docs/method.md"]
+    rows = [row for line in text.splitlines()
+            if (row := re.match(r"\| `([\w/-]+)`(?: \(default[\w `-]*\))? \| `opdlm\.(\w+)` \|", line))]
     named = {row[1]: getattr(opdlm, row[2]) for row in rows}
-    assert named == opdlm.STATES | opdlm.WEIGHTS
-    assert train_tiny.Config.weight == "first" and "| `first` (default) |" in TEXT["docs/method.md"]
+    assert named == opdlm.SOURCES | opdlm.STATES | opdlm.WEIGHTS
+    weights = {source: defaults["weight"] for source, defaults in train_tiny.BY_SOURCE.items()}
+    assert weights == {"student": "first", "student-ar": "mean"}
+    assert "| `mean` (default of `student-ar`) |" in text and "| `first` (default of the others) |" in text
 
 
 def test_the_table_of_the_layout_is_the_one_in_the_code():

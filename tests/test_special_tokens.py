@@ -205,5 +205,5 @@ def test_a_conversion_runs_and_its_student_ends_its_texts(run, tmp_path, capsys)
     tok = tokenizer.load(tmp_path / "out" / "opdlm")
     assert (tok.bos, tok.ends) == (1, (2, 3, 1))
     records = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
-    rollout = [record for record in records if record.get("source") == "student"]
+    rollout = [record for record in records if record.get("source") == "student-ar"]
     assert rollout and rollout[0]["len"] <= 6                    # <s>, a few of O n c e, the end

@@ -353,7 +353,7 @@ def test_the_size_of_an_evaluation(finished_run):
     assert size("toy") == (512, 96) == size("toy", init)
     assert size("tinystories") == (128, 256)
     assert size("stories", init, "--distill_steps=3", "--batch=2") == (4, 32)
-    assert size("stories", init, "--distill_steps=10000") == (128, 96)
+    assert size("stories", init, "--distill_steps=10000", "--batch=16") == (128, 96)
     assert size("stories", init, "--eval_texts=5", "--eval_tokens=9") == (5, 9)
     assert size("stories", "--eval_texts=5", "--eval_tokens=9") == (5, 9)
     texts, tokens = size("stories", init)
@@ -401,6 +401,7 @@ def test_text_and_export_of_a_run(capsys, tmp_path):
         ["--source=teacher", "--states=prefix", "--temperature=0.5"],
         ["--reveal=static:2", "--block=1"],
         ["--source=student-ar", "--states=all", "--target=sampled", "--temperature=0.5"],
+        ["--source=student-ar"],
     ],
 )
 def test_the_dials_reach_the_method(flags, monkeypatch):
@@ -416,12 +417,59 @@ def test_the_dials_reach_the_method(flags, monkeypatch):
     assert recipe.layout.context_block == (recipe.layout.block if given.get("context") == "block" else 1)
     assert recipe.source is opdlm.SOURCES[given.get("source", "student")]
     assert recipe.states is opdlm.STATES[given.get("states", "visited")]
-    assert recipe.target is opdlm.TARGETS[given.get("target", "teacher").replace("sampled", "teacher")]
-    assert recipe.sampled_target == (given.get("target") == "sampled")
-    assert recipe.weight is opdlm.WEIGHTS[given.get("weight", "first")]
-    assert recipe.updates_per_rollout == int(given.get("updates_per_rollout", 1))
+    by_source = train_tiny.BY_SOURCE["student-ar" if given.get("source") == "student-ar" else "student"]
+    target = given.get("target", by_source["target"])
+    assert recipe.target is opdlm.TARGETS[target.replace("sampled", "teacher")]
+    assert recipe.sampled_target == (target == "sampled")
+    assert recipe.weight is opdlm.WEIGHTS[given.get("weight", by_source["weight"])]
+    assert recipe.clean_weight == by_source["clean_weight"]
+    assert recipe.clean_source == (opdlm.data_text if by_source["clean_text"] == "data" else None)
+    each = by_source.get("updates_per_rollout", 1)
+    assert recipe.updates_per_rollout == int(given.get("updates_per_rollout", each))
     assert recipe.max_prompt == int(given.get("max_prompt", 16))
-    assert recipe.sampling == SamplingConfig(float(given.get("temperature", 0.7)), top_k=given.get("top_k"))
+    temperature = float(given.get("temperature", by_source["temperature"]))
+    assert recipe.sampling == SamplingConfig(temperature, top_k=given.get("top_k"))
+
+
+def test_the_source_depends_on_the_corpus_and_the_rest_on_the_source():
+    """Text is for the student as an AR model, if it is one; else the student writes by its reveal rule."""
+    student_ar = train_tiny.BY_SOURCE["student-ar"]
+    story_world = story_world_corpus(stories=20, held_out=2)
+    text = replace(story_world, name="text")
+
+    def defaults(corpus=text, **flags):
+        config = train_tiny.resolve_options(train_tiny.Config(**flags), corpus)
+        found = {name: getattr(config, name) for name in student_ar}
+        train_tiny.make_recipe(config, eot=0)                    # refuses what does not go together
+        return config.source, found
+
+    names = ("distill_steps", "warm_steps", "updates_per_rollout")
+    by_corpus = {name: {key: sizes[key] for key in names} for name, sizes in train_tiny.SIZES.items()}
+    student = train_tiny.BY_SOURCE["student"] | by_corpus["text"]
+    assert defaults() == ("student-ar", student_ar)
+    assert defaults(story_world) == ("student", student | by_corpus["toy"])
+    assert defaults(source="student") == ("student", student)
+    assert defaults(story_world, source="student-ar") == ("student-ar", student_ar)
+    for flags in ({"align": "paper"}, {"context": "block"}, {"block": 0}, {"block": 1}):
+        assert defaults(**flags) == ("student", student)
+    without_clean_loss = student_ar | {"clean_weight": 0.0, "clean_text": "own"}
+    assert defaults(lora=2) == defaults(clean_weight=0.0) == ("student-ar", without_clean_loss)
+    assert defaults(temperature=0.5, weight="first") == (
+        "student-ar", student_ar | {"temperature": 0.5, "weight": "first"})
+
+
+def test_a_loss_in_chunks_has_the_whole_distribution_as_its_target(monkeypatch):
+    text = replace(story_world_corpus(stories=20, held_out=2), name="text")
+
+    def target(**flags):
+        config = train_tiny.resolve_options(train_tiny.Config(**flags), text)
+        train_tiny.make_recipe(config, eot=0)
+        return config.target
+
+    assert target() == target(kl="plain") == "sampled"
+    assert target(kl="full") == target(kl="topk:3") == target(kl="full", source="student-ar") == "teacher"
+    monkeypatch.setattr(train_tiny, "LARGE_VOCAB", 100)
+    assert target() == "teacher" and target(target="sampled") == "sampled"
 
 
 def test_what_saves_memory_changes_no_loss():

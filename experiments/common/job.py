@@ -61,8 +61,9 @@ def without_paths(runs: list[dict]) -> list[dict]:
 
 def config_of(job: Job, sampler: str = "") -> train_tiny.Config:
     """The configuration of a job; `sampler` sets further flags, written as in Job.samplers."""
-    flags = {"data": "toy", "warm_steps": 0, "updates_per_rollout": 1, "temperature": 1.0,
-             "optimizer": "muon"}
+    flags = {"data": "toy", "source": "student", "temperature": 1.0, "target": "teacher", "weight": "first",
+             "clean_weight": 0.0, "clean_text": "own", "batch": 16, "warm_steps": 0,
+             "updates_per_rollout": 1, "optimizer": "muon"}
     flags |= job.teacher_flags or {}
     flags |= job.flags
     flags["seed"] = job.seed

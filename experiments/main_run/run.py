@@ -2,11 +2,12 @@
 
     python -m experiments.main_run.run                                          the story world, three seeds
     python -m experiments.main_run.run --data=FILE.txt --val_data=FILE.txt --seeds=1
+    python -m experiments.main_run.run --data=FILE.txt --val_data=FILE.txt --seeds=1 --source=student
     python -m experiments.main_run.run --quick                                  does it run at all? a minute
 
 Writes experiments/main_run/results/VARIANT.json, and of the first seed the pictures VARIANT.png (curves) and
-VARIANT_states.png; VARIANT is story_world or, with --data, tinystories. A seed whose summary.json is in
-out/VARIANT-SEED is not run again.
+VARIANT_states.png; VARIANT is story_world or, with --data, tinystories; --source adds its value. A seed whose
+summary.json is in out/VARIANT-SEED is not run again.
 """
 import json
 import subprocess
@@ -27,6 +28,7 @@ from training import cli
 class Options:
     data: str = "toy"  # --data of train_tiny.py
     val_data: str | None = None  # --val_data of train_tiny.py
+    source: str | None = None  # --source of train_tiny.py
     seeds: int = 3  # runs
     quick: bool = False  # one run of a tiny model, four updates: does it run at all?
 
@@ -35,8 +37,14 @@ QUICK = ("--pretrain_steps=4", "--pretrain_batch=4", "--distill_steps=4", "--war
          "--width=64", "--eval_texts=8")
 
 
+def variant(options: Options) -> str:
+    """The name of the results file."""
+    name = variant_of(options.data)
+    return f"{name}_{options.source}" if options.source else name
+
+
 def run_folder(options: Options, seed: int) -> Path:
-    name = f"{variant_of(options.data)}-{seed}"
+    name = f"{variant(options)}-{seed}"
     return WORK / "quick/main_run" / name if options.quick else Path("out", name)
 
 
@@ -52,6 +60,8 @@ def command(options: Options, seed: int) -> list[str]:
     ]
     if options.val_data:
         words.append(f"--val_data={options.val_data}")
+    if options.source:
+        words.append(f"--source={options.source}")
     if options.quick:
         words += QUICK
     return words
@@ -102,13 +112,13 @@ def main(argv: list[str]) -> None:
     options = cli.parse(Options, argv, __doc__)
     if options.quick:
         options = replace(options, seeds=1)
-    variant = variant_of(options.data)
+    name = variant(options)
     results = {"command": run_info("main_run", options)["command"]}
     results["runs"] = [run(options, seed) for seed in range(options.seeds)]
     folder = output_folder("main_run", options.quick)
-    write_json(folder / f"{variant}.json", results)
-    write_small(run_folder(options, 0) / "curves.png", folder / f"{variant}.png")
-    write_small(run_folder(options, 0) / "states.png", folder / f"{variant}_states.png")
+    write_json(folder / f"{name}.json", results)
+    write_small(run_folder(options, 0) / "curves.png", folder / f"{name}.png")
+    write_small(run_folder(options, 0) / "states.png", folder / f"{name}_states.png")
     print(table(results))
 
 

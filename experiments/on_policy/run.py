@@ -1,6 +1,6 @@
 """Where a student's own text pays: conversions that have only a few stories, or only prompts.
 
-    python -m experiments.on_policy.run             three seeds: about two hours on two cores
+    python -m experiments.on_policy.run             three seeds: about three hours on two cores
     python -m experiments.on_policy.run --quick     does it run at all? a minute
 
 The teacher has learned from all stories of the story world; the conversion has the first 16, 64 or 256 of

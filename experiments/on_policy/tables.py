@@ -9,6 +9,7 @@ from experiments.common.results import markdown_table, mean_range
 TITLE = "Where a student's own text pays: few stories"
 SUMMARY = "Conversions that have 16, 64, 256 or all stories: training stories, the teacher's text, own text"
 FEWEST = 16             # stories of the hardest case
+ENOUGH = 256            # stories that teach nearly as much themselves
 FEW = 64                # stories that the learning rates are chosen with, and that the predictions are about
 COST = 1.5              # tokens per forward pass of the comparison
 SAMPLERS = ("reveal=leftmost:1", f"cost={COST}")
@@ -100,6 +101,11 @@ def difference(ours: list[dict], theirs: list[dict]) -> str:
     mean = statistics.mean(pairs)
     half = 1.96 * statistics.stdev(pairs) / math.sqrt(len(pairs))
     return f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f})"
+
+
+def rounded(difference: float) -> float:
+    """With three digits; a small negative one is 0, not -0."""
+    return round(difference, 3) + 0.0
 
 
 # 2. tables ----------------------------------------------------------------------------------------------
@@ -237,7 +243,7 @@ def verdicts(results: dict) -> list[str]:
 
     best = max((row for row, count in found if count is None), key=lambda row: valid(row, None))
     data = [("SDAR", FEW), ("stories", FEW)]
-    better = [valid(TEACHER, count) - valid("own text", count) for count in counts]
+    better = [rounded(valid(TEACHER, count) - valid("own text", count)) for count in counts]
     no_prompts = ("own text, no prompts", None)
     checks = [
         (valid("own text", FEW) >= valid(best, None) - 0.05,
@@ -260,7 +266,7 @@ def verdicts(results: dict) -> list[str]:
         (warm_start >= own + 0.1, f"{warm_start:.3f} and {own:.3f}"),
     ]
     by_mean = valid(BY_MEAN, FEW)
-    behind = [valid(TEACHER, count) - valid(BY_MEAN, count) for count in counts]
+    behind = [rounded(valid(TEACHER, count) - valid(BY_MEAN, count)) for count in counts]
     checks += [
         (by_mean >= own + 0.1, f"{by_mean:.3f} and {own:.3f}"),
         (max(behind) <= 0.05,
@@ -309,6 +315,9 @@ def findings(results: dict) -> list[str]:
         f"by the mean {at(FAST, BY_MEAN, FEWEST)}, own text {at(FAST, 'own text', FEWEST)}, the stories "
         f"{at(FAST, 'stories', FEWEST)}; at 1 token {at(slow, TEACHER, FEWEST)}, "
         f"{at(slow, BY_MEAN, FEWEST)}, {at(slow, 'own text', FEWEST)} and {at(slow, 'stories', FEWEST)}.",
+        f"{ENOUGH} stories are enough to learn from them themselves: at {COST} tokens stories "
+        f"{at(FAST, 'stories', ENOUGH)}, SDAR {at(FAST, 'SDAR', ENOUGH)}, own text by the mean "
+        f"{at(FAST, BY_MEAN, ENOUGH)}, the teacher's text {at(FAST, TEACHER, ENOUGH)}.",
         f"SDAR on {FEW} stories has `valid` {at(FAST, 'SDAR', FEW)} at {COST}, but held-out stories cost it "
         f"{nats('SDAR', FEW)} nats per token, the teacher's-text row {nats(TEACHER, FEW)}: it "
         "has overfitted the stories that it had. Own text keeps the teacher's likelihood "
@@ -357,7 +366,7 @@ def page(all_results: dict[str, dict]) -> str:
 
 def results_of(results: dict) -> list[str]:
     return [
-        md.measured(results, "scarce", "about two hours on two CPU cores"),
+        md.measured(results, "scarce", "about three hours on two CPU cores"),
         table(results),
         md.picture("scarce", "Share of valid stories against the number of training stories"),
         "Differences of pairs of texts with the same teacher, prompt and random numbers:",
