@@ -242,7 +242,8 @@ def findings(results: dict) -> list[str]:
         "fourth token after it; in the evaluation prompts have other lengths, and blocks begin elsewhere.",
         f"Fresh text of the teacher keeps as much as own text: {lost(TEACHER, 3)} nats are lost. What keeps "
         "the second world is that the texts come from the model, not who of the two writes them.",
-        f"The student before any update loses {mean_range(losses(before, SECOND, 0))} nats in the second "
-        f"world, and has {mean_range(valid(before, SECOND, ONE_PER_PASS, 0), 2)} valid stories there at 1 "
-        "token per forward pass: the new mask costs this much, and training repairs it.",
+        f"At 1 token per forward pass there was nothing to learn: the student before any update loses "
+        f"{mean_range(losses(before, SECOND, 0))} nats in the second world and has "
+        f"{mean_range(valid(before, SECOND, ONE_PER_PASS, 0), 2)} valid stories there. What is missing "
+        f"from that was lost in training. At {COST} tokens it has {mean_range(valid(before, SECOND, FAST, 0), 2)}.",
     ]

@@ -8,6 +8,7 @@ import train_tiny
 from data import story_world
 from data.tinystories import stories
 from experiments.common.job import config_of
+from experiments.common.results import load_results, results_path
 from experiments.retention import run, tables, worlds
 from model.gpt import GPT, GPTConfig
 from model.masks import AR
@@ -102,3 +103,27 @@ def test_predictions_about_retention_are_judged_by_the_numbers():
     page = tables.page({"worlds": results_of(lost, fast)})
     assert "| stories | 0.01 | 0.000 | 0.400 | 0.90 | 0.90 | 0.80 | 0.40 | 1.00 | 1 |" in page
     assert "| AR fine-tune | 0.01 | 0.000 | 0.600 | 0.90 | 0.90 |  |  | 1.00 | 1 |" in page
+
+
+def test_what_is_said_of_the_published_results():
+    runs = tables.groups(load_results(results_path("retention", "worlds")))
+    found = {row: seeds for (row, _), seeds in runs.items()}
+    assert len(found) == len(runs)                               # one rate
+    assert all(len(seeds) == 3 for seeds in found.values())
+
+    def lost(row):
+        return tables.losses(found[row], worlds.SECOND)
+
+    def valid(row, world, sampler=tables.FAST):
+        return tables.valid(found[row], world, sampler)
+
+    for row in tables.DATA_ROWS:                                 # "erases", "none writes one valid story"
+        assert min(lost(row)) > 1
+        assert max(valid(row, worlds.SECOND, tables.ONE_PER_PASS)) == 0
+    for row in (tables.OWN, tables.TEACHER):                     # "keeps it", "as much"
+        assert max(lost(row)) < 0.01
+        assert min(valid(row, worlds.SECOND, tables.ONE_PER_PASS)) > 0.6
+        for world in worlds.WORLDS:                              # "far behind stories of both worlds"
+            assert max(valid(row, world)) < min(valid(tables.BOTH_ROW, world)) - 0.3
+    assert max(lost("own text")) < min(map(min, map(lost, tables.DATA_ROWS))) / 3
+    assert max(valid("own text", worlds.SECOND, tables.ONE_PER_PASS)) < 0.5      # "too few for its blocks"
