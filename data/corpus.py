@@ -1,4 +1,5 @@
 """One corpus from any source: TinyStories, text files, or the synthetic story world."""
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +34,8 @@ def story_world_corpus(own: tokenizer.Tokenizer | None = None, stories: int = 30
                        held_out: int = 1000) -> Corpus:
     """Stories 0, 1, 2, ... of the story world for training, others as held-out stories. A word is a token."""
     tok = own or tokenizer.word_level(story_world_tokens())
-    train = story_world_stream(range(stories), tok)
-    val = story_world_stream(range(FIRST_HELD_OUT, FIRST_HELD_OUT + held_out), tok)
+    train = token_stream(map(story_world.story, range(stories)), tok)
+    val = token_stream(map(story_world.story, range(FIRST_HELD_OUT, FIRST_HELD_OUT + held_out)), tok)
     return Corpus(train, val, tok, "toy")
 
 
@@ -46,11 +47,11 @@ def story_world_tokens() -> list[str]:
     return without_space + with_space
 
 
-def story_world_stream(seeds: range, tok: tokenizer.Tokenizer) -> np.ndarray:
-    """The stories of these seeds as a stream of ids, as in data/tinystories.py."""
+def token_stream(texts: Iterable[str], tok: tokenizer.Tokenizer) -> np.ndarray:
+    """The texts as a stream of ids, as in data/tinystories.py."""
     ids = [tok.bos]
-    for story in tok.encode_batch([story_world.story(seed) for seed in seeds]):
-        ids += story
+    for text in tok.encode_batch(list(texts)):
+        ids += text
         ids += tok.between
     return np.array(ids, dtype=tinystories.id_type(tok))
 

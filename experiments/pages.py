@@ -18,6 +18,7 @@ NAMES = (
     "real",
     "on_policy",
     "temperature",
+    "retention",
     "methods",
     "ablations",
     "decoding",

@@ -145,6 +145,7 @@ def test_what_is_said_of_the_main_run_is_made_of_the_results():
                          ("speculative", "bits_per_byte"), ("ar", "bits_per_byte")):
         assert f"{text[column][name]:.3f}" in section
     assert f"{text['speculative']['tok_per_fwd']:.1f} greedy tokens" in README
+    assert f"{text['speculative']['tok_per_fwd']:.3f} greedy tokens" in TEXT["docs/speculative.md"]
     by_reveal_rule = results("main_run", "tinystories_student.json")["runs"][0]["summary"]
     for name in ("tok_per_fwd", "positions_per_tok"):
         assert f"{by_reveal_rule['after'][name]:.3f}" in section

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 import opdlm
 import sample
 import train_tiny
-from data import corpus, tinystories, tokenizer
+from data import corpus, story_world, tinystories, tokenizer
 from decoding import reveal
 from decoding.denoiser import Denoiser
 from decoding.sampling import is_end, padding_id
@@ -129,7 +129,7 @@ def test_training_text_of_one_token_is_as_ever(tmp_path):
 
 def test_stories_of_the_story_world_have_both():
     tok = tokenizer.HubTokenizer(chain_tokenizer(), 2, bos=1)
-    stream = corpus.story_world_stream(range(3), tok)
+    stream = corpus.token_stream(map(story_world.story, range(3)), tok)
     starts = np.flatnonzero(stream == 1)
     assert len(starts) == 4 and (stream[starts[1:] - 1] == 2).all() and (stream == 2).sum() == 3
 

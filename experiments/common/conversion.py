@@ -38,7 +38,7 @@ cached_corpus = cache(open_corpus)      # once per process
 def open_job(job: Job) -> tuple[train_tiny.Config, Corpus]:
     """The job's configuration with every default filled in, and its corpus."""
     config = config_of(job)
-    corpus = cached_corpus(config.data, config.val_data, config.vocab)
+    corpus = job.corpus() if job.corpus else cached_corpus(config.data, config.val_data, config.vocab)
     return train_tiny.resolve_options(config, corpus), corpus
 
 
@@ -138,12 +138,18 @@ def train_student(job: Job, teacher, corpus: Corpus, config) -> Iterator[tuple[i
         yield record["step"], mean, spent
 
 
+def saved_result(job: Job) -> dict | None:
+    """What an earlier conversion with the same settings has left in out/."""
+    if not job.file.exists():
+        return None
+    found = json.loads(job.file.read_text())
+    return found if found["settings"] == job.settings else None
+
+
 def convert(job: Job) -> dict:
     """A conversion's evaluations, each with what it took to get there; read from out/ if it is there."""
-    if job.file.exists():
-        found = json.loads(job.file.read_text())
-        if found["settings"] == job.settings:
-            return found
+    if found := saved_result(job):
+        return found
     torch.set_num_threads(1)
     config, corpus = open_job(job)
     teacher = load_teacher(job)
@@ -183,7 +189,7 @@ def prepare_teacher(job: Job) -> None:
     load_teacher(job)
 
 
-def convert_all(jobs: list[Job], workers: int = 2) -> list[dict]:
+def convert_all(jobs: list[Job], workers: int = 2, convert: Callable = convert) -> list[dict]:
     """The result of every job, in order, several at a time with a core each. Prints the time left."""
     results = {}
     began = time.perf_counter()

@@ -75,16 +75,18 @@ def valid_texts(texts: list, tokenizer, judge: Callable) -> str:
     return digits
 
 
-def evaluate(net, teacher, job: Job, corpus, held: list, config, layout=None) -> dict:
+def evaluate(net, teacher, job: Job, corpus, held: list, config, layout=None,
+             judge: Callable | None = None) -> dict:
     """val_nats and bits_per_byte, and by sampler the metrics of generated text.
 
     `layout` replaces that of the job: an AR model is evaluated under its own. If the student verifies its own
-    drafts, `ar_nats` is its validation NLL as an AR model. In the story world `valid_texts` says of each text
-    whether it is valid.
+    drafts, `ar_nats` is its validation NLL as an AR model. `judge` finds the laws that a text breaks, by
+    default those of the story world; with one, `valid_texts` says of each text whether it is valid.
     """
     tok = corpus.tokenizer
     recipe = train_tiny.make_recipe(config, tok.eot)
-    judge = story_world.breaks if corpus.name == "toy" else None
+    if judge is None and corpus.name == "toy":
+        judge = story_world.breaks
     result = metrics.likelihood(net, held, layout or recipe.layout, tok)
     if any("verifier=self" in sampler for sampler in job.samplers):
         result["ar_nats"] = metrics.likelihood(net, held, AR, tok)["val_nats"]
@@ -100,9 +102,9 @@ def evaluate(net, teacher, job: Job, corpus, held: list, config, layout=None) ->
     return result
 
 
-def evaluate_teacher(teacher, job: Job, corpus, held: list, config) -> dict:
+def evaluate_teacher(teacher, job: Job, corpus, held: list, config, judge: Callable | None = None) -> dict:
     """The same numbers of the AR model, in one flat dictionary."""
     sampler = "reveal=static:1"
     ar_job = replace(job, flags={}, samplers=(sampler,))
-    result = evaluate(teacher, teacher, ar_job, corpus, held, config, AR)
+    result = evaluate(teacher, teacher, ar_job, corpus, held, config, AR, judge)
     return result | result.pop(sampler)

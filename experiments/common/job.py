@@ -7,7 +7,7 @@ import train_tiny
 
 WORK = Path("out/experiments")      # finished work; it is read, not done again
 # Fields that older results lack, and their defaults.
-YOUNGER = {"copies": 1, "first_story": 0, "train_stories": None, "mean_writes": False}
+YOUNGER = {"copies": 1, "first_story": 0, "train_stories": None, "mean_writes": False, "corpus": None}
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class Job:
     seed: int
     flags: dict                         # of train_tiny.py
     eval_steps: tuple                   # the student is evaluated after these updates
+    corpus: Callable | None = None      # () -> the teacher's corpus; default: that of --data
     samplers: tuple = ("",)             # ways to sample in an evaluation, e.g. "block=8 reveal=static:2"
     recipes: Callable | None = None     # (recipe, rollouts) -> the recipes that the rollouts use in turn
     prepare_student: Callable | None = None     # changes the student before the first update
