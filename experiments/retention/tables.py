@@ -245,5 +245,6 @@ def findings(results: dict) -> list[str]:
         f"At 1 token per forward pass there was nothing to learn: the student before any update loses "
         f"{mean_range(losses(before, SECOND, 0))} nats in the second world and has "
         f"{mean_range(valid(before, SECOND, ONE_PER_PASS, 0), 2)} valid stories there. What is missing "
-        f"from that was lost in training. At {COST} tokens it has {mean_range(valid(before, SECOND, FAST, 0), 2)}.",
+        f"from that was lost in training. At {COST} tokens it has "
+        f"{mean_range(valid(before, SECOND, FAST, 0), 2)}.",
     ]
