@@ -6,8 +6,8 @@
     python train_tiny.py --init=hf:gpt2 --data=stories.txt      convert a checkpoint, no pretraining
     python train_tiny.py --preset=paper       the paper's choices instead of ours
 
-Phases: data, AR pretraining, evaluation, warm start on training text (off-policy), on-policy distillation,
-evaluation, report.
+Phases: data, AR pretraining, evaluation, with --source=student a warm start on training text (off-policy),
+on-policy distillation, evaluation, report.
 Results in --out: ar/, opdlm/, best/ (checkpoints), log.jsonl, summary.json, curves.png, states.png.
 """
 import copy
@@ -81,7 +81,7 @@ class Config:
     clean_weight: float | None = None   # of the student's loss as an AR model; default: 0, student-ar 2
     clean_text: CleanText | None = None     # that it reads; default: own (of the update), student-ar data
     warm_steps: int | None = None   # first updates, on data; default: 180 on toy, 80 on text, student-ar 0
-    updates_per_rollout: int | None = None  # updates on its text; default: 1 on toy, 4 on text, student-ar 8
+    updates_per_rollout: int | None = None  # of the same text; default: 1 on toy, 4 on text, student-ar 8
     max_prompt: int = 16        # prompts have 1 to this many tokens
     max_response: int | None = None     # tokens of a text to learn from, after its prompt; default: --length
     # Optimization
