@@ -443,6 +443,12 @@ def test_the_source_depends_on_the_corpus_and_the_rest_on_the_source():
         train_tiny.make_recipe(config, eot=0)                    # refuses what does not go together
         return config.source, found
 
+    assert train_tiny.BY_SOURCE["student"] == {
+        "temperature": 0.7, "target": "teacher", "weight": "first", "clean_weight": 0, "clean_text": "own",
+        "batch": 16}
+    assert student_ar == {
+        "temperature": 0, "target": "sampled", "weight": "mean", "clean_weight": 2, "clean_text": "data",
+        "batch": 8, "distill_steps": 480, "warm_steps": 0, "updates_per_rollout": 8}
     names = ("distill_steps", "warm_steps", "updates_per_rollout")
     by_corpus = {name: {key: sizes[key] for key in names} for name, sizes in train_tiny.SIZES.items()}
     student = train_tiny.BY_SOURCE["student"] | by_corpus["text"]

@@ -1,6 +1,6 @@
 """What a conversion keeps of what it does not see: a teacher of two story worlds, converted with text of one.
 
-    python -m experiments.retention.run             three seeds: about an hour on two cores
+    python -m experiments.retention.run             three seeds: about two hours on two cores
     python -m experiments.retention.run --quick     does it run at all? a minute
 
 The teacher has learned from both worlds (worlds.py). Rows learn from stories of the first world alone, or
